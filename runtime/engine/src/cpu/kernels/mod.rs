@@ -1,0 +1,2 @@
+//! Kernels, one operation a file. Each has a scalar form, which is its specification, and forms by instruction set;
+//! all work on plain slices for one thread, and know nothing of tapes or threads.

@@ -1,0 +1,4 @@
+//! The CPU backend: instruction sets, kernels, the thread team and the loop that runs a tape.
+
+pub mod isa;
+pub mod kernels;

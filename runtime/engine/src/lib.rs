@@ -1,0 +1,26 @@
+//! The core of Kinglet: quantized weights mapped from a GGUF file, and one tape of coarse operations that is built
+//! once, checked, planned and then run, for chatting and for learning alike.
+//!
+//! | module | what is in it | depends on |
+//! | --- | --- | --- |
+//! | [`error`] | the one error type | – |
+//! | [`gguf`] | the file map, metadata and tensor table; reader and writer | `error`, `quant` (types) |
+//! | [`quant`] | block layouts, dequantize, quantize: the specification of every type | `error` |
+//! | [`text`] | tokenizer and chat template, both from the GGUF | `gguf` |
+//! | [`tape`] | values, ops, the builder, the planner | `quant` |
+//! | [`cpu`] | kernels by instruction set, the thread pool, the tape's executor | `tape`, `quant` |
+//! | [`session`] | model, KV cache, prefill and decode, generation | all above |
+//! | [`sampling`] | from logits to a token | `error` |
+//!
+//! No architecture is known here by name: a family is a [`tape`] made by `kinglet-models`.
+
+pub mod cpu;
+pub mod error;
+pub mod gguf;
+pub mod quant;
+pub mod sampling;
+pub mod session;
+pub mod tape;
+pub mod text;
+
+pub use error::{Error, Result};
