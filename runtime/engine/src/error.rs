@@ -44,7 +44,9 @@ pub enum Error {
         what: String,
     },
     /// The context window is used up.
-    #[error("the context window of {window} tokens is full ({used} used, {asked} more asked for); open the session with a larger context or shorten the input")]
+    #[error(
+        "the context window of {window} tokens is full ({used} used, {asked} more asked for); open the session with a larger context or shorten the input"
+    )]
     ContextFull {
         /// The session's window, in tokens.
         window: usize,

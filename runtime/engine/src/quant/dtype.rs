@@ -43,9 +43,7 @@ impl DType {
     /// The types a weight matrix may have: those that kernels multiply with.
     pub const WEIGHTS: [DType; 17] = {
         use DType::*;
-        [
-            F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K, IQ4_NL, IQ4_XS, MXFP4,
-        ]
+        [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K, IQ4_NL, IQ4_XS, MXFP4]
     };
 
     /// The type with ggml's number `id`, if it is one of ours.
