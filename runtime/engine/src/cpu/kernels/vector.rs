@@ -1,0 +1,389 @@
+//! What the other kernels are made of: the exponential, sums by lanes, and the one-pass vector operations.
+//!
+//! Two ways of writing a kernel meet here. The simple, memory-bound ones are plain Rust, written in lanes, and
+//! [`by_isa!`] compiles the same body twice: for the baseline of the target and again with AVX2 enabled. Nothing is
+//! fused in those bodies (Rust never contracts `a * b + c`), so every instruction set gives the same bits. The hot ones
+//! (attention) use intrinsics; [`avx2`] holds the pieces they share.
+//!
+//! Slices that differ in length are a caller's bug: it is caught in debug builds, and in release builds the shorter one
+//! decides.
+
+use crate::cpu::isa::Isa;
+
+/// Whether AVX2, FMA and F16C kernels may run; AVX-512 implies them.
+#[inline(always)]
+pub(crate) fn has_avx2(isa: Isa) -> bool {
+    matches!(isa, Isa::Avx2(_) | Isa::Avx512(_))
+}
+
+/// Defines a kernel whose one body is compiled for the baseline and for AVX2; `isa: Isa` becomes its first parameter.
+macro_rules! by_isa {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name(isa: $crate::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            if $crate::cpu::kernels::vector::has_avx2(isa) {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                #[allow(clippy::too_many_arguments)]
+                fn with_avx2($($arg: $ty),*) $(-> $ret)? {
+                    body($($arg),*)
+                }
+                // SAFETY: the token in `isa` proves that the CPU has these instructions.
+                return unsafe { with_avx2($($arg),*) };
+            }
+            let _ = isa;
+            body($($arg),*)
+        }
+    };
+}
+pub(crate) use by_isa;
+
+/// Lanes of the plain-Rust bodies: one AVX2 register, two NEON registers.
+pub(crate) const LANES: usize = 8;
+
+/// e^x for x between −86.5 and 89 as ((e^r − 1), 2ⁿ⁻¹) with x = n·ln 2 + r; branch-free, so that loops vectorize.
+///
+/// x is split with the two-part ln 2 of Cody and Waite; the polynomial is that of Cephes' `expf`. The power is halved
+/// because n = 128, which is needed up to the overflow of eˣ, has no exponent of its own.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, f32) {
+    const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it rounds to an integer, which then lies in the low bits
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_2e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 0.5;
+    (p * r * r + r, f32::from_bits(shifted.to_bits().wrapping_add(126) << 23))
+}
+
+/// x held between `low` and `high`; comparisons rather than `clamp`, so that it vectorizes, and NaN stays.
+#[inline(always)]
+fn bounded(x: f32, low: f32, high: f32) -> f32 {
+    let x = if x < low { low } else { x };
+    if x > high { high } else { x }
+}
+
+/// eˣ to about 2 units in the last place.
+///
+/// Below x = −86.5, where results would be under 3e-38, it is 0, so `exp(-inf) = 0`; above 88.73 it is infinity; NaN
+/// stays NaN.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    let (less_one, half) = exp_parts(bounded(x, -86.5, 89.0));
+    let y = (less_one + 1.0) * half * 2.0;
+    if x < -86.5 { 0.0 } else { y }
+}
+
+/// The logistic function 1 / (1 + e⁻ˣ).
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// tanh x = t / (t + 2) with t = e²ˣ − 1, which keeps its relative accuracy at small x.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    let (less_one, half) = exp_parts(bounded(2.0 * x, -40.0, 40.0));
+    let t = less_one * (2.0 * half) + (2.0 * half - 1.0);
+    t / (t + 2.0)
+}
+
+/// Adds eight lanes as a tree, in the order that the AVX2 horizontal sum uses.
+#[inline(always)]
+pub(crate) fn sum_lanes(a: [f32; LANES]) -> f32 {
+    let [s0, s1, s2, s3] = [a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]];
+    (s0 + s2) + (s1 + s3)
+}
+
+/// The dot product of two vectors, in eight lanes: what the scalar kernels and the tails are written with.
+#[inline(always)]
+pub(crate) fn dot_body(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a8, a_tail) = a.as_chunks::<LANES>();
+    let (b8, b_tail) = b.as_chunks::<LANES>();
+    for (x, y) in a8.iter().zip(b8) {
+        for i in 0..LANES {
+            lanes[i] += x[i] * y[i];
+        }
+    }
+    let tail: f32 = a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum();
+    sum_lanes(lanes) + tail
+}
+
+by_isa! {
+    /// Σ aᵢ·bᵢ in f32, eight lanes.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        debug_assert_eq!(a.len(), b.len());
+        dot_body(a, b)
+    }
+}
+
+by_isa! {
+    /// y ← y + x.
+    pub fn add(x: &[f32], y: &mut [f32]) {
+        debug_assert_eq!(x.len(), y.len());
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += x;
+        }
+    }
+}
+
+by_isa! {
+    /// y ← y + a·x.
+    pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+        debug_assert_eq!(x.len(), y.len());
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += a * x;
+        }
+    }
+}
+
+by_isa! {
+    /// x ← a·x.
+    pub fn scale(a: f32, x: &mut [f32]) {
+        for x in x {
+            *x *= a;
+        }
+    }
+}
+
+by_isa! {
+    /// The largest element; −∞ for an empty slice. NaN elements are passed over.
+    pub fn max(x: &[f32]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (x8, tail) = x.as_chunks::<LANES>();
+        for x in x8 {
+            for i in 0..LANES {
+                lanes[i] = if x[i] > lanes[i] { x[i] } else { lanes[i] };
+            }
+        }
+        lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+    }
+}
+
+by_isa! {
+    /// xᵢ ← e^(xᵢ − shift); returns their sum (eight f32 lanes, each chunk of 1,024 then added in f64).
+    pub fn exp_shifted(shift: f32, x: &mut [f32]) -> f64 {
+        let mut sum = 0.0f64;
+        for chunk in x.chunks_mut(1024) {
+            let mut lanes = [0.0f32; LANES];
+            let (x8, tail) = chunk.as_chunks_mut::<LANES>();
+            for x in x8 {
+                for i in 0..LANES {
+                    x[i] = exp(x[i] - shift);
+                    lanes[i] += x[i];
+                }
+            }
+            sum += f64::from(sum_lanes(lanes));
+            for x in tail {
+                *x = exp(*x - shift);
+                sum += f64::from(*x);
+            }
+        }
+        sum
+    }
+}
+
+/// f16 bits to f32.
+#[inline(always)]
+pub(crate) fn f16_to_f32(bits: u16) -> f32 {
+    half::f16::from_bits(bits).to_f32()
+}
+
+/// Pieces of the AVX2 kernels. All are safe to call where AVX2, FMA and F16C are enabled, except those that take a
+/// pointer.
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2 {
+    use std::arch::x86_64::*;
+
+    /// 2ˣ for x ≤ 127 to about 1 unit in the last place; x below −126.5, −∞ included, gives 0, and 2⁰ is exactly 1.
+    ///
+    /// Softmax runs in base 2 (its caller scales by log₂ e beforehand): n = round(x) and r = x − n are then exact.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    pub fn exp2(x: __m256) -> __m256 {
+        let (p, r, power) = exp2_parts(x);
+        _mm256_mul_ps(_mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0)), power)
+    }
+
+    /// tanh(x / (2·log₂ e)) = t / (t + 2) with t = 2ˣ − 1, accurate at small x too.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    pub fn tanh_of_exp2(x: __m256) -> __m256 {
+        let (p, r, power) = exp2_parts(_mm256_min_ps(_mm256_set1_ps(64.0), x));
+        let t = _mm256_fmadd_ps(_mm256_mul_ps(p, r), power, _mm256_sub_ps(power, _mm256_set1_ps(1.0)));
+        _mm256_div_ps(t, _mm256_add_ps(t, _mm256_set1_ps(2.0)))
+    }
+
+    /// (P(r), r, 2ⁿ) with x = n + r and 2ʳ = 1 + r·P(r): the minimax polynomial on [−½, ½], relative error 1.9e-9
+    /// before rounding. n stops at −127, where 2ⁿ is 0.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn exp2_parts(x: __m256) -> (__m256, __m256, __m256) {
+        // 1.5·2²³ rounds to an integer; the 127 leaves it biased as an exponent in the low bits.
+        let round = _mm256_set1_ps(12_582_912.0 + 127.0);
+        // `max` returns its second operand when one is NaN, so a NaN stays.
+        let x = _mm256_max_ps(_mm256_set1_ps(-127.0), x);
+        let shifted = _mm256_add_ps(x, round);
+        let r = _mm256_sub_ps(x, _mm256_sub_ps(shifted, round));
+        let mut p = _mm256_set1_ps(1.534_581_2e-4);
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.339_993_1e-3));
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(9.618_489e-3));
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.550_328_8e-2));
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(2.402_264_7e-1));
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(6.931_472e-1));
+        (p, r, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(shifted))))
+    }
+
+    /// The sum of eight lanes, as the tree of [`super::sum_lanes`].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    pub fn sum(x: __m256) -> f32 {
+        let q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+        _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)))
+    }
+
+    /// The largest of eight lanes.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    pub fn max(x: __m256) -> f32 {
+        let q = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let d = _mm_max_ps(q, _mm_movehl_ps(q, q));
+        _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)))
+    }
+
+    /// The four sums of four registers' eight lanes, each as a fixed tree.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    pub fn sum4(a: __m256, b: __m256, c: __m256, d: __m256) -> __m128 {
+        let s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s))
+    }
+
+    /// Eight consecutive f16 as f32.
+    ///
+    /// # Safety
+    /// 16 bytes must be readable at `p`.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    pub unsafe fn load_f16(p: *const u8) -> __m256 {
+        // SAFETY: the caller's promise; the load needs no alignment.
+        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(p.cast()) })
+    }
+
+    /// Transposes an 8 × 8 tile held in eight registers.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    pub fn transpose(r: [__m256; 8]) -> [__m256; 8] {
+        let t0 = _mm256_unpacklo_ps(r[0], r[1]);
+        let t1 = _mm256_unpackhi_ps(r[0], r[1]);
+        let t2 = _mm256_unpacklo_ps(r[2], r[3]);
+        let t3 = _mm256_unpackhi_ps(r[2], r[3]);
+        let t4 = _mm256_unpacklo_ps(r[4], r[5]);
+        let t5 = _mm256_unpackhi_ps(r[4], r[5]);
+        let t6 = _mm256_unpacklo_ps(r[6], r[7]);
+        let t7 = _mm256_unpackhi_ps(r[6], r[7]);
+        let s0 = _mm256_shuffle_ps::<0x44>(t0, t2);
+        let s1 = _mm256_shuffle_ps::<0xEE>(t0, t2);
+        let s2 = _mm256_shuffle_ps::<0x44>(t1, t3);
+        let s3 = _mm256_shuffle_ps::<0xEE>(t1, t3);
+        let s4 = _mm256_shuffle_ps::<0x44>(t4, t6);
+        let s5 = _mm256_shuffle_ps::<0xEE>(t4, t6);
+        let s6 = _mm256_shuffle_ps::<0x44>(t5, t7);
+        let s7 = _mm256_shuffle_ps::<0xEE>(t5, t7);
+        [
+            _mm256_permute2f128_ps::<0x20>(s0, s4),
+            _mm256_permute2f128_ps::<0x20>(s1, s5),
+            _mm256_permute2f128_ps::<0x20>(s2, s6),
+            _mm256_permute2f128_ps::<0x20>(s3, s7),
+            _mm256_permute2f128_ps::<0x31>(s0, s4),
+            _mm256_permute2f128_ps::<0x31>(s1, s5),
+            _mm256_permute2f128_ps::<0x31>(s2, s6),
+            _mm256_permute2f128_ps::<0x31>(s3, s7),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_to_f64_and_its_edges_hold() {
+        let mut worst = 0.0f64;
+        for i in -86_000..88_700 {
+            let x = i as f32 * 1e-3;
+            let want = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - want).abs() / want);
+        }
+        assert!(worst < 2.5e-7, "relative error {worst:e}");
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-1e30), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert_eq!(exp(89.0), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+        assert_eq!((sigmoid(f32::INFINITY), sigmoid(f32::NEG_INFINITY)), (1.0, 0.0));
+        assert_eq!((tanh(100.0), tanh(-100.0), tanh(0.0)), (1.0, -1.0, 0.0));
+        for i in -20_000..20_000 {
+            let x = i as f32 * 5e-4;
+            let want = f64::from(x).tanh();
+            assert!((f64::from(tanh(x)) - want).abs() <= 5e-7 * want.abs(), "tanh {x}");
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn exp2_is_close_to_f64_and_its_edges_hold() {
+        use std::arch::x86_64::*;
+        if !Isa::available().into_iter().any(has_avx2) {
+            return;
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn one(x: f32) -> f32 {
+            _mm256_cvtss_f32(avx2::exp2(_mm256_set1_ps(x)))
+        }
+        // SAFETY: AVX2 was found above.
+        let one = |x: f32| unsafe { one(x) };
+        let mut worst = 0.0f64;
+        for i in -126_000..=0 {
+            let x = i as f32 * 1e-3;
+            let want = f64::from(x).exp2();
+            worst = worst.max((f64::from(one(x)) - want).abs() / want);
+        }
+        assert!(worst < 1.2e-7, "relative error {worst:e}");
+        assert_eq!((one(0.0), one(-5.0), one(f32::NEG_INFINITY), one(-1e30)), (1.0, 0.03125, 0.0, 0.0));
+        assert!(one(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn every_isa_gives_the_same_bits_over_tails() {
+        for n in [0, 1, 7, 8, 9, 31, 64, 1023, 1024, 1025, 2500] {
+            let a: Vec<f32> = (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.03).collect();
+            let b: Vec<f32> = (0..n).map(|i| ((i * 53 % 97) as f32 - 48.0) * 0.07).collect();
+            let naive: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+            let run = |isa| {
+                let (mut y, mut z, mut e) = (a.clone(), b.clone(), a.clone());
+                axpy(isa, 0.3, &b, &mut y);
+                add(isa, &a, &mut z);
+                scale(isa, -1.5, &mut z);
+                let sum = exp_shifted(isa, max(isa, &a), &mut e);
+                (dot(isa, &a, &b), max(isa, &b), sum, y, z, e)
+            };
+            let want = run(Isa::Scalar);
+            assert!((f64::from(want.0) - naive).abs() < 1e-4 * (1.0 + n as f64), "n = {n}");
+            for isa in Isa::available() {
+                assert_eq!(run(isa), want, "{} n = {n}", isa.name());
+            }
+        }
+    }
+}
