@@ -1,1 +1,28 @@
-//! (in progress)
+//! Text to tokens and back, and conversations to text: both as the model's GGUF says.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `tokenizer` | [`Tokenizer`]: encode, decode, the special tokens |
+//! | `vocab` | kinds and roles of tokens |
+//! | `special` | cutting special tokens out of text |
+//! | `pretokenize`, `unicode` | cutting text into words; classes of characters |
+//! | `bpe`, `spm` | the two algorithms |
+//! | `words` | byte strings by number and back |
+//! | `stream` | [`Utf8Stream`]: whole characters from a stream of tokens |
+//!
+//! Tokens equal llama.cpp's for every input. The oracle tests compare them; where llama.cpp deviates from the original
+//! tokenizer (it does not normalise, for one), so does this.
+
+mod bpe;
+mod pretokenize;
+mod special;
+mod spm;
+mod stream;
+mod tokenizer;
+mod unicode;
+mod vocab;
+mod words;
+
+pub use stream::Utf8Stream;
+pub use tokenizer::{EncodeOptions, Tokenizer};
+pub use vocab::FillInMiddle;

@@ -1,0 +1,86 @@
+//! UTF-8 from tokens: whole characters as soon as they are complete.
+//!
+//! A character may be spread over several tokens (half of an emoji's bytes in each). [`Utf8Stream`] keeps the bytes of
+//! an unfinished character back and gives out the rest; bytes that can no longer become a character turn into U+FFFD
+//! at once, one for each maximal invalid part, as in `String::from_utf8_lossy`.
+
+/// Collects bytes and gives out whole UTF-8.
+#[derive(Debug, Clone, Default)]
+pub struct Utf8Stream {
+    /// The beginning of a character, at most 3 bytes.
+    pending: Vec<u8>,
+}
+
+impl Utf8Stream {
+    /// An empty stream.
+    pub fn new() -> Utf8Stream {
+        Utf8Stream::default()
+    }
+
+    /// Adds `bytes` and returns the text that is complete now.
+    pub fn push(&mut self, bytes: &[u8]) -> String {
+        self.pending.extend_from_slice(bytes);
+        let mut text = String::with_capacity(self.pending.len());
+        let mut kept = 0;
+        for chunk in self.pending.utf8_chunks() {
+            text.push_str(chunk.valid());
+            let is_last = chunk.invalid().as_ptr_range().end == self.pending.as_ptr_range().end;
+            if is_last && could_grow(chunk.invalid()) {
+                kept = chunk.invalid().len();
+            } else if !chunk.invalid().is_empty() {
+                text.push(char::REPLACEMENT_CHARACTER);
+            }
+        }
+        self.pending.drain(..self.pending.len() - kept);
+        text
+    }
+
+    /// Ends the stream: an unfinished character becomes U+FFFD.
+    pub fn finish(&mut self) -> String {
+        let rest = String::from_utf8_lossy(&self.pending).into_owned();
+        self.pending.clear();
+        rest
+    }
+}
+
+/// Whether `bytes`, an invalid part that ends the input, is the beginning of a character.
+fn could_grow(bytes: &[u8]) -> bool {
+    // `error_len` is `None` exactly where more bytes could help.
+    std::str::from_utf8(bytes).is_err_and(|error| error.valid_up_to() == 0 && error.error_len().is_none())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_cut_gives_the_same_text() {
+        let inputs: [&[u8]; 5] = [
+            "a€😀中文é".as_bytes(),
+            b"\xF0\x9F\x98\x80\xF0\x9F\x98",
+            b"a\xFFb\xE4\xBD\xC3\xA9\x80",
+            b"\xED\xA0\x80\xC0\x80\xF5\x80",
+            b"\xE4\xBDz\xF0\x9Fz",
+        ];
+        for input in inputs {
+            for size in 1..=input.len() {
+                let mut stream = Utf8Stream::new();
+                let mut text: String = input.chunks(size).map(|chunk| stream.push(chunk)).collect();
+                text.push_str(&stream.finish());
+                assert_eq!(text, String::from_utf8_lossy(input), "{input:?} by {size}");
+            }
+        }
+    }
+
+    #[test]
+    fn waits_only_while_waiting_can_help() {
+        let mut stream = Utf8Stream::new();
+        assert_eq!(stream.push(b"x\xF0\x9F"), "x");
+        assert_eq!(stream.push(b"\x98"), "");
+        assert_eq!(stream.push(b"\x80"), "😀");
+        assert_eq!(stream.push(b"\xE4"), "");
+        assert_eq!(stream.push(b"a"), "\u{FFFD}a");
+        assert_eq!(stream.push(b"\x80"), "\u{FFFD}");
+        assert_eq!(stream.finish(), "");
+    }
+}
