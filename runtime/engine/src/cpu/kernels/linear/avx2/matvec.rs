@@ -1,0 +1,154 @@
+//! One to four tokens against rows read straight from their blocks: the shape of decoding, bound by memory.
+//!
+//! A unit of 256 weights at a time: its eight scales are made at once, multiplied by the activations' eight, and
+//! stored; then eight times 32 bytes are unpacked, multiplied with the tokens' bytes, and added under their scale. Rows
+//! lie one after the other, so a thread's share is one stream, which is prefetched `AHEAD` bytes before its use, over
+//! page ends that stop the hardware's prefetcher. Every row is computed alone: results do not depend on the split.
+
+use super::super::XRow;
+use super::unpack::Block;
+use std::arch::x86_64::*;
+
+/// `Σ u8 · i8` over 4 bytes, in 8 lanes: what differs between AVX2 and VNNI.
+pub(crate) trait Dot {
+    /// # Safety
+    /// The caller has the instructions.
+    unsafe fn dot(u: __m256i, s: __m256i) -> __m256i;
+}
+
+/// AVX2: by pairs in 16 bits, which the values' ranges keep from saturating, then in 32.
+pub(crate) struct Maddubs;
+
+impl Dot for Maddubs {
+    #[inline(always)]
+    unsafe fn dot(u: __m256i, s: __m256i) -> __m256i {
+        // SAFETY: register arithmetic.
+        unsafe { _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)) }
+    }
+}
+
+/// How far before its use a weight is prefetched, in bytes.
+const AHEAD: usize = 2048;
+
+/// Rows `rows` of the matrix at `weight` times `T` tokens: `write(t, row, value)`.
+///
+/// # Safety
+/// The caller has AVX2, FMA, F16C and what `D` needs; every row is `row_bytes` of whole blocks for `k` values; `x`
+/// points at rows of `k` values with padded scales.
+#[inline(always)]
+pub(crate) unsafe fn matvec<B: Block, D: Dot, const T: usize>(
+    weight: *const u8,
+    row_bytes: usize,
+    k: usize,
+    rows: std::ops::Range<usize>,
+    x: [XRow; T],
+    mut write: impl FnMut(usize, usize, f32),
+) {
+    for row in rows {
+        // SAFETY: the row lies in the matrix; units and their tail stay within the row.
+        unsafe {
+            let mut p = weight.add(row * row_bytes);
+            let mut sums = Sums::<T>::new();
+            for u in 0..k / 256 {
+                unit::<B, D, T>(p, u, 8, &x, &mut sums);
+                p = p.add(B::BYTES);
+            }
+            if k % 256 != 0 {
+                unit::<B, D, T>(p, k / 256, k % 256 / 32, &x, &mut sums);
+            }
+            for t in 0..T {
+                write(t, row, sums.total(t));
+            }
+        }
+    }
+}
+
+/// Four partial sums a token, so that additions need not wait for each other.
+struct Sums<const T: usize> {
+    parts: [[__m256; 4]; T],
+}
+
+impl<const T: usize> Sums<T> {
+    #[inline(always)]
+    unsafe fn new() -> Self {
+        // SAFETY: register arithmetic.
+        Sums { parts: unsafe { [[_mm256_setzero_ps(); 4]; T] } }
+    }
+
+    #[inline(always)]
+    unsafe fn total(&self, t: usize) -> f32 {
+        // SAFETY: register arithmetic.
+        unsafe {
+            let [a, b, c, d] = self.parts[t];
+            horizontal(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d)))
+        }
+    }
+}
+
+/// The sum of eight lanes.
+#[inline(always)]
+pub(crate) unsafe fn horizontal(v: __m256) -> f32 {
+    // SAFETY: register arithmetic.
+    unsafe {
+        let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+    }
+}
+
+#[repr(align(32))]
+struct Aligned([f32; 16]);
+
+/// Unit `u` of a row, which has `groups` groups.
+#[inline(always)]
+unsafe fn unit<B: Block, D: Dot, const T: usize>(
+    p: *const u8,
+    u: usize,
+    groups: usize,
+    x: &[XRow; T],
+    sums: &mut Sums<T>,
+) {
+    // SAFETY: by `matvec`'s contract; activation scales are padded to a multiple of eight.
+    unsafe {
+        for line in 0..B::BYTES.div_ceil(64) {
+            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64 * line).cast());
+        }
+        let (d, m) = B::scales(p, groups);
+        let mut products = [const { Aligned([0.0; 16]) }; T];
+        for t in 0..T {
+            let dx = _mm256_loadu_ps(x[t].d.add(8 * u));
+            let part = &mut sums.parts[t];
+            if B::HALVES {
+                let low = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+                let high = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+                _mm256_store_ps(products[t].0.as_mut_ptr(), _mm256_mul_ps(d[0], low));
+                _mm256_store_ps(products[t].0.as_mut_ptr().add(8), _mm256_mul_ps(d[1], high));
+                part[2] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s16.add(16 * u)), part[2]);
+                part[3] = _mm256_fmadd_ps(m[1], _mm256_loadu_ps(x[t].s16.add(16 * u + 8)), part[3]);
+            } else {
+                _mm256_store_ps(products[t].0.as_mut_ptr(), _mm256_mul_ps(d[0], dx));
+                if !B::SIGNED {
+                    part[3] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s.add(8 * u)), part[3]);
+                }
+            }
+        }
+        for g in 0..groups {
+            let w = B::group(p, g);
+            let size = if B::SIGNED { _mm256_abs_epi8(w) } else { w };
+            for t in 0..T {
+                let q = _mm256_loadu_si256(x[t].q.add(256 * u + 32 * g).cast());
+                let q = if B::SIGNED { _mm256_sign_epi8(q, w) } else { q };
+                let dot = _mm256_cvtepi32_ps(D::dot(size, q));
+                let scale = if B::HALVES {
+                    // Lanes 0 to 3 hold the first 16 values, 4 to 7 the others.
+                    let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*products[t].0.as_ptr().add(2 * g).cast()));
+                    _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+                } else {
+                    _mm256_broadcast_ss(&products[t].0[g])
+                };
+                let part = &mut sums.parts[t][g % 4];
+                *part = _mm256_fmadd_ps(dot, scale, *part);
+            }
+        }
+    }
+}

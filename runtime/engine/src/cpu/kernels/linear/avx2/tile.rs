@@ -1,0 +1,225 @@
+//! Many tokens: rows are unpacked once, 16 at a time and `CHUNK` values long, into scratch that stays in the first
+//! cache, and multiplied there with all tokens. One micro-kernel serves every type.
+//!
+//! The tile lies as the products want it: `q[k/4][row][4]`, so that a vector of 8 rows times 4 broadcast activation
+//! bytes gives 8 row sums at once, and `d`, `m` as `[group][row]`. Products of up to 6-bit weights are added in 16
+//! bits as long as they fit, then widened; per group one conversion, then `d·dₓ` and `m·sₓ` in f32. Rows are lanes:
+//! no sum crosses them, so a row's result does not depend on its neighbours.
+
+use super::super::tile::Tile;
+use super::super::{TileMemory, XRow};
+use super::unpack::Block;
+use std::arch::x86_64::*;
+
+/// Rows of an AVX2 tile: two vectors of eight lanes.
+const ROWS: usize = 16;
+
+/// Unpacks `groups` groups of `ROWS` rows from their unit pointers. With `OFFSET`, signed bytes are made unsigned by
+/// adding 128, which the minimum takes off again.
+///
+/// # Safety
+/// The caller has AVX2, FMA, F16C; the pointers are good for the groups asked for; the tile has room.
+#[inline(always)]
+pub(crate) unsafe fn unpack<B: Block, const ROWS: usize, const OFFSET: bool>(
+    units: &[*const u8],
+    groups: usize,
+    tile: &TileMemory,
+) {
+    // SAFETY: by the contract; tile rows are ROWS wide.
+    unsafe {
+        let flip = _mm256_set1_epi8(-128);
+        for unit in 0..groups.div_ceil(8) {
+            let n = (groups - 8 * unit).min(8);
+            for h in 0..ROWS / 8 {
+                let p: [*const u8; 8] = std::array::from_fn(|i| units[8 * h + i].add(unit * B::BYTES));
+                for g in 0..n {
+                    let mut v = [_mm256_setzero_si256(); 8];
+                    for i in 0..8 {
+                        v[i] = B::group(p[i], g);
+                        if OFFSET && B::SIGNED {
+                            v[i] = _mm256_xor_si256(v[i], flip);
+                        }
+                    }
+                    let v = transpose(v);
+                    let to = tile.q.add(((8 * unit + g) * 8 * ROWS + 8 * h) * 4);
+                    for i in 0..8 {
+                        _mm256_storeu_si256(to.add(i * ROWS * 4).cast(), v[i]);
+                    }
+                }
+                let (mut d, mut m) = ([[_mm256_setzero_ps(); 8]; 2], [[_mm256_setzero_ps(); 8]; 2]);
+                for i in 0..8 {
+                    let (di, mi) = B::scales(p[i], n);
+                    (d[0][i], d[1][i], m[0][i], m[1][i]) = (di[0], di[1], mi[0], mi[1]);
+                    if OFFSET && B::SIGNED {
+                        m[0][i] = _mm256_mul_ps(di[0], _mm256_set1_ps(-128.0));
+                    }
+                }
+                let wide = if B::HALVES { 2 } else { 1 };
+                for part in 0..wide {
+                    let (d, m) = (transpose_ps(d[part]), transpose_ps(m[part]));
+                    for i in 0..8 {
+                        let to = ((wide * unit + part) * 8 + i) * ROWS + 8 * h;
+                        _mm256_storeu_ps(tile.d.add(to), d[i]);
+                        if OFFSET || !B::SIGNED {
+                            _mm256_storeu_ps(tile.m.add(to), m[i]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Eight rows of eight 32-bit lanes, turned.
+#[inline(always)]
+unsafe fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
+    // SAFETY: register arithmetic.
+    unsafe {
+        let pair = |a, b| (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        let ((a0, a1), (a2, a3)) = (pair(r[0], r[1]), pair(r[2], r[3]));
+        let ((a4, a5), (a6, a7)) = (pair(r[4], r[5]), pair(r[6], r[7]));
+        let quad = |a, b| (_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+        let ((b0, b1), (b2, b3)) = (quad(a0, a2), quad(a1, a3));
+        let ((b4, b5), (b6, b7)) = (quad(a4, a6), quad(a5, a7));
+        let low = |a, b| _mm256_permute2x128_si256::<0x20>(a, b);
+        let high = |a, b| _mm256_permute2x128_si256::<0x31>(a, b);
+        [low(b0, b4), low(b1, b5), low(b2, b6), low(b3, b7), high(b0, b4), high(b1, b5), high(b2, b6), high(b3, b7)]
+    }
+}
+
+#[inline(always)]
+unsafe fn transpose_ps(r: [__m256; 8]) -> [__m256; 8] {
+    // SAFETY: register arithmetic.
+    unsafe { transpose(r.map(|v| _mm256_castps_si256(v))).map(|v| _mm256_castsi256_ps(v)) }
+}
+
+/// `T` tokens times the tile's 16 rows over `groups` groups of 32, added to `acc`.
+///
+/// # Safety
+/// The caller has AVX2 and FMA; the tile holds `groups` groups; `x` points at the tokens' first value of the chunk.
+#[inline(always)]
+pub(crate) unsafe fn micro<B: Block, const T: usize>(
+    tile: &TileMemory,
+    groups: usize,
+    x: &[XRow; T],
+    acc: &mut [[__m256; 2]; T],
+) {
+    let wide = if B::HALVES { 2 } else { 1 };
+    let steps = 8 / wide;
+    // SAFETY: by the contract.
+    unsafe {
+        let ones = _mm256_set1_epi16(1);
+        for g in 0..groups {
+            for part in 0..wide {
+                let at = wide * g + part;
+                let w = tile.q.add(at * steps * ROWS * 4);
+                let mut sums = [[_mm256_setzero_si256(); 2]; T];
+                if B::SIGNED {
+                    for step in 0..steps {
+                        let w0 = _mm256_load_si256(w.add(64 * step).cast());
+                        let w1 = _mm256_load_si256(w.add(64 * step + 32).cast());
+                        let (a0, a1) = (_mm256_abs_epi8(w0), _mm256_abs_epi8(w1));
+                        for t in 0..T {
+                            let q = _mm256_set1_epi32(x[t].q.add(32 * g + 4 * step).cast::<i32>().read_unaligned());
+                            let p0 = _mm256_maddubs_epi16(a0, _mm256_sign_epi8(q, w0));
+                            let p1 = _mm256_maddubs_epi16(a1, _mm256_sign_epi8(q, w1));
+                            sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(p0, ones));
+                            sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(p1, ones));
+                        }
+                    }
+                } else {
+                    let run = if B::RUN < steps { B::RUN } else { steps };
+                    for r in 0..steps / run {
+                        let mut short = [[_mm256_setzero_si256(); 2]; T];
+                        for step in r * run..(r + 1) * run {
+                            let w0 = _mm256_load_si256(w.add(64 * step).cast());
+                            let w1 = _mm256_load_si256(w.add(64 * step + 32).cast());
+                            for t in 0..T {
+                                let from = x[t].q.add(32 * g + part * 16 + 4 * step);
+                                let q = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+                                short[t][0] = _mm256_add_epi16(short[t][0], _mm256_maddubs_epi16(w0, q));
+                                short[t][1] = _mm256_add_epi16(short[t][1], _mm256_maddubs_epi16(w1, q));
+                            }
+                        }
+                        for t in 0..T {
+                            for h in 0..2 {
+                                sums[t][h] = _mm256_add_epi32(sums[t][h], _mm256_madd_epi16(short[t][h], ones));
+                            }
+                        }
+                    }
+                }
+                for h in 0..2 {
+                    let d = _mm256_load_ps(tile.d.add(at * ROWS + 8 * h));
+                    for t in 0..T {
+                        let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[t][h]), d);
+                        acc[t][h] = _mm256_fmadd_ps(sum, _mm256_broadcast_ss(&*x[t].d.add(g)), acc[t][h]);
+                    }
+                    if !B::SIGNED {
+                        let m = _mm256_load_ps(tile.m.add(at * ROWS + 8 * h));
+                        for t in 0..T {
+                            let s = if B::HALVES { &*x[t].s16.add(at) } else { &*x[t].s.add(g) };
+                            acc[t][h] = _mm256_fmadd_ps(m, _mm256_broadcast_ss(s), acc[t][h]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The AVX2 tile kernel of a type.
+pub(crate) struct Avx2Tile<B>(std::marker::PhantomData<B>);
+
+impl<B: Block> Tile for Avx2Tile<B> {
+    const ROWS: usize = ROWS;
+    const TOKENS: usize = 4;
+    const UNIT_BYTES: usize = B::BYTES;
+
+    #[inline(always)]
+    unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory) {
+        // SAFETY: the caller's contract.
+        unsafe { unpack::<B, ROWS, false>(units, groups, tile) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: *mut f32, first: bool) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match *x {
+                [a, b, c, d] => add::<B, 4>(tile, groups, &[a, b, c, d], sums, first),
+                [a, b, c] => add::<B, 3>(tile, groups, &[a, b, c], sums, first),
+                [a, b] => add::<B, 2>(tile, groups, &[a, b], sums, first),
+                [a] => add::<B, 1>(tile, groups, &[a], sums, first),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// `micro` on sums in memory.
+#[inline(always)]
+unsafe fn add<B: Block, const T: usize>(
+    tile: &TileMemory,
+    groups: usize,
+    x: &[XRow; T],
+    sums: *mut f32,
+    first: bool,
+) {
+    // SAFETY: by `Tile::multiply`'s contract.
+    unsafe {
+        let mut acc = [[_mm256_setzero_ps(); 2]; T];
+        if !first {
+            for t in 0..T {
+                for h in 0..2 {
+                    acc[t][h] = _mm256_load_ps(sums.add(ROWS * t + 8 * h));
+                }
+            }
+        }
+        micro::<B, T>(tile, groups, x, &mut acc);
+        for t in 0..T {
+            for h in 0..2 {
+                _mm256_store_ps(sums.add(ROWS * t + 8 * h), acc[t][h]);
+            }
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Linear maps with dense weights (F32, F16, BF16) and f32 activations.
+//!
+//! A register tile of `R` rows × `T` tokens of dot products, eight lanes each, read straight from the matrix; tokens are
+//! taken in blocks whose f32 rows fit the second cache. Each product is summed alone and in the same order whatever
+//! tile it is in, so results depend neither on the split of the rows nor on the number of tokens.
+
+use super::LinearTask;
+use super::blocks::{le16, le32};
+use crate::quant::DType;
+use half::{bf16, f16};
+
+/// The value at `b[0..]`.
+fn value(dtype: DType, b: &[u8]) -> f32 {
+    match dtype {
+        DType::F16 => f16::from_bits(le16(b)).to_f32(),
+        DType::BF16 => bf16::from_bits(le16(b)).to_f32(),
+        _ => f32::from_bits(le32(b)),
+    }
+}
+
+/// The specification.
+pub(super) fn scalar(task: &LinearTask<'_>) {
+    let size = task.dtype.block_bytes();
+    let row_bytes = task.k * size;
+    for row in task.rows.clone() {
+        let weights = &task.weight[row * row_bytes..(row + 1) * row_bytes];
+        for t in 0..task.x.tokens {
+            let x = &task.x.f32s[t * task.x.stride..][..task.k];
+            let sum = weights.chunks_exact(size).zip(x).map(|(w, x)| value(task.dtype, w) * x).sum();
+            // SAFETY: `linear` checked the output's size.
+            unsafe { task.out.write(t, row, sum, task.accumulate) };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx2 {
+    //! AVX2 and FMA.
+    use super::super::LinearTask;
+    use crate::cpu::isa::Avx2;
+    use crate::quant::DType;
+    use std::arch::x86_64::*;
+
+    /// Bytes of f32 activations that a block of tokens may take: half of a small second cache.
+    const BLOCK_BYTES: usize = 128 << 10;
+
+    /// A dense type: eight weights as f32.
+    pub(crate) trait Dense {
+        const DTYPE: DType;
+        const BYTES: usize;
+        /// # Safety
+        /// Eight values at `p`; the caller has AVX2 and F16C.
+        unsafe fn load(p: *const u8) -> __m256;
+    }
+
+    macro_rules! dense {
+        ($name:ident, $dtype:ident, $bytes:expr, |$p:ident| $load:expr) => {
+            #[doc = stringify!($dtype)]
+            pub(crate) struct $name;
+            impl Dense for $name {
+                const DTYPE: DType = DType::$dtype;
+                const BYTES: usize = $bytes;
+                #[inline(always)]
+                unsafe fn load($p: *const u8) -> __m256 {
+                    // SAFETY: eight values by the contract.
+                    unsafe { $load }
+                }
+            }
+        };
+    }
+    dense!(F32, F32, 4, |p| _mm256_loadu_ps(p.cast()));
+    dense!(F16, F16, 2, |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())));
+    dense!(Bf16, BF16, 2, |p| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(
+        p.cast()
+    )))));
+
+    /// Runs a task.
+    pub(crate) fn run<D: Dense>(_proof: Avx2, task: &LinearTask<'_>) {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn inner<D: Dense>(task: &LinearTask<'_>) {
+            let block = (BLOCK_BYTES / (4 * task.k.max(1))).max(4).next_multiple_of(4);
+            for from in (0..task.x.tokens).step_by(block) {
+                let to = (from + block).min(task.x.tokens);
+                let mut row = task.rows.start;
+                let step = if to - from == 1 { 4 } else { 3 };
+                while row < task.rows.end {
+                    let rows = (task.rows.end - row).min(step);
+                    let mut t = from;
+                    while t < to {
+                        let tokens = (to - t).min(4);
+                        // SAFETY: features are enabled; `linear` checked the sizes.
+                        unsafe {
+                            match (rows, tokens) {
+                                (4, 1) => product::<D, 4, 1>(task, row, t),
+                                (3, 4) => product::<D, 3, 4>(task, row, t),
+                                _ => (row..row + rows).for_each(|r| (t..t + tokens).for_each(|t| product::<D, 1, 1>(task, r, t))),
+                            }
+                        }
+                        t += tokens;
+                    }
+                    row += rows;
+                }
+            }
+        }
+        // SAFETY: the token proves the features.
+        unsafe { inner::<D>(task) }
+    }
+
+    /// Rows `row .. row + R` times tokens `t .. t + T`.
+    #[inline(always)]
+    unsafe fn product<D: Dense, const R: usize, const T: usize>(task: &LinearTask<'_>, row: usize, t: usize) {
+        // SAFETY: rows and tokens in range by the caller.
+        unsafe {
+            let k = task.k;
+            let w: [*const u8; R] = std::array::from_fn(|r| task.weight.as_ptr().add((row + r) * k * D::BYTES));
+            let x: [*const f32; T] = std::array::from_fn(|i| task.x.f32s.as_ptr().add((t + i) * task.x.stride));
+            let mut acc = [[_mm256_setzero_ps(); T]; R];
+            for i in (0..k - k % 8).step_by(8) {
+                let x: [__m256; T] = std::array::from_fn(|j| _mm256_loadu_ps(x[j].add(i)));
+                for r in 0..R {
+                    let w = D::load(w[r].add(i * D::BYTES));
+                    for j in 0..T {
+                        acc[r][j] = _mm256_fmadd_ps(w, x[j], acc[r][j]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for j in 0..T {
+                    let mut sum = super::super::avx2::horizontal(acc[r][j]);
+                    for i in k - k % 8..k {
+                        let at = ((row + r) * k + i) * D::BYTES;
+                        sum += super::value(D::DTYPE, &task.weight[at..]) * *x[j].add(i);
+                    }
+                    task.out.write(t + j, row + r, sum, task.accumulate);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The linear map: `y[t][r] = Σₖ W[r][k] · x[t][k]`, with `W` of any type of [`DType::WEIGHTS`] read where it lies in
+//! the mapped file. Nearly all time of inference is spent here.
+//!
+//! Every thread calls [`linear`] with its own range of rows; a row's result does not depend on the range it is in.
+//! Quantized weights meet activations of 8 bits ([`Activations`], prepared once for all maps that share an input), in
+//! exact integer arithmetic within groups of 32 or 16 values; dense weights meet the f32 activations.
+//!
+//! Two shapes: *matvec* for a few tokens, bound by memory, reads each row once straight from its blocks; *tile* for
+//! many tokens, bound by arithmetic, unpacks some rows into scratch in the first cache and multiplies them there with
+//! all tokens. Which one runs depends on the type and the number of tokens only.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `activations` | 8-bit activations: layout, quantization |
+//! | `blocks` | all formats in one common form: the specification of unpacking |
+//! | `scalar` | the specification of the products |
+//! | `dense` | F32, F16, BF16 |
+//! | `tile` | the loops around an instruction set's tile kernel |
+//! | `avx2/`, `avx512`, `neon` | the instruction sets |
+//! | `table` | all kernels as data |
+
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod blocks;
+mod dense;
+mod scalar;
+mod table;
+mod tile;
+
+#[cfg(test)]
+mod tests;
+
+pub use activations::{Activations, GROUP, Q8, Q8Layout, Q8Mut, activation_bytes, quantize_rows};
+pub use table::{KERNELS, KernelInfo, Shape, pick};
+
+use crate::cpu::isa::Isa;
+use crate::quant::DType;
+use crate::{Error, Result};
+use std::ops::Range;
+
+/// Whether maps with weights of `dtype` read [`Activations::q8`]; dense types read the f32 rows.
+pub const fn needs_q8(dtype: DType) -> bool {
+    dtype.is_quantized()
+}
+
+/// Where results go: `y[t][r]` at `base[t * stride + r]`, with `r` the row's number in the whole matrix. A copyable
+/// address, so that threads can write disjoint rows of one output.
+#[derive(Clone, Copy, Debug)]
+pub struct OutMut {
+    base: *mut f32,
+    stride: usize,
+    len: usize,
+}
+
+// SAFETY: a plain address; `OutMut::new` makes the caller vouch for the memory and for disjoint rows.
+unsafe impl Send for OutMut {}
+// SAFETY: as above.
+unsafe impl Sync for OutMut {}
+
+impl OutMut {
+    /// An output of `len` values at `base`, tokens `stride` apart.
+    ///
+    /// # Safety
+    /// `base` must be valid for reads and writes of `len` f32 for as long as the value is used, and calls that run at
+    /// the same time must have disjoint row ranges.
+    pub const unsafe fn new(base: *mut f32, stride: usize, len: usize) -> OutMut {
+        OutMut { base, stride, len }
+    }
+
+    /// Writes, or adds to, row `r` of token `t`.
+    ///
+    /// # Safety
+    /// `linear` has checked that the place is inside.
+    #[inline(always)]
+    unsafe fn write(&self, t: usize, r: usize, value: f32, accumulate: bool) {
+        debug_assert!(t * self.stride + r < self.len);
+        // SAFETY: inside by the contract.
+        unsafe {
+            let at = self.base.add(t * self.stride + r);
+            *at = if accumulate { *at + value } else { value };
+        }
+    }
+}
+
+/// One thread's share of a linear map.
+#[derive(Clone, Debug)]
+pub struct LinearTask<'a> {
+    /// Type of the weights.
+    pub dtype: DType,
+    /// The whole matrix: rows of `dtype.row_bytes(k)` bytes, one after the other.
+    pub weight: &'a [u8],
+    /// Values in a row; a multiple of `dtype.block_len()`.
+    pub k: usize,
+    /// The rows to compute.
+    pub rows: Range<usize>,
+    /// The input, `[tokens][k]`.
+    pub x: &'a Activations<'a>,
+    /// The output.
+    pub out: OutMut,
+    /// Add to the output instead of overwriting it.
+    pub accumulate: bool,
+}
+
+/// Rows of a tile, at most (AVX-512: 32, AVX2: 16).
+const TILE_ROWS_MAX: usize = 32;
+/// Values of a row that are unpacked at a time; a multiple of 256.
+const TILE_CHUNK: usize = 768;
+/// Tokens whose sums are kept while the chunks of a row tile go by.
+const TILE_TOKENS: usize = 512;
+
+/// A thread's working memory for [`linear`]; made once, used for every call.
+#[derive(Debug)]
+pub struct Scratch {
+    lines: Vec<Line>,
+}
+
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+impl Scratch {
+    /// Scratch that serves every task.
+    pub fn new() -> Scratch {
+        Scratch { lines: vec![Line([0.0; 16]); scratch_bytes() / size_of::<Line>()] }
+    }
+
+    fn tile(&mut self) -> TileMemory {
+        let base = self.lines.as_mut_ptr().cast::<u8>();
+        let q = TILE_ROWS_MAX * TILE_CHUNK;
+        let scales = TILE_ROWS_MAX * TILE_CHUNK / 16 * 4;
+        // SAFETY: the three offsets are within `scratch_bytes`.
+        unsafe {
+            TileMemory {
+                q: base,
+                d: base.add(q).cast(),
+                m: base.add(q + scales).cast(),
+                sums: base.add(q + 2 * scales).cast(),
+            }
+        }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Scratch::new()
+    }
+}
+
+/// Bytes of a [`Scratch`]: what a planner counts for each thread.
+pub const fn scratch_bytes() -> usize {
+    TILE_ROWS_MAX * (TILE_CHUNK + 2 * TILE_CHUNK / 16 * 4 + TILE_TOKENS * 4)
+}
+
+/// The parts of a [`Scratch`], each on 64 bytes: a tile of `R` rows as `q[k/4][R][4]`, `d` and `m` as `[group][R]`
+/// (a group being 32 values, or 16 for the types whose scales are), and the running sums `[token][R]`.
+#[derive(Clone, Copy)]
+struct TileMemory {
+    q: *mut u8,
+    d: *mut f32,
+    m: *mut f32,
+    sums: *mut f32,
+}
+
+/// One quantized token, as pointers, for the kernels.
+#[derive(Clone, Copy)]
+struct XRow {
+    q: *const i8,
+    d: *const f32,
+    s: *const f32,
+    s16: *const f32,
+}
+
+impl XRow {
+    /// Token `t` of `x` from group `group` on (a multiple of 8).
+    ///
+    /// # Safety
+    /// `t` and the group are in range.
+    #[inline(always)]
+    unsafe fn new(x: &Q8<'_>, t: usize, group: usize) -> XRow {
+        let Q8Layout { k, groups, .. } = x.layout;
+        // SAFETY: in range by the contract; `Q8::new` checked the sections' sizes.
+        unsafe {
+            XRow {
+                q: x.qs.as_ptr().add(t * k + GROUP * group),
+                d: x.d.as_ptr().add(t * groups + group),
+                s: x.s.as_ptr().add(t * groups + group),
+                s16: x.s16.as_ptr().add(2 * (t * groups + group)),
+            }
+        }
+    }
+}
+
+/// Computes the task's rows for all tokens of its input, with the kernel that [`pick`] names.
+///
+/// Fails, before anything is written, when a size does not fit: the weight slice, the activations or the output.
+pub fn linear(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> Result<()> {
+    check(task)?;
+    if task.rows.is_empty() || task.x.tokens == 0 {
+        return Ok(());
+    }
+    (pick(isa, task.dtype, task.x.tokens).run)(isa, task, scratch);
+    Ok(())
+}
+
+fn check(task: &LinearTask<'_>) -> Result<()> {
+    let LinearTask { dtype, weight, k, rows, x, out, .. } = task;
+    let misfit = |what: String| {
+        Err(Error::argument(format!("linear map, {dtype} rows {rows:?} of {k} values, {} tokens: {what}", x.tokens)))
+    };
+    if !DType::WEIGHTS.contains(dtype) {
+        return misfit("the type cannot be multiplied with".into());
+    }
+    let Some(row_bytes) = dtype.row_bytes(*k) else {
+        return misfit(format!("rows are no multiple of {}", dtype.block_len()));
+    };
+    if rows.start > rows.end || rows.end.checked_mul(row_bytes).is_none_or(|n| n > weight.len()) {
+        return misfit(format!("the matrix has {} bytes", weight.len()));
+    }
+    if x.k != *k {
+        return misfit(format!("the activations have {} values", x.k));
+    }
+    if x.tokens == 0 {
+        return Ok(());
+    }
+    let reach = |stride: usize, last: usize| (x.tokens - 1).checked_mul(stride).and_then(|n| n.checked_add(last));
+    if reach(out.stride, rows.end).is_none_or(|n| n > out.len) || out.stride < rows.end {
+        return misfit(format!("the output has {} values at stride {}", out.len, out.stride));
+    }
+    match x.q8 {
+        _ if !needs_q8(*dtype) => match reach(x.stride, *k) {
+            Some(n) if n <= x.f32s.len() => Ok(()),
+            _ => misfit(format!("the input has {} values at stride {}", x.f32s.len(), x.stride)),
+        },
+        Some(q8) if q8.layout.k == *k && q8.layout.tokens >= x.tokens => Ok(()),
+        Some(q8) => misfit(format!("the quantized input has {} rows of {}", q8.layout.tokens, q8.layout.k)),
+        None => misfit("the input has not been quantized".into()),
+    }
+}

@@ -1,0 +1,1 @@
+//! Every kernel against its specification, and the specification against f64.
