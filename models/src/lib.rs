@@ -1,6 +1,34 @@
 //! Model families as data, the catalogue of known models with `pull`, and tiny random models for tests.
+//!
+//! A family is one short file that reads a GGUF's keys and says what the decoder is made of, as a
+//! [`Spec`](kinglet_engine::tape::Spec). [`open`] does the whole way from a path to a model that can run.
 
 pub mod catalogue;
+pub mod families;
 #[cfg(feature = "pull")]
 pub mod pull;
 pub mod tiny;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kinglet_engine::Result;
+use kinglet_engine::gguf::Gguf;
+use kinglet_engine::session::Model;
+
+/// Opens the model file at `path`: maps it, recognises its family, checks its tensors.
+///
+/// # Errors
+/// A file that is no GGUF or is damaged, an architecture that is not supported, tensors that do not fit the metadata.
+pub fn open(path: impl AsRef<Path>) -> Result<Model> {
+    load(Gguf::open(path)?)
+}
+
+/// As [`open`], for a GGUF that is already mapped or read.
+///
+/// # Errors
+/// As [`open`].
+pub fn load(gguf: Gguf) -> Result<Model> {
+    let spec = families::spec(&gguf)?;
+    Model::new(Arc::new(gguf), spec)
+}

@@ -261,7 +261,12 @@ fn decode(o: &Options) -> kinglet_engine::Result<()> {
                     ours = ours.min(time(o, dtype, &data, rows, &input, threads, 4)?);
                 }
                 let rate = |t: Duration| data.len() as f64 / t.as_secs_f64() / 1e9;
-                print!("   {threads} thr {:6.1} {:6.1} {:4.0} %", rate(ours), rate(plain), 100.0 * rate(ours) / rate(plain));
+                print!(
+                    "   {threads} thr {:6.1} {:6.1} {:4.0} %",
+                    rate(ours),
+                    rate(plain),
+                    100.0 * rate(ours) / rate(plain)
+                );
             }
             println!();
         }
@@ -273,7 +278,11 @@ fn prefill(o: &Options, ghz: f64) -> kinglet_engine::Result<()> {
     let tokens = o.tokens.unwrap_or(512);
     println!("\nprefill, {tokens} tokens: GMAC/s, MAC per cycle and thread");
     for &dtype in &o.types {
-        let sizes = if o.sizes.is_empty() { vec![(1536, 576), (4864, 896), (2048, 1536), (896, 4864)] } else { o.sizes.clone() };
+        let sizes = if o.sizes.is_empty() {
+            vec![(1536, 576), (4864, 896), (2048, 1536), (896, 4864)]
+        } else {
+            o.sizes.clone()
+        };
         for (rows, k) in sizes {
             let Some(row_bytes) = dtype.row_bytes(k) else { continue };
             let data = weights(dtype, rows * row_bytes);

@@ -1,4 +1,17 @@
 //! The CPU backend: instruction sets, kernels, the thread team and the loop that runs a tape.
 
+mod buffer;
+mod executor;
 pub mod isa;
 pub mod kernels;
+mod kv;
+mod matrix;
+mod ops;
+mod pool;
+mod timing;
+
+pub use buffer::Buffer;
+pub use executor::{Batch, Executor, ExecutorNeeds, ExecutorOptions, Segment};
+pub use kv::{KV_TYPES, KvCache, KvLayout, PAGE};
+pub use pool::{Pool, Team};
+pub use timing::Timing;

@@ -1,1 +1,22 @@
-//! (in progress)
+//! From an open model to tokens: the model with its tokenizer and template, the engine that runs batches of sequences,
+//! the session of one conversation, and generation.
+//!
+//! | type | what it is |
+//! | --- | --- |
+//! | [`Model`] | mapped weights, spec, tokenizer, template; shared by any number of engines |
+//! | [`Engine`] | tapes, arena and threads; runs rows of several [`Sequence`]s at once |
+//! | [`Session`] | an engine with one sequence: feed, score, rewind, generate |
+//! | [`Generation`] | pulls text from a session, piece by piece |
+
+mod engine;
+mod estimate;
+mod generate;
+mod model;
+#[allow(clippy::module_inception)]
+mod session;
+
+pub use engine::{Engine, Sequence, SessionOptions};
+pub use estimate::Estimate;
+pub use generate::{EndReason, GenerateOptions, Generation, GenerationStats, Piece};
+pub use model::Model;
+pub use session::{CancelHandle, Session};

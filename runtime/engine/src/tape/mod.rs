@@ -1,1 +1,23 @@
-//! (in progress)
+//! The tape: a flat list of coarse operations in execution order, the same machinery for chatting and for learning.
+//!
+//! [`Spec`] says what a model is made of (made by a family in `kinglet-models`), [`decoder`] writes it down as ops
+//! through a [`Builder`], [`Plan`] gives every value its place in one arena and so knows the peak memory before
+//! anything is allocated. A backend then walks the list. Row counts, positions and cache lengths are parameters of a
+//! run: nothing is rebuilt per token. There is no graph rewriting; fusion is by construction, each op being as coarse
+//! as the kernels want it.
+
+mod builder;
+pub mod decoder;
+mod op;
+mod plan;
+mod rope;
+mod spec;
+mod weights;
+
+pub use builder::Builder;
+pub use decoder::Purpose;
+pub use op::{Attention, Epilogue, Linear, Op, Part, Rope, Rows, Tape, Value, ValueInfo, WeightId};
+pub use plan::{Place, Plan, PlanLimits};
+pub use rope::Frequencies;
+pub use spec::{Gate, LayerSpec, LinearSpec, RopeSpec, RopeStyle, Spec, WeightRef, Yarn};
+pub use weights::{Weight, Weights};

@@ -5,15 +5,7 @@
 //! ½(1 + tanh u) = σ(2u), which does not cancel where u is very negative.
 
 use super::vector::{by_isa, sigmoid, tanh};
-
-/// Which activation gates the feed-forward block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Gate {
-    /// x · σ(x): LLaMA, Qwen, Mistral.
-    Silu,
-    /// ½x(1 + tanh(√(2/π)(x + 0.044715x³))): Gemma.
-    GeluTanh,
-}
+use crate::tape::Gate;
 
 #[inline(always)]
 fn silu(x: f32) -> f32 {

@@ -114,7 +114,8 @@ fn small(dtype: DType, b: &[u8], q: &mut [u8]) -> (f32, f32) {
             q[i + 16] = code(b >> 4);
         }
     };
-    let fifth = |q: &mut [u8], bits: u32| q.iter_mut().enumerate().for_each(|(i, q)| *q |= (((bits >> i) & 1) as u8) << 4);
+    let fifth =
+        |q: &mut [u8], bits: u32| q.iter_mut().enumerate().for_each(|(i, q)| *q |= (((bits >> i) & 1) as u8) << 4);
     let same = |v| v;
     match dtype {
         DType::Q4_0 => {

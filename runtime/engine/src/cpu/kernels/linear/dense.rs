@@ -93,7 +93,8 @@ pub(super) mod avx2 {
                             match (rows, tokens) {
                                 (4, 1) => product::<D, 4, 1>(task, row, t),
                                 (3, 4) => product::<D, 3, 4>(task, row, t),
-                                _ => (row..row + rows).for_each(|r| (t..t + tokens).for_each(|t| product::<D, 1, 1>(task, r, t))),
+                                _ => (row..row + rows)
+                                    .for_each(|r| (t..t + tokens).for_each(|t| product::<D, 1, 1>(task, r, t))),
                             }
                         }
                         t += tokens;

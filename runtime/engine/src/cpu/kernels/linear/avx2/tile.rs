@@ -198,13 +198,7 @@ impl<B: Block> Tile for Avx2Tile<B> {
 
 /// `micro` on sums in memory.
 #[inline(always)]
-unsafe fn add<B: Block, const T: usize>(
-    tile: &TileMemory,
-    groups: usize,
-    x: &[XRow; T],
-    sums: *mut f32,
-    first: bool,
-) {
+unsafe fn add<B: Block, const T: usize>(tile: &TileMemory, groups: usize, x: &[XRow; T], sums: *mut f32, first: bool) {
     // SAFETY: by `Tile::multiply`'s contract.
     unsafe {
         let mut acc = [[_mm256_setzero_ps(); 2]; T];

@@ -1,0 +1,211 @@
+//! What all families share: the keys of the sizes and the usual tensor names.
+
+use kinglet_engine::gguf::Gguf;
+use kinglet_engine::tape::{Gate, LayerSpec, LinearSpec, RopeSpec, RopeStyle, Spec, WeightRef};
+use kinglet_engine::{Error, Result};
+
+/// Limits beyond which a size is a damaged file rather than a model.
+const MAX_LAYERS: u32 = 1_024;
+const MAX_WIDTH: u32 = 1 << 20;
+const MAX_VOCAB: usize = 1 << 24;
+
+/// Keys of one architecture.
+pub struct Keys<'a> {
+    pub gguf: &'a Gguf,
+    arch: &'a str,
+}
+
+impl<'a> Keys<'a> {
+    pub fn new(gguf: &'a Gguf) -> Result<Keys<'a>> {
+        Ok(Keys { gguf, arch: gguf.metadata().str("general.architecture")? })
+    }
+
+    /// The full name of a key of this architecture.
+    pub fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.arch)
+    }
+
+    pub fn opt_f32(&self, name: &str) -> Result<Option<f32>> {
+        let key = self.key(name);
+        let value = self.gguf.metadata().opt_f32(&key)?;
+        match value {
+            Some(v) if !v.is_finite() => Err(self.absurd(&key, v)),
+            value => Ok(value),
+        }
+    }
+
+    pub fn opt_u32(&self, name: &str) -> Result<Option<u32>> {
+        self.gguf.metadata().opt_u32(&self.key(name))
+    }
+
+    /// A size that must be at least 1 and at most `max`.
+    fn size(&self, name: &str, max: u32) -> Result<usize> {
+        let key = self.key(name);
+        match self.gguf.metadata().u32(&key)? {
+            n if (1..=max).contains(&n) => Ok(n as usize),
+            n => Err(self.absurd(&key, n)),
+        }
+    }
+
+    pub fn absurd(&self, key: &str, value: impl std::fmt::Display) -> Error {
+        Error::Format {
+            file: self.gguf.name().to_string(),
+            at: format!("key {key}"),
+            what: format!("{value} is not possible here; the file is damaged or of an unknown variant"),
+        }
+    }
+
+    /// The tensor, if the file has it.
+    pub fn opt_tensor(&self, name: &str) -> Option<WeightRef> {
+        self.gguf.tensor(name).map(|_| WeightRef::whole(name))
+    }
+
+    /// `{name}.weight` with `{name}.bias` where the file has one.
+    pub fn linear(&self, name: &str) -> LinearSpec {
+        LinearSpec {
+            weight: WeightRef::whole(format!("{name}.weight")),
+            bias: self.opt_tensor(&format!("{name}.bias")),
+        }
+    }
+
+    /// Rotation by the usual keys.
+    pub fn rope(&self, style: RopeStyle, head_dim: usize) -> Result<RopeSpec> {
+        let dims = self.opt_u32("rope.dimension_count")?.map_or(head_dim, |n| n as usize);
+        if dims == 0 || dims > head_dim || dims % 2 != 0 {
+            return Err(self.absurd(&self.key("rope.dimension_count"), dims));
+        }
+        let base = self.opt_f32("rope.freq_base")?.unwrap_or(10_000.0);
+        if base <= 0.0 {
+            return Err(self.absurd(&self.key("rope.freq_base"), base));
+        }
+        Ok(RopeSpec { style, dims, base, scale: self.rope_scale()?, factors: self.rope_factors(dims)?, yarn: None })
+    }
+
+    /// Factor on positions of linear scaling. Other kinds of scaling change the attention too and are refused.
+    fn rope_scale(&self) -> Result<f32> {
+        let key = self.key("rope.scaling.type");
+        let factor = match self.opt_f32("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => self.opt_f32("rope.scale_linear")?,
+        };
+        match self.gguf.metadata().opt_str(&key)? {
+            None | Some("linear") => match factor {
+                None => Ok(1.0),
+                Some(f) if f > 0.0 => Ok(1.0 / f),
+                Some(f) => Err(self.absurd(&self.key("rope.scaling.factor"), f)),
+            },
+            Some("none") => Ok(1.0),
+            Some(other) => Err(Error::Unsupported(format!(
+                "{}: key {key}: rotation scaled by {other:?}; known are \"none\" and \"linear\"",
+                self.gguf.name()
+            ))),
+        }
+    }
+
+    /// Divisors of the frequencies that some long-context models store as a tensor.
+    fn rope_factors(&self, dims: usize) -> Result<Option<Vec<f32>>> {
+        let Some(info) = self.gguf.tensor("rope_freqs.weight") else { return Ok(None) };
+        let mut factors = vec![0.0; info.width()];
+        kinglet_engine::quant::dequantize(info.dtype, self.gguf.data(info), &mut factors)?;
+        if factors.len() != dims / 2 || factors.iter().any(|f| !(f.is_finite() && *f > 0.0)) {
+            return Err(Error::Format {
+                file: self.gguf.name().to_string(),
+                at: "tensor rope_freqs.weight".into(),
+                what: format!("needs {} positive factors, one per pair of rotated components", dims / 2),
+            });
+        }
+        Ok(Some(factors))
+    }
+
+    /// The plain pre-norm decoder that most families are, with tensor names as GGUF files have them.
+    pub fn decoder(&self, style: RopeStyle) -> Result<Spec> {
+        let width = self.size("embedding_length", MAX_WIDTH)?;
+        let layers = self.size("block_count", MAX_LAYERS)?;
+        let heads = self.size("attention.head_count", MAX_WIDTH)?;
+        let kv_heads = match self.opt_u32("attention.head_count_kv")? {
+            None => heads,
+            Some(_) => self.size("attention.head_count_kv", MAX_WIDTH)?,
+        };
+        if heads % kv_heads != 0 {
+            return Err(self.absurd(&self.key("attention.head_count_kv"), kv_heads));
+        }
+        let head_dim = match self.opt_u32("attention.key_length")? {
+            Some(_) => self.size("attention.key_length", MAX_WIDTH)?,
+            None if width % heads == 0 => width / heads,
+            None => return Err(self.absurd(&self.key("attention.head_count"), heads)),
+        };
+        if let Some(n) = self.opt_u32("attention.value_length")?
+            && n as usize != head_dim
+        {
+            return Err(Error::Unsupported(format!(
+                "{}: values of {n} elements per head beside keys of {head_dim}",
+                self.gguf.name()
+            )));
+        }
+        let embedding = "token_embd.weight";
+        let vocab = self.gguf.tensor(embedding).map_or(0, |t| t.rows());
+        if !(1..=MAX_VOCAB).contains(&vocab) {
+            return Err(Error::Format {
+                file: self.gguf.name().to_string(),
+                at: format!("tensor {embedding}"),
+                what: "is missing or has an absurd number of rows; the file is incomplete".into(),
+            });
+        }
+        let norm_eps = self.gguf.metadata().f32(&self.key("attention.layer_norm_rms_epsilon"))?;
+        if !(norm_eps.is_finite() && norm_eps >= 0.0) {
+            return Err(self.absurd(&self.key("attention.layer_norm_rms_epsilon"), norm_eps));
+        }
+        Ok(Spec {
+            family: self.arch.to_string(),
+            vocab,
+            width,
+            heads,
+            kv_heads,
+            head_dim,
+            ffn: self.size("feed_forward_length", MAX_WIDTH)?,
+            context: self.size("context_length", u32::MAX)?,
+            norm_eps,
+            embed_scale: 1.0,
+            attention_scale: 1.0 / (head_dim as f32).sqrt(),
+            attention_softcap: None,
+            logit_softcap: None,
+            alibi: None,
+            gate: Gate::Silu,
+            ropes: vec![self.rope(style, head_dim)?],
+            embedding: WeightRef::whole(embedding),
+            output_norm: WeightRef::whole("output_norm.weight"),
+            head: self.opt_tensor("output.weight").unwrap_or_else(|| WeightRef::whole(embedding)),
+            layers: (0..layers).map(|i| self.layer(i)).collect(),
+        })
+    }
+
+    fn layer(&self, index: usize) -> LayerSpec {
+        let name = |part: &str| format!("blk.{index}.{part}");
+        let norm = |part: &str| WeightRef::whole(name(&format!("{part}.weight")));
+        LayerSpec {
+            attention_norm: norm("attn_norm"),
+            q: self.linear(&name("attn_q")),
+            k: self.linear(&name("attn_k")),
+            v: self.linear(&name("attn_v")),
+            o: self.linear(&name("attn_output")),
+            q_norm: None,
+            k_norm: None,
+            post_attention_norm: None,
+            ffn_norm: norm("ffn_norm"),
+            gate: self.linear(&name("ffn_gate")),
+            up: self.linear(&name("ffn_up")),
+            down: self.linear(&name("ffn_down")),
+            post_ffn_norm: None,
+            rope: Some(0),
+            window: None,
+        }
+    }
+}
+
+/// Adds the norms of query and key heads that some families have.
+pub fn with_head_norms(spec: &mut Spec) {
+    for (i, layer) in spec.layers.iter_mut().enumerate() {
+        layer.q_norm = Some(WeightRef::whole(format!("blk.{i}.attn_q_norm.weight")));
+        layer.k_norm = Some(WeightRef::whole(format!("blk.{i}.attn_k_norm.weight")));
+    }
+}

@@ -1,0 +1,79 @@
+//! Cache-line aligned memory whose allocation can fail without ending the program.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+
+use crate::{Error, Result};
+
+/// Alignment of every buffer, in bytes.
+pub const ALIGN: usize = 64;
+
+/// An owned, zeroed, 64-byte aligned block of memory. Its contents are reached by raw pointer: threads of a team write
+/// disjoint parts of it at once.
+#[derive(Debug)]
+pub struct Buffer {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a plain block of bytes, with no ties to the thread that allocated it.
+unsafe impl Send for Buffer {}
+// SAFETY: shared access hands out raw pointers only; whoever dereferences them states why that is sound.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// Allocates `bytes` zeroes; pages are touched when they are written first.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] naming `what` when the system refuses.
+    pub fn new(bytes: usize, what: &str) -> Result<Buffer> {
+        let refused = || Error::Memory {
+            needed: bytes as u64,
+            available: 0,
+            what: format!("the system refused memory for {what}; close other programs or ask for a smaller context"),
+        };
+        let layout = Layout::from_size_align(bytes.max(ALIGN), ALIGN).map_err(|_| refused())?;
+        // SAFETY: the size is not zero.
+        let base = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?;
+        Ok(Buffer { base, bytes })
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// The first byte.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// The contents, when nobody else writes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: allocated with this size, zeroed; the caller holds the only writer.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.bytes) }
+    }
+
+    /// A copy.
+    ///
+    /// # Errors
+    /// As [`Buffer::new`].
+    pub fn try_clone(&self, what: &str) -> Result<Buffer> {
+        let copy = Buffer::new(self.bytes, what)?;
+        // SAFETY: both blocks have `self.bytes` bytes and do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(self.base.as_ptr(), copy.base.as_ptr(), self.bytes) };
+        Ok(copy)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: the layout that `new` allocated with, checked there.
+        unsafe { dealloc(self.base.as_ptr(), Layout::from_size_align_unchecked(self.bytes.max(ALIGN), ALIGN)) }
+    }
+}

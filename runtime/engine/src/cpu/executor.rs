@@ -1,0 +1,386 @@
+//! Runs a tape on the CPU.
+//!
+//! One job of the pool is one walk over the whole list: every thread executes every op, each its own part, and they meet
+//! after each op. The arena, the tables and the scratch of all threads are allocated once; a run allocates nothing but
+//! new KV pages.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use super::buffer::Buffer;
+use super::isa::Isa;
+use super::kernels::{attention, linear};
+use super::kv::{KvCache, KvLayout};
+use super::ops;
+use super::pool::{Pool, Team};
+use super::timing::{Timing, Timings};
+use crate::tape::{Frequencies, Op, Plan, PlanLimits, Purpose, Spec, Tape, Weights, decoder};
+use crate::{Error, Result};
+
+/// Tokens per group of the vocabulary in which a cross-entropy is summed: 4 KiB of logits per row.
+pub(super) const VOCAB_CHUNK: usize = 1_024;
+
+/// How an executor is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct ExecutorOptions {
+    /// Threads of the team.
+    pub threads: usize,
+    /// Most rows per run.
+    pub limits: PlanLimits,
+}
+
+/// Memory an executor takes, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ExecutorNeeds {
+    /// Values and tables.
+    pub arena: usize,
+    /// Scratch of all threads.
+    pub scratch: usize,
+}
+
+/// Rows of a run that belong to one sequence.
+#[derive(Debug)]
+pub struct Segment<'a> {
+    /// The sequence's cache; its length is the position of the segment's first row.
+    pub cache: &'a mut KvCache,
+    /// Number of rows.
+    pub rows: usize,
+}
+
+/// What to run.
+#[derive(Debug)]
+pub struct Batch<'a> {
+    /// Token ids, segment after segment.
+    pub tokens: &'a [u32],
+    /// How they divide into sequences.
+    pub segments: Vec<Segment<'a>>,
+    /// Rows whose result is wanted, increasing.
+    pub outputs: &'a [u32],
+    /// The token to be predicted at each output row, for [`Purpose::Score`]; else empty.
+    pub targets: &'a [u32],
+}
+
+/// A tape with its plan.
+#[derive(Debug)]
+struct Program {
+    purpose: Purpose,
+    tape: Tape,
+    plan: Plan,
+    arena_bytes: usize,
+    scratch_floats: usize,
+}
+
+impl Program {
+    fn new(spec: &Spec, weights: &Weights, purpose: Purpose, limits: PlanLimits) -> Program {
+        // A score needs a row for every token of a run, logits only for a few.
+        let limits = match purpose {
+            Purpose::Generate => limits,
+            Purpose::Score => PlanLimits { outputs: limits.tokens, ..limits },
+        };
+        let tape = decoder::build(spec, weights, purpose);
+        let plan = Plan::new(&tape, limits, linear::activation_bytes);
+        let tables = Tables::new(spec, plan.arena_bytes, &limits, purpose);
+        let logits = match purpose {
+            Purpose::Score => limits.outputs * VOCAB_CHUNK,
+            Purpose::Generate => 0,
+        };
+        let scratch_floats = attention::attention_scratch_len(spec.head_dim).max(logits);
+        Program { purpose, tape, plan, arena_bytes: tables.end, scratch_floats }
+    }
+}
+
+/// Places behind the values: the rotation tables, and partial sums of a cross-entropy.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tables {
+    pub rope: usize,
+    pub rope_row: usize,
+    pub partial: usize,
+    end: usize,
+}
+
+impl Tables {
+    fn new(spec: &Spec, start: usize, limits: &PlanLimits, purpose: Purpose) -> Tables {
+        // Per row and kind of rotation: cosines, then sines.
+        let rope_row: usize = spec.ropes.iter().map(|r| r.dims).sum();
+        let partial = start + (limits.tokens * rope_row * 4).next_multiple_of(64);
+        let chunks = match purpose {
+            Purpose::Generate => 0,
+            Purpose::Score => spec.vocab.div_ceil(VOCAB_CHUNK),
+        };
+        // Per chunk and row: maximum and sum; behind them the logit of each row's target.
+        let end = partial + ((2 * chunks + 1) * limits.outputs * 4).next_multiple_of(64);
+        Tables { rope: start, rope_row, partial, end }
+    }
+}
+
+/// Runs the tapes of one model. See the module's text.
+#[derive(Debug)]
+pub struct Executor {
+    spec: Spec,
+    weights: Arc<Weights>,
+    isa: Isa,
+    limits: PlanLimits,
+    pool: Pool,
+    programs: Vec<Program>,
+    arena: Buffer,
+    scratch: Vec<Mutex<Scratch>>,
+    /// Angles per position of each kind of rotation.
+    frequencies: Vec<Frequencies>,
+    timings: Timings,
+}
+
+/// A thread's own memory.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    /// Unpacked tiles of weights.
+    pub linear: linear::Scratch,
+    /// Blocks of attention, or the logits of a chunk of the vocabulary.
+    pub floats: Buffer,
+}
+
+impl Scratch {
+    /// The floats, for a kernel that wants them as a slice.
+    pub fn floats(&mut self) -> &mut [f32] {
+        // SAFETY: a zeroed, aligned block that this reference makes exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.floats.as_ptr().cast(), self.floats.len() / 4) }
+    }
+}
+
+/// What the ops of one run see.
+pub(super) struct Context<'a> {
+    pub isa: Isa,
+    pub tape: &'a Tape,
+    pub plan: &'a Plan,
+    pub weights: &'a Weights,
+    pub tables: Tables,
+    pub arena: *mut u8,
+    pub tokens: &'a [u32],
+    pub outputs: &'a [u32],
+    pub targets: &'a [u32],
+    /// Position of each row in its sequence.
+    pub positions: &'a [u32],
+    pub sequences: &'a [SequenceView],
+    pub kv: KvLayout,
+    pub frequencies: &'a [Frequencies],
+}
+
+// SAFETY: `arena` points to memory that outlives the run; the ops divide what they write among the threads.
+unsafe impl Sync for Context<'_> {}
+
+/// A segment of a run as the ops see it.
+pub(super) struct SequenceView {
+    /// Its first row in the batch.
+    pub first_row: usize,
+    pub rows: usize,
+    /// Position of its first row.
+    pub position: usize,
+    /// The pages of its cache, to be read.
+    pub pages: Vec<*const u8>,
+}
+
+impl Executor {
+    /// Plans the generating tape, allocates, starts the threads.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], or a thread the system refuses.
+    pub fn new(spec: &Spec, weights: Arc<Weights>, options: &ExecutorOptions) -> Result<Executor> {
+        let mut executor = Executor {
+            spec: spec.clone(),
+            weights,
+            isa: Isa::detect(),
+            limits: options.limits,
+            pool: Pool::new(options.threads)?,
+            programs: Vec::new(),
+            arena: Buffer::new(0, "the arena")?,
+            scratch: Vec::new(),
+            frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
+            timings: Timings::default(),
+        };
+        executor.program(Purpose::Generate)?;
+        Ok(executor)
+    }
+
+    /// What [`Executor::new`] comes to need for generating.
+    pub fn needs(spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> ExecutorNeeds {
+        let program = Program::new(spec, weights, Purpose::Generate, options.limits);
+        ExecutorNeeds {
+            arena: program.arena_bytes,
+            scratch: (program.scratch_floats * 4 + linear::scratch_bytes()) * options.threads,
+        }
+    }
+
+    /// Index of the program for `purpose`, made at its first use.
+    fn program(&mut self, purpose: Purpose) -> Result<usize> {
+        if let Some(at) = self.programs.iter().position(|p| p.purpose == purpose) {
+            return Ok(at);
+        }
+        let program = Program::new(&self.spec, &self.weights, purpose, self.limits);
+        if program.arena_bytes > self.arena.len() {
+            // Nothing in the arena outlives a run: the old one can go first.
+            self.arena = Buffer::new(0, "the arena")?;
+            self.arena = Buffer::new(program.arena_bytes, "activations")?;
+        }
+        for scratch in &mut self.scratch {
+            let scratch = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);
+            if scratch.floats.len() < program.scratch_floats * 4 {
+                scratch.floats = Buffer::new(program.scratch_floats * 4, "thread scratch")?;
+            }
+        }
+        while self.scratch.len() < self.pool.threads() {
+            let floats = Buffer::new(program.scratch_floats * 4, "thread scratch")?;
+            self.scratch.push(Mutex::new(Scratch { linear: linear::Scratch::new(), floats }));
+        }
+        self.programs.push(program);
+        Ok(self.programs.len() - 1)
+    }
+
+    /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies. The caches have advanced then.
+    ///
+    /// # Errors
+    /// A batch over the limits, token ids outside the vocabulary, [`Error::Memory`] for KV pages, [`Error::Cancelled`].
+    /// The caches are as before then.
+    pub fn run(&mut self, purpose: Purpose, mut batch: Batch<'_>, cancel: &AtomicBool) -> Result<&[f32]> {
+        let index = self.program(purpose)?;
+        let program = &self.programs[index];
+        check(&batch, &self.spec, &program.plan.limits, purpose)?;
+        let mut positions = Vec::with_capacity(batch.tokens.len());
+        let mut sequences = Vec::with_capacity(batch.segments.len());
+        let mut kv = None;
+        for segment in &mut batch.segments {
+            let position = segment.cache.len();
+            segment.cache.reserve(position + segment.rows)?;
+            kv = Some(segment.cache.layout());
+            sequences.push(SequenceView {
+                first_row: positions.len(),
+                rows: segment.rows,
+                position,
+                pages: segment.cache.page_pointers(),
+            });
+            positions.extend((position..position + segment.rows).map(|p| p as u32));
+        }
+        let Some(kv) = kv else {
+            return Err(Error::argument("a run needs at least one sequence"));
+        };
+        let context = Context {
+            isa: self.isa,
+            tape: &program.tape,
+            plan: &program.plan,
+            weights: &self.weights,
+            tables: Tables::new(&self.spec, program.plan.arena_bytes, &program.plan.limits, purpose),
+            arena: self.arena.as_ptr(),
+            tokens: batch.tokens,
+            outputs: batch.outputs,
+            targets: batch.targets,
+            positions: &positions,
+            sequences: &sequences,
+            kv,
+            frequencies: &self.frequencies,
+        };
+        let done = walk(&context, &mut self.pool, &self.scratch, &mut self.timings, cancel);
+        if !done {
+            return Err(Error::Cancelled);
+        }
+        for segment in &mut batch.segments {
+            segment.cache.advance(segment.rows);
+        }
+        let program = &self.programs[index];
+        let info = program.tape.info(program.tape.result);
+        let start = program.plan.place(program.tape.result).offset;
+        let bytes = &self.arena.bytes()[start..start + batch.outputs.len() * info.width * 4];
+        Ok(bytemuck::cast_slice(bytes))
+    }
+
+    pub(crate) fn set_timing(&mut self, on: bool) {
+        self.timings.on = on;
+    }
+
+    pub(crate) fn take_timings(&mut self) -> Vec<Timing> {
+        self.timings.take()
+    }
+}
+
+fn check(batch: &Batch<'_>, spec: &Spec, limits: &PlanLimits, purpose: Purpose) -> Result<()> {
+    let rows = batch.tokens.len();
+    if rows == 0 || rows > limits.tokens || batch.segments.iter().map(|s| s.rows).sum::<usize>() != rows {
+        return Err(Error::argument(format!("a run takes between 1 and {} tokens, not {rows}", limits.tokens)));
+    }
+    if batch.outputs.len() > limits.outputs || batch.outputs.iter().any(|o| *o as usize >= rows) {
+        return Err(Error::argument(format!(
+            "a run gives logits for at most {} of its rows, {} were asked for; open the session with larger logit_rows",
+            limits.outputs,
+            batch.outputs.len()
+        )));
+    }
+    let wanted = if purpose == Purpose::Score { batch.outputs.len() } else { 0 };
+    if batch.targets.len() != wanted {
+        return Err(Error::argument(format!("{wanted} targets are needed, not {}", batch.targets.len())));
+    }
+    if let Some(token) = batch.tokens.iter().chain(batch.targets).find(|t| **t as usize >= spec.vocab) {
+        return Err(Error::argument(format!("token {token} is outside the vocabulary of {}", spec.vocab)));
+    }
+    Ok(())
+}
+
+/// Walks the tape; false when it was cancelled.
+fn walk(
+    context: &Context<'_>,
+    pool: &mut Pool,
+    scratch: &[Mutex<Scratch>],
+    timings: &mut Timings,
+    cancel: &AtomicBool,
+) -> bool {
+    // The op behind which to stop: decided by thread 0, read by all after the barrier that follows its store.
+    let stop_at = AtomicUsize::new(usize::MAX);
+    let timed = timings.on;
+    let table = Mutex::new(timings);
+    pool.run(|team: &Team<'_>| {
+        let mut scratch = scratch[team.index].lock().unwrap_or_else(PoisonError::into_inner);
+        // Counters of claimed work alternate: see `Team::claim`.
+        let mut round = 0;
+        rope_tables(context, team);
+        team.wait();
+        for (index, op) in context.tape.ops.iter().enumerate() {
+            let started = (timed && team.index == 0).then(Instant::now);
+            if matches!(op, Op::Attention(_) | Op::CrossEntropy { .. }) {
+                round += 1;
+                if team.index == 0 {
+                    team.reset_claims(round + 1);
+                }
+            }
+            // SAFETY: all threads execute the same op with the same context between two barriers, with their own
+            // scratch; the plan keeps values that live at once apart.
+            unsafe { ops::run(context, op, team, &mut scratch, round) };
+            if team.index == 0 && cancel.load(Ordering::Relaxed) {
+                stop_at.store(index, Ordering::Relaxed);
+            }
+            team.wait();
+            if let Some(started) = started
+                && let Ok(mut table) = table.lock()
+            {
+                table.add(op.name(), started.elapsed());
+            }
+            if stop_at.load(Ordering::Relaxed) == index {
+                return;
+            }
+        }
+    });
+    stop_at.into_inner() == usize::MAX
+}
+
+/// Fills cosines and sines of every row's position, for each kind of rotation.
+fn rope_tables(context: &Context<'_>, team: &Team<'_>) {
+    for row in team.share(context.positions.len(), 1) {
+        let mut at = context.tables.rope + row * context.tables.rope_row * 4;
+        for frequencies in context.frequencies {
+            let half = frequencies.pairs();
+            // SAFETY: the tables' place in the arena; this thread alone writes the rows of its share.
+            let (cos, sin) = unsafe {
+                let base = context.arena.add(at).cast::<f32>();
+                (std::slice::from_raw_parts_mut(base, half), std::slice::from_raw_parts_mut(base.add(half), half))
+            };
+            frequencies.table(context.positions[row] as usize, cos, sin);
+            at += 2 * half * 4;
+        }
+    }
+}

@@ -1,0 +1,487 @@
+//! Every op of the tape on the CPU: which part each thread of the team computes, with which kernel.
+//!
+//! Rows of weights are divided statically, so that a thread streams its own contiguous part; rows of activations
+//! likewise; attention is claimed in pieces because causal pieces differ in size. A value that a quantized map will read
+//! gets its 8-bit form from the op that writes it.
+
+use std::ops::Range;
+
+use super::executor::{Context, Scratch, SequenceView, VOCAB_CHUNK};
+use super::kernels::{activation, attention, linear, norm, rope, vector};
+use super::kv::PAGE;
+use super::matrix::Matrix;
+use super::pool::Team;
+use crate::quant;
+use crate::tape::{Attention, Epilogue, Linear, Op, Part, Rope, Value, WeightId};
+
+/// Rows of weights that stay with one thread: whole tiles of every kernel, whole groups of 32 for the 8-bit form.
+const ROW_UNIT: usize = 32;
+/// Query rows of a piece of attention.
+const QUERY_ROWS: usize = 64;
+
+impl Context<'_> {
+    fn rows(&self, value: Value) -> usize {
+        match self.tape.info(value).rows {
+            crate::tape::Rows::Tokens => self.tokens.len(),
+            crate::tape::Rows::Outputs => self.outputs.len(),
+        }
+    }
+
+    fn matrix(&self, value: Value) -> Matrix {
+        let offset = self.plan.place(value).offset;
+        // SAFETY: the plan reserved `rows · width` floats there, for at least as many rows as this run has.
+        unsafe { Matrix::new(self.arena.add(offset).cast(), self.rows(value), self.tape.info(value).width) }
+    }
+
+    fn q8_mut(&self, value: Value) -> Option<linear::Q8Mut> {
+        let offset = self.plan.place(value).quantized?;
+        // SAFETY: the plan reserved the bytes for at least as many rows; the ops write disjoint rows.
+        Some(unsafe { linear::Q8Mut::new(self.arena.add(offset), self.rows(value), self.tape.info(value).width) })
+    }
+
+    /// What a linear kernel reads of a value.
+    ///
+    /// # Safety
+    /// No thread may be writing to the value.
+    unsafe fn activations(&self, value: Value) -> linear::Activations<'_> {
+        let matrix = self.matrix(value);
+        let q8 = self.plan.place(value).quantized.and_then(|offset| {
+            // SAFETY: reserved by the plan, written before the last barrier.
+            let bytes = unsafe {
+                std::slice::from_raw_parts(self.arena.add(offset), linear::activation_bytes(matrix.rows, matrix.width))
+            };
+            linear::Q8::new(bytes, matrix.rows, matrix.width).ok()
+        });
+        linear::Activations {
+            // SAFETY: by the caller's promise.
+            f32s: unsafe { matrix.all(0..matrix.rows) },
+            q8,
+            tokens: matrix.rows,
+            k: matrix.width,
+            stride: matrix.width,
+        }
+    }
+
+    /// Quantizes some rows of `value` if a linear map will want them.
+    ///
+    /// # Safety
+    /// The rows must be complete, and this thread the only one to quantize them.
+    unsafe fn quantize(&self, value: Value, rows: Range<usize>) {
+        if let Some(q8) = self.q8_mut(value) {
+            let matrix = self.matrix(value);
+            // SAFETY: by the caller's promise.
+            let x = unsafe { matrix.all(0..rows.end) };
+            let done = linear::quantize_rows(self.isa, x, matrix.width, rows, &q8);
+            debug_assert!(done.is_ok());
+        }
+    }
+
+    /// Waits for all threads to finish `value`, then quantizes it together.
+    ///
+    /// # Safety
+    /// All threads of the team must come here.
+    unsafe fn quantize_together(&self, value: Value, team: &Team<'_>) {
+        if self.plan.place(value).quantized.is_some() {
+            team.wait();
+            // SAFETY: complete behind the barrier; shares are disjoint.
+            unsafe { self.quantize(value, team.share(self.rows(value), 1)) };
+        }
+    }
+
+    /// Rows `rows` of a linear map, into the same columns of `out`.
+    fn linear_kernel(
+        &self,
+        weight: WeightId,
+        rows: Range<usize>,
+        x: &linear::Activations<'_>,
+        out: &Matrix,
+        accumulate: bool,
+        scratch: &mut linear::Scratch,
+    ) {
+        let info = self.weights.get(weight);
+        // SAFETY: the matrix lies in the arena or the scratch; calls at the same time have disjoint rows of weights.
+        let out = unsafe { linear::OutMut::new(out.row_ptr(0), out.width, out.rows * out.width) };
+        let task = linear::LinearTask {
+            dtype: info.dtype,
+            weight: self.weights.data(weight),
+            k: info.width,
+            rows,
+            x,
+            out,
+            accumulate,
+        };
+        self.run_linear(&task, weight, scratch);
+    }
+
+    /// As [`Context::linear_kernel`], into the first columns of `out`.
+    fn linear_chunk(
+        &self,
+        weight: WeightId,
+        rows: Range<usize>,
+        x: &linear::Activations<'_>,
+        out: &Matrix,
+        scratch: &mut linear::Scratch,
+    ) {
+        let (info, data) = (self.weights.get(weight), self.weights.data(weight));
+        let row_bytes = data.len() / info.rows;
+        // SAFETY: this thread's own matrix.
+        let out = unsafe { linear::OutMut::new(out.row_ptr(0), out.width, out.rows * out.width) };
+        let task = linear::LinearTask {
+            dtype: info.dtype,
+            weight: &data[rows.start * row_bytes..rows.end * row_bytes],
+            k: info.width,
+            rows: 0..rows.len(),
+            x,
+            out,
+            accumulate: false,
+        };
+        self.run_linear(&task, weight, scratch);
+    }
+
+    fn run_linear(&self, task: &linear::LinearTask<'_>, weight: WeightId, scratch: &mut linear::Scratch) {
+        // The sizes were checked when the weights were resolved and the arena planned.
+        if let Err(e) = linear::linear(self.isa, task, scratch) {
+            unreachable!("{}: {e}", self.weights.get(weight).name);
+        }
+    }
+}
+
+/// Executes this thread's part of `op`.
+///
+/// # Safety
+/// Every thread of the team calls it for the same op and context, with a barrier before the next op; `scratch` is this
+/// thread's own.
+pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mut Scratch, round: usize) {
+    // SAFETY: in each arm a thread writes only rows or columns of its own share and reads values that ops before the
+    // last barrier have written.
+    unsafe {
+        match op {
+            Op::Embed { table, scale, out } => embed_rows(c, *table, *scale, *out, team),
+            Op::RmsNorm { x, weight, out } => {
+                let (x, y) = (c.matrix(*x), c.matrix(*out));
+                let weight = c.weights.get(*weight).vector();
+                for row in team.share(y.rows, 1) {
+                    norm::rms_norm(c.isa, x.row(row), weight, c.tape.spec.norm_eps, y.row_mut(row));
+                    c.quantize(*out, row..row + 1);
+                }
+            }
+            Op::AddRmsNorm { x, y, weight, out } => {
+                let (x, y, z) = (c.matrix(*x), c.matrix(*y), c.matrix(*out));
+                let weight = c.weights.get(*weight).vector();
+                for row in team.share(z.rows, 1) {
+                    if z.row_ptr(row) != x.row_ptr(row) {
+                        z.row_mut(row).copy_from_slice(x.row(row));
+                    }
+                    norm::rms_norm_add(c.isa, y.row(row), weight, c.tape.spec.norm_eps, z.row_mut(row));
+                    c.quantize(*out, row..row + 1);
+                }
+            }
+            Op::Linear(op) => linear_op(c, op, team, scratch),
+            Op::Rope(op) => rope_op(c, op, team),
+            Op::Attention(op) => {
+                attention_op(c, op, team, scratch, round);
+                c.quantize_together(op.out, team);
+            }
+            Op::GatherOutputs { x, out } => {
+                let (x, y) = (c.matrix(*x), c.matrix(*out));
+                for row in team.share(y.rows, 1) {
+                    y.row_mut(row).copy_from_slice(x.row(c.outputs[row] as usize));
+                    c.quantize(*out, row..row + 1);
+                }
+            }
+            Op::Head { x, weight, out } => {
+                let y = c.matrix(*out);
+                if y.rows == 0 {
+                    return;
+                }
+                let columns = team.share(y.width, ROW_UNIT);
+                let x = c.activations(*x);
+                c.linear_kernel(*weight, columns.clone(), &x, &y, false, &mut scratch.linear);
+                if let Some(cap) = c.tape.spec.logit_softcap {
+                    for row in 0..y.rows {
+                        activation::softcap(c.isa, y.columns_mut(row, columns.clone()), cap);
+                    }
+                }
+            }
+            Op::CrossEntropy { x, weight, out } => cross_entropy(c, *x, *weight, *out, team, scratch, round),
+        }
+    }
+}
+
+unsafe fn embed_rows(c: &Context<'_>, table: WeightId, scale: f32, out: Value, team: &Team<'_>) {
+    let (info, data, out) = (c.weights.get(table), c.weights.data(table), c.matrix(out));
+    let row_bytes = data.len() / info.rows;
+    for row in team.share(out.rows, 1) {
+        let token = c.tokens[row] as usize;
+        // SAFETY: this thread's row.
+        let y = unsafe { out.row_mut(row) };
+        // The row's type and size were checked when the weights were resolved.
+        if let Err(e) = quant::dequantize(info.dtype, &data[token * row_bytes..][..row_bytes], y) {
+            unreachable!("{}: {e}", info.name);
+        }
+        if scale != 1.0 {
+            vector::scale(c.isa, scale, y);
+        }
+    }
+}
+
+unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut Scratch) {
+    let rows = c.rows(op.x);
+    if rows == 0 {
+        return;
+    }
+    // SAFETY: the input was finished before the last barrier.
+    let x = unsafe { c.activations(op.x) };
+    let mine: Vec<Range<usize>> = match op.epilogue {
+        // Both halves of a gated pair in the same thread, which then joins them.
+        Epilogue::Gated(..) => vec![team.share(c.tape.info(op.parts[0].out).width, ROW_UNIT); op.parts.len()],
+        _ => (0..op.parts.len()).map(|i| share_by_bytes(c, &op.parts, i, team)).collect(),
+    };
+    for (part, columns) in op.parts.iter().zip(&mine) {
+        let y = c.matrix(part.out);
+        let mut accumulate = false;
+        if let Epilogue::Add(residual) = op.epilogue {
+            accumulate = true;
+            let residual = c.matrix(residual);
+            if residual.row_ptr(0) != y.row_ptr(0) {
+                for row in 0..rows {
+                    // SAFETY: this thread's columns; the residual is not written in this op.
+                    unsafe {
+                        y.columns_mut(row, columns.clone()).copy_from_slice(&residual.row(row)[columns.clone()]);
+                    }
+                }
+            }
+        }
+        c.linear_kernel(part.weight, columns.clone(), &x, &y, accumulate, &mut scratch.linear);
+        if let Some(bias) = part.bias {
+            let bias = &c.weights.get(bias).vector()[columns.clone()];
+            for row in 0..rows {
+                // SAFETY: this thread's columns.
+                vector::add(c.isa, bias, unsafe { y.columns_mut(row, columns.clone()) });
+            }
+        }
+    }
+    match op.epilogue {
+        Epilogue::Gated(kind, out) => {
+            let (gate, up, y) = (c.matrix(op.parts[0].out), c.matrix(op.parts[1].out), c.matrix(out));
+            let columns = mine[0].clone();
+            for row in 0..rows {
+                // SAFETY: columns this thread has just written, and the same of the output.
+                unsafe {
+                    let (gate, up) = (gate.columns_mut(row, columns.clone()), up.columns_mut(row, columns.clone()));
+                    activation::gated(c.isa, kind, gate, up, y.columns_mut(row, columns.clone()));
+                }
+            }
+            // SAFETY: all threads are in this op.
+            unsafe { c.quantize_together(out, team) };
+        }
+        Epilogue::Add(_) | Epilogue::None => {
+            for part in &op.parts {
+                // SAFETY: as above.
+                unsafe { c.quantize_together(part.out, team) };
+            }
+        }
+    }
+}
+
+/// This thread's rows of part `index`, when all parts together are divided by the bytes they stream.
+fn share_by_bytes(c: &Context<'_>, parts: &[Part], index: usize, team: &Team<'_>) -> Range<usize> {
+    let bytes = |p: &Part| c.weights.get(p.weight).len_bytes();
+    let total: usize = parts.iter().map(bytes).sum();
+    let before: usize = parts[..index].iter().map(bytes).sum();
+    let (own, rows) = (bytes(&parts[index]).max(1), c.weights.get(parts[index].weight).rows);
+    let cut = |thread: usize| {
+        let at = (total as u128 * thread as u128 / team.size as u128) as usize;
+        let row = (at.saturating_sub(before) as u128 * rows as u128 / own as u128) as usize;
+        if row >= rows { rows } else { row / ROW_UNIT * ROW_UNIT }
+    };
+    cut(team.index)..cut(team.index + 1)
+}
+
+unsafe fn rope_op(c: &Context<'_>, op: &Rope, team: &Team<'_>) {
+    let spec = &c.tape.spec;
+    let (q, k, v) = (c.matrix(op.q), c.matrix(op.k), c.matrix(op.v));
+    let (q_out, k_out) = (c.matrix(op.q_out), c.matrix(op.k_out));
+    let dim = spec.head_dim;
+    let heads = spec.heads + spec.kv_heads;
+    let vector_of = |w: Option<WeightId>| w.map(|w| c.weights.get(w).vector());
+    let (q_norm, k_norm) = (vector_of(op.q_norm), vector_of(op.k_norm));
+    for item in team.share(q.rows * heads, 1) {
+        let (row, head) = (item / heads, item % heads);
+        let kv_head = head.checked_sub(spec.heads);
+        let (from, to, norm, head) = match kv_head {
+            None => (&q, &q_out, q_norm, head),
+            Some(head) => (&k, &k_out, k_norm, head),
+        };
+        let columns = head * dim..(head + 1) * dim;
+        // SAFETY: this thread's head of this row; input and output are the same memory or apart.
+        let vector = unsafe {
+            if from.row_ptr(row) != to.row_ptr(row) {
+                to.columns_mut(row, columns.clone()).copy_from_slice(&from.row(row)[columns.clone()]);
+            }
+            to.columns_mut(row, columns.clone())
+        };
+        if let Some(weight) = norm {
+            norm::rms_norm_inplace(c.isa, vector, weight, spec.norm_eps);
+        }
+        if let Some(index) = op.rope {
+            let (cos, sin) = rope_row(c, row, index);
+            rope::rope(c.isa, vector, dim, cos, sin, spec.ropes[index].style);
+        }
+        if let Some(head) = kv_head {
+            // SAFETY: this thread alone writes this position of this head.
+            unsafe {
+                let (keys, values) = cache_row(c, op.layer, head, row);
+                attention::store_kv(c.isa, c.kv.dtype, vector, keys);
+                attention::store_kv(c.isa, c.kv.dtype, &v.row(row)[columns], values);
+            }
+        }
+    }
+}
+
+/// Cosines and sines of a row's position for one kind of rotation.
+fn rope_row<'a>(c: &Context<'a>, row: usize, index: usize) -> (&'a [f32], &'a [f32]) {
+    let before: usize = c.tape.spec.ropes[..index].iter().map(|r| r.dims).sum();
+    let half = c.tape.spec.ropes[index].dims / 2;
+    let at = c.tables.rope + (row * c.tables.rope_row + before) * 4;
+    // SAFETY: filled before the first op; nobody writes it since.
+    unsafe {
+        let base = c.arena.add(at).cast::<f32>();
+        (std::slice::from_raw_parts(base, half), std::slice::from_raw_parts(base.add(half), half))
+    }
+}
+
+/// Where keys and values of `row` go.
+///
+/// # Safety
+/// As for pointer arithmetic within a page of the cache: `layer` and `head` must exist.
+unsafe fn cache_row(c: &Context<'_>, layer: usize, head: usize, row: usize) -> (*mut u8, *mut u8) {
+    let sequence = sequence_of(c, row);
+    let position = sequence.position + row - sequence.first_row;
+    let page = sequence.pages[position / PAGE].cast_mut();
+    let at = head * c.kv.head_stride() + position % PAGE * c.kv.row_bytes;
+    // SAFETY: inside the page by the layout.
+    unsafe { (page.add(c.kv.k_offset(layer) + at), page.add(c.kv.v_offset(layer) + at)) }
+}
+
+fn sequence_of<'a>(c: &Context<'a>, row: usize) -> &'a SequenceView {
+    let at = c.sequences.partition_point(|s| s.first_row <= row);
+    &c.sequences[at - 1]
+}
+
+unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch: &mut Scratch, round: usize) {
+    let spec = &c.tape.spec;
+    let group = spec.heads / spec.kv_heads;
+    let (q, out) = (c.matrix(op.q), c.matrix(op.out));
+    // A single query row is divided by heads; when they do not come out even, by query heads.
+    let single = if c.sequences.len() * spec.kv_heads % team.size == 0 { group } else { 1 };
+    let heads_of = |s: &SequenceView| if s.rows == 1 { single } else { group };
+    let pieces_of = |s: &SequenceView| (spec.heads / heads_of(s)) * s.rows.div_ceil(QUERY_ROWS);
+    let total: usize = c.sequences.iter().map(pieces_of).sum();
+    team.claim(round, total, |piece| {
+        let mut piece = piece;
+        let mut at = 0;
+        while piece >= pieces_of(&c.sequences[at]) {
+            piece -= pieces_of(&c.sequences[at]);
+            at += 1;
+        }
+        let s = &c.sequences[at];
+        let heads = heads_of(s);
+        let blocks = s.rows.div_ceil(QUERY_ROWS);
+        // The last rows see the most positions: they come first, so that the small pieces fill the end.
+        let (head, block) = (piece % (spec.heads / heads) * heads, blocks - 1 - piece / (spec.heads / heads));
+        let task = attention::AttentionTask {
+            path: attention::Path::for_rows(s.rows),
+            q: q.row_ptr(s.first_row).cast_const(),
+            q_stride: q.width,
+            heads: (head, head + heads),
+            group,
+            head_dim: spec.head_dim,
+            rows: (block * QUERY_ROWS, ((block + 1) * QUERY_ROWS).min(s.rows)),
+            first_position: s.position,
+            window: op.window,
+            starts: None,
+            scale: spec.attention_scale,
+            softcap: spec.attention_softcap,
+            alibi: spec.alibi.as_deref(),
+            kv: attention::KvPages {
+                pages: &s.pages,
+                k_offset: c.kv.k_offset(op.layer),
+                v_offset: c.kv.v_offset(op.layer),
+                head_stride: c.kv.head_stride(),
+                pos_stride: c.kv.row_bytes,
+                page_len: PAGE,
+                dtype: c.kv.dtype,
+            },
+            out: out.row_ptr(s.first_row),
+            out_stride: out.width,
+            lse: None,
+            lse_stride: 0,
+        };
+        // SAFETY: the pages hold every position up to the last row's; each piece writes its own rows and heads.
+        unsafe { attention::attention(c.isa, &task, scratch.floats()) };
+    });
+}
+
+/// Sums `exp(z − max)` chunk by chunk of the vocabulary: chunks are fixed, so the result does not depend on who
+/// computes them.
+unsafe fn cross_entropy(
+    c: &Context<'_>,
+    x: Value,
+    weight: WeightId,
+    out: Value,
+    team: &Team<'_>,
+    scratch: &mut Scratch,
+    round: usize,
+) {
+    let rows = c.outputs.len();
+    if rows == 0 {
+        return;
+    }
+    let vocab = c.weights.get(weight).rows;
+    let chunks = vocab.div_ceil(VOCAB_CHUNK);
+    // SAFETY: the input was finished before the last barrier.
+    let x = unsafe { c.activations(x) };
+    // SAFETY: the partial sums' place in the arena, `[chunk][row]` of maximum and sum, then `[row]` of target logits.
+    let (partial, target_logits) = unsafe {
+        let base = c.arena.add(c.tables.partial).cast::<f32>();
+        (base, base.add(2 * chunks * rows))
+    };
+    let Scratch { linear, floats } = scratch;
+    // SAFETY: this thread's scratch was reserved for a chunk of logits of every row.
+    let logits = unsafe { Matrix::new(floats.as_ptr().cast(), rows, VOCAB_CHUNK) };
+    team.claim(round, chunks, |chunk| {
+        let columns = chunk * VOCAB_CHUNK..((chunk + 1) * VOCAB_CHUNK).min(vocab);
+        c.linear_chunk(weight, columns.clone(), &x, &logits, linear);
+        for row in 0..rows {
+            // SAFETY: this thread's scratch; `[chunk][row]` is written by whoever claimed the chunk.
+            unsafe {
+                let z = logits.columns_mut(row, 0..columns.len());
+                if let Some(cap) = c.tape.spec.logit_softcap {
+                    activation::softcap(c.isa, z, cap);
+                }
+                let target = c.targets[row] as usize;
+                if columns.contains(&target) {
+                    *target_logits.add(row) = z[target - columns.start];
+                }
+                let max = vector::max(c.isa, z);
+                *partial.add(2 * (chunk * rows + row)) = max;
+                *partial.add(2 * (chunk * rows + row) + 1) = vector::exp_shifted(c.isa, max, z) as f32;
+            }
+        }
+    });
+    team.wait();
+    let y = c.matrix(out);
+    for row in team.share(rows, 1) {
+        // SAFETY: complete behind the barrier; this thread's rows of the output.
+        unsafe {
+            let part = |chunk: usize| {
+                let at = partial.add(2 * (chunk * rows + row));
+                (*at, f64::from(*at.add(1)))
+            };
+            let max = (0..chunks).map(|i| part(i).0).fold(f32::NEG_INFINITY, f32::max);
+            let sum: f64 = (0..chunks).map(|i| part(i).1 * f64::from(part(i).0 - max).exp()).sum();
+            y.row_mut(row)[0] = (f64::from(max) + sum.ln() - f64::from(*target_logits.add(row))) as f32;
+        }
+    }
+}

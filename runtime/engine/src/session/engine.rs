@@ -1,0 +1,197 @@
+//! Runs rows of any number of sequences through a model's tape.
+
+use std::sync::atomic::AtomicBool;
+
+use super::{Estimate, Model};
+use crate::cpu::{Batch, Executor, ExecutorOptions, KvCache, KvLayout, Segment, Timing};
+use crate::quant::DType;
+use crate::tape::{PlanLimits, Purpose};
+use crate::{Error, Result};
+
+/// How a session is set up. The default suits a chat on a laptop.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Positions the window may hold; 0 for the model's own. Memory is taken as it fills.
+    pub context: usize,
+    /// Threads; 0 for one per core.
+    pub threads: usize,
+    /// Element type of the KV cache: F16, F32 or Q8_0.
+    pub kv_type: DType,
+    /// Most tokens per run of the tape: prompts are fed in chunks of it.
+    pub chunk: usize,
+    /// Most rows per run whose logits are given: at least the number of sequences that are decoded together.
+    pub logit_rows: usize,
+    /// Refuse to open when the peak would be above this many bytes, the mapped file included.
+    pub memory_budget: Option<u64>,
+}
+
+impl Default for SessionOptions {
+    fn default() -> SessionOptions {
+        SessionOptions { context: 0, threads: 0, kv_type: DType::F16, chunk: 512, logit_rows: 1, memory_budget: None }
+    }
+}
+
+/// One sequence of tokens and its keys and values. Cloning shares the cache's pages until one side writes.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    pub(super) cache: KvCache,
+    pub(super) tokens: Vec<u32>,
+}
+
+impl Sequence {
+    /// The tokens whose keys and values are held.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Keeps the first `len` tokens only.
+    pub fn truncate(&mut self, len: usize) {
+        self.tokens.truncate(len);
+        self.cache.truncate(len);
+    }
+
+    /// Bytes of the cache in use.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.bytes()
+    }
+}
+
+/// A model made ready to run. See the module's text.
+#[derive(Debug)]
+pub struct Engine {
+    model: Model,
+    options: SessionOptions,
+    layout: KvLayout,
+    executor: Executor,
+}
+
+impl Engine {
+    /// Plans the tapes, checks the budget, allocates, starts the threads.
+    ///
+    /// # Errors
+    /// Parameters out of range, [`Error::Memory`] with figures when over budget.
+    pub fn new(model: &Model, options: &SessionOptions) -> Result<Engine> {
+        let options = complete(model, options)?;
+        let layout = KvLayout::new(model.spec(), options.kv_type)?;
+        Engine::estimate(model, &options)?.check(options.memory_budget)?;
+        let executor = Executor::new(model.spec(), model.weights().clone(), &executor_options(&options))?;
+        Ok(Engine { model: model.clone(), options, layout, executor })
+    }
+
+    /// What [`Engine::new`] with the same arguments will come to need, with one sequence of the full context.
+    ///
+    /// # Errors
+    /// Parameters out of range.
+    pub fn estimate(model: &Model, options: &SessionOptions) -> Result<Estimate> {
+        let options = complete(model, options)?;
+        let layout = KvLayout::new(model.spec(), options.kv_type)?;
+        let needs = Executor::needs(model.spec(), model.weights(), &executor_options(&options));
+        Ok(Estimate {
+            weights: model.gguf().file_bytes(),
+            kv_cache: layout.bytes(options.context) as u64,
+            arena: needs.arena as u64,
+            scratch: needs.scratch as u64,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The options, with zeros replaced by what they stand for.
+    pub fn options(&self) -> &SessionOptions {
+        &self.options
+    }
+
+    /// An empty sequence.
+    pub fn sequence(&self) -> Sequence {
+        Sequence { cache: KvCache::new(self.layout), tokens: Vec::new() }
+    }
+
+    /// Feeds each sequence its tokens, all in one run, and gives the logits after the last token of each:
+    /// `[sequences, vocab]`, row by row.
+    ///
+    /// # Errors
+    /// More tokens than a chunk or sequences than `logit_rows`, token ids outside the vocabulary, a full context,
+    /// [`Error::Cancelled`] (no sequence has changed then).
+    pub fn step(&mut self, feeds: &mut [(&mut Sequence, &[u32])], cancel: &AtomicBool) -> Result<&[f32]> {
+        let mut last = 0;
+        let outputs: Vec<u32> = feeds
+            .iter()
+            .map(|(_, tokens)| {
+                last += tokens.len() as u32;
+                last.saturating_sub(1)
+            })
+            .collect();
+        self.run(Purpose::Generate, feeds, &outputs, &[], cancel)
+    }
+
+    /// Feeds one sequence and gives a result for chosen rows: logits for [`Purpose::Generate`], the cross-entropy of
+    /// `targets` for [`Purpose::Score`].
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub(super) fn run(
+        &mut self,
+        purpose: Purpose,
+        feeds: &mut [(&mut Sequence, &[u32])],
+        outputs: &[u32],
+        targets: &[u32],
+        cancel: &AtomicBool,
+    ) -> Result<&[f32]> {
+        let mut tokens = Vec::new();
+        for (sequence, feed) in feeds.iter() {
+            let used = sequence.tokens.len();
+            if used + feed.len() > self.options.context {
+                return Err(Error::ContextFull { window: self.options.context, used, asked: feed.len() });
+            }
+            tokens.extend_from_slice(feed);
+        }
+        let segments =
+            feeds.iter_mut().map(|(sequence, feed)| Segment { cache: &mut sequence.cache, rows: feed.len() }).collect();
+        let result = self.executor.run(purpose, Batch { tokens: &tokens, segments, outputs, targets }, cancel)?;
+        for (sequence, feed) in feeds {
+            sequence.tokens.extend_from_slice(feed);
+        }
+        Ok(result)
+    }
+
+    /// Time spent by kind of op since the last call; empty unless [`Engine::set_timing`] turned it on.
+    pub fn take_timings(&mut self) -> Vec<Timing> {
+        self.executor.take_timings()
+    }
+
+    /// Turns the op timing table on or off.
+    pub fn set_timing(&mut self, on: bool) {
+        self.executor.set_timing(on);
+    }
+}
+
+fn complete(model: &Model, options: &SessionOptions) -> Result<SessionOptions> {
+    let mut options = options.clone();
+    if options.context == 0 {
+        options.context = model.spec().context;
+    }
+    if options.threads == 0 {
+        options.threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    }
+    let range = |name: &str, value: usize, max: usize| match value {
+        v if (1..=max).contains(&v) => Ok(()),
+        v => Err(Error::argument(format!("{name} must be between 1 and {max}, not {v}"))),
+    };
+    range("context", options.context, 1 << 24)?;
+    range("chunk", options.chunk, 1 << 14)?;
+    range("logit_rows", options.logit_rows, 1 << 14)?;
+    range("threads", options.threads, crate::cpu::Pool::MAX_THREADS)?;
+    options.chunk = options.chunk.min(options.context);
+    options.logit_rows = options.logit_rows.min(options.chunk);
+    Ok(options)
+}
+
+fn executor_options(options: &SessionOptions) -> ExecutorOptions {
+    ExecutorOptions {
+        threads: options.threads,
+        limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
+    }
+}

@@ -1,0 +1,68 @@
+//! An open model.
+
+use std::sync::Arc;
+
+use crate::gguf::Gguf;
+use crate::tape::{Spec, Weights};
+use crate::text::{ChatTemplate, Tokenizer};
+use crate::{Error, Result};
+
+/// Mapped weights with everything needed to talk to them. Cloning shares.
+#[derive(Clone, Debug)]
+pub struct Model {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    gguf: Arc<Gguf>,
+    spec: Spec,
+    weights: Arc<Weights>,
+    tokenizer: Tokenizer,
+    /// A template that does not compile is no reason not to open the model: the error comes up when it is used.
+    template: Result<Option<ChatTemplate>>,
+}
+
+impl Model {
+    /// Joins a mapped file with what its family says of it. `kinglet_models::open` does both.
+    ///
+    /// # Errors
+    /// Missing or misshapen tensors, a tokenizer that is damaged or not supported.
+    pub fn new(gguf: Arc<Gguf>, spec: Spec) -> Result<Model> {
+        let weights = Arc::new(Weights::resolve(gguf.clone(), &spec)?);
+        let tokenizer = Tokenizer::from_gguf(&gguf)?;
+        let template = ChatTemplate::from_gguf(&gguf, &tokenizer);
+        Ok(Model { inner: Arc::new(Inner { gguf, spec, weights, tokenizer, template }) })
+    }
+
+    /// The file.
+    pub fn gguf(&self) -> &Gguf {
+        &self.inner.gguf
+    }
+
+    /// What the model is made of.
+    pub fn spec(&self) -> &Spec {
+        &self.inner.spec
+    }
+
+    /// Its weights.
+    pub fn weights(&self) -> &Arc<Weights> {
+        &self.inner.weights
+    }
+
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.inner.tokenizer
+    }
+
+    /// Its chat template; `None` for a base model that has none.
+    ///
+    /// # Errors
+    /// [`Error::Template`] when the file's template does not compile.
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>> {
+        match &self.inner.template {
+            Ok(template) => Ok(template.as_ref()),
+            Err(e) => Err(Error::Template(e.to_string())),
+        }
+    }
+}

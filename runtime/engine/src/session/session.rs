@@ -1,0 +1,204 @@
+//! One conversation: an engine with one sequence.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Engine, Estimate, GenerateOptions, Generation, Model, Sequence, SessionOptions};
+use crate::cpu::Timing;
+use crate::tape::Purpose;
+use crate::{Error, Result};
+
+/// Stops what a session is doing, from any thread: the running call ends with [`Error::Cancelled`] between two ops.
+#[derive(Clone, Debug, Default)]
+pub struct CancelHandle(Arc<AtomicBool>);
+
+impl CancelHandle {
+    /// Asks to stop. One atomic store: safe in a signal handler.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Withdraws the wish.
+    pub fn reset(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether it was asked to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A model, a window of tokens, and what may be asked of them.
+#[derive(Debug)]
+pub struct Session {
+    engine: Engine,
+    sequence: Sequence,
+    cancel: CancelHandle,
+}
+
+impl Session {
+    /// Opens a session.
+    ///
+    /// # Errors
+    /// Parameters out of range, [`Error::Memory`] with figures when over budget.
+    pub fn new(model: &Model, options: &SessionOptions) -> Result<Session> {
+        let engine = Engine::new(model, options)?;
+        let sequence = engine.sequence();
+        Ok(Session { engine, sequence, cancel: CancelHandle::default() })
+    }
+
+    /// The memory [`Session::new`] with the same arguments will come to need.
+    ///
+    /// # Errors
+    /// Parameters out of range.
+    pub fn estimate(model: &Model, options: &SessionOptions) -> Result<Estimate> {
+        Engine::estimate(model, options)
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        self.engine.model()
+    }
+
+    /// The options in force, with zeros replaced by what they stand for.
+    pub fn options(&self) -> &SessionOptions {
+        self.engine.options()
+    }
+
+    /// Tokens in the window.
+    pub fn position(&self) -> usize {
+        self.sequence.tokens.len()
+    }
+
+    /// The tokens in the window.
+    pub fn tokens(&self) -> &[u32] {
+        &self.sequence.tokens
+    }
+
+    /// Bytes of the KV cache in use.
+    pub fn cache_bytes(&self) -> usize {
+        self.sequence.cache_bytes()
+    }
+
+    /// Forgets all tokens from position `len` on.
+    ///
+    /// # Errors
+    /// `len` beyond the tokens held.
+    pub fn rewind(&mut self, len: usize) -> Result<()> {
+        if len > self.position() {
+            return Err(Error::argument(format!("cannot rewind to token {len}: the window holds {}", self.position())));
+        }
+        self.sequence.truncate(len);
+        Ok(())
+    }
+
+    /// Forgets everything.
+    pub fn reset(&mut self) {
+        self.sequence.truncate(0);
+    }
+
+    /// Keeps the longest common start of the window and `tokens`, forgets the rest, and says how long it is.
+    pub fn keep_prefix(&mut self, tokens: &[u32]) -> usize {
+        let common = self.sequence.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        self.sequence.truncate(common);
+        common
+    }
+
+    /// A handle that stops calls on this session.
+    pub fn cancel_handle(&self) -> CancelHandle {
+        self.cancel.clone()
+    }
+
+    /// Appends `tokens` to the window, in chunks, and gives the logits after the last one: `[vocab]`.
+    ///
+    /// # Errors
+    /// No tokens, ids outside the vocabulary, a full context, [`Error::Cancelled`] (whole chunks that were done stay).
+    pub fn feed(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.feed_with(tokens, |_| {})
+    }
+
+    /// As [`Session::feed`]; `progress` is called with the number of tokens done after each chunk.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn feed_with(&mut self, tokens: &[u32], mut progress: impl FnMut(usize)) -> Result<&[f32]> {
+        let Some(last_chunk) = self.check(tokens)? else {
+            return Err(Error::argument("there are no tokens to feed"));
+        };
+        let (head, tail) = tokens.split_at(last_chunk);
+        let mut done = 0;
+        for chunk in head.chunks(self.options().chunk) {
+            self.engine.run(Purpose::Generate, &mut [(&mut self.sequence, chunk)], &[], &[], &self.cancel.0)?;
+            done += chunk.len();
+            progress(done);
+        }
+        self.engine.step(&mut [(&mut self.sequence, tail)], &self.cancel.0)
+    }
+
+    /// Appends `tokens` and hands the logits behind each of them to `row(index, logits)`.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn logits(&mut self, tokens: &[u32], mut row: impl FnMut(usize, &[f32])) -> Result<()> {
+        self.check(tokens)?;
+        let (rows, vocab) = (self.options().logit_rows, self.model().spec().vocab);
+        for (i, chunk) in tokens.chunks(rows).enumerate() {
+            let outputs: Vec<u32> = (0..chunk.len() as u32).collect();
+            let feeds = &mut [(&mut self.sequence, chunk)];
+            let logits = self.engine.run(Purpose::Generate, feeds, &outputs, &[], &self.cancel.0)?;
+            for (j, logits) in logits.chunks_exact(vocab).enumerate() {
+                row(i * rows + j, logits);
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends `tokens` and gives `−ln p(tokens[i + 1] | everything up to tokens[i])` for `i` from `from` to the last
+    /// but one, in nats.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn score(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>> {
+        self.check(tokens)?;
+        let mut scores = Vec::with_capacity(tokens.len().saturating_sub(from + 1));
+        let mut start = 0;
+        for chunk in tokens.chunks(self.options().chunk) {
+            let wanted = start.max(from)..(start + chunk.len()).min(tokens.len() - 1);
+            let outputs: Vec<u32> = wanted.clone().map(|i| (i - start) as u32).collect();
+            let targets: Vec<u32> = wanted.map(|i| tokens[i + 1]).collect();
+            let feeds = &mut [(&mut self.sequence, chunk)];
+            scores.extend_from_slice(self.engine.run(Purpose::Score, feeds, &outputs, &targets, &self.cancel.0)?);
+            start += chunk.len();
+        }
+        Ok(scores)
+    }
+
+    /// Checks that all of `tokens` fit the window; gives where the last chunk begins.
+    fn check(&self, tokens: &[u32]) -> Result<Option<usize>> {
+        let (window, used) = (self.options().context, self.position());
+        if used + tokens.len() > window {
+            return Err(Error::ContextFull { window, used, asked: tokens.len() });
+        }
+        Ok(tokens.len().checked_sub(1).map(|last| last / self.options().chunk * self.options().chunk))
+    }
+
+    /// Starts generating after `prompt`, which is the whole conversation: what the window already holds of it is not
+    /// computed again.
+    ///
+    /// # Errors
+    /// Sampler parameters out of range, a prompt that is empty or longer than the window.
+    pub fn generate(&mut self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
+        Generation::new(self, prompt, options)
+    }
+
+    /// Time spent by kind of op since the last call.
+    pub fn take_timings(&mut self) -> Vec<Timing> {
+        self.engine.take_timings()
+    }
+
+    /// Turns the op timing table on or off.
+    pub fn set_timing(&mut self, on: bool) {
+        self.engine.set_timing(on);
+    }
+}
