@@ -161,7 +161,7 @@ const FAMILIES: &[Family] = &[
 ];
 
 impl TinyConfig {
-    /// A model of architecture `arch` of about a megabyte in `F32`: width 64, 4 heads, 256 tokens. An unknown `arch` is
+    /// A model of architecture `arch` of about half a megabyte in `F32`: width 64, 4 heads, 256 tokens. An unknown `arch` is
     /// refused by [`write_tiny`].
     pub fn new(arch: &str) -> TinyConfig {
         let family = FAMILIES.iter().find(|f| f.arch == arch).unwrap_or(&PLAIN);
