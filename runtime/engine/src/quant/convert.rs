@@ -1,7 +1,7 @@
 //! From bytes to floats and back, for any weight type chosen at run time.
 //!
 //! These are the checked entry points to the block formats, used by the file converter, by tests, and wherever a few rows
-//! are needed as floats (embeddings, adapters). They work on one thread and allocate nothing; rows may be converted in any
+//! are needed as floats (embeddings, adapters). They work on one thread and allocate only what they return; rows may be converted in any
 //! grouping, since blocks never cross rows.
 
 use super::block::{Block, F16, Importance, blocks, blocks_mut};

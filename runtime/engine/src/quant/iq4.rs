@@ -199,5 +199,6 @@ mod tests {
             let best = IQ4_VALUES.iter().map(|&t| (f32::from(t) - v).abs()).fold(f32::MAX, f32::min);
             assert_eq!(found, best, "{v}");
         }
+        assert_eq!(nearest_code(-115.5), 1, "of a tie, the upper");
     }
 }

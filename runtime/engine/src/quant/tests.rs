@@ -68,18 +68,44 @@ fn random_blocks_decode_as_ggml_does() {
     }
 }
 
+/// Compares the FNV-1a hash of `bytes` with the one of the golden list.
+#[track_caller]
+fn assert_hash(dtype: DType, what: &str, bytes: impl IntoIterator<Item = u8>) {
+    let hash =
+        bytes.into_iter().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let line = format!("{dtype} {what} {hash:016x}");
+    assert!(golden_hashes().lines().any(|l| l == line), "{line} is not among the golden hashes");
+}
+
+fn golden_hashes() -> &'static str {
+    include_str!("../../tests/golden/quant/hashes.txt")
+}
+
+/// The 96 rows of ordinary values of which the golden list has hashes only.
+fn many() -> Vec<f32> {
+    let mut state = 1u32;
+    let mut draw = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as i32 - (1 << 23)
+    };
+    (0..96 * 768).map(|_| (0..4).map(|_| draw()).sum::<i32>() as f32 / (1u32 << 29) as f32).collect()
+}
+
 #[test]
 fn quantized_values_decode_as_ggml_does() {
-    let hashes = include_str!("../../tests/golden/quant/hashes.txt");
     for g in all() {
         let mut out = vec![0.0; values().len()];
         dequantize(g.dtype, g.quantized, &mut out).unwrap();
-        let hash = out
-            .iter()
-            .flat_map(|v| v.to_le_bytes())
-            .fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        let line = format!("{} {hash:016x}", g.dtype);
-        assert!(hashes.lines().any(|l| l == line), "{line} is not among the golden hashes");
+        assert_hash(g.dtype, "decoded", out.iter().flat_map(|v| v.to_le_bytes()));
+    }
+}
+
+#[test]
+fn many_values_are_quantized_as_ggml_does() {
+    let (many, importance) = (many(), floats(golden!("importance.f32")));
+    for g in all() {
+        assert_hash(g.dtype, "many", quantize(g.dtype, &many).unwrap());
+        assert_hash(g.dtype, "many_weighted", quantize_weighted(g.dtype, &many, &importance).unwrap());
     }
 }
 

@@ -10,7 +10,8 @@ Files, all little-endian:
     values.f32, importance.f32   four rows of 768 values, and the importance of the 768 columns
     T.quantized, T.weighted      ggml_quantize_chunk of values.f32 to type T, without and with importance.f32
     T.random, T.decoded          random blocks of T with finite scales, and their values (ggml's to_float)
-    hashes.txt                   per type the FNV-1a hash of the decoded bytes of T.quantized, again from to_float
+    hashes.txt                   FNV-1a hashes per type: `decoded` of the values of T.quantized by to_float, `many` and
+                                 `many_weighted` of what 96 rows of ordinary values are quantized to
 The script fails when the numpy package does not agree with ggml, bit for bit, on everything that both can do.
 """
 
@@ -55,6 +56,18 @@ def values(rng):
     ]).astype(np.float32)
 
 
+def many():
+    """96 rows of sums of four numbers from a congruential generator, which the test makes again."""
+    state, sums = 1, []
+    for _ in range(96 * WIDTH):
+        total = 0
+        for _ in range(4):
+            state = (state * 1664525 + 1013904223) % 2**32
+            total += (state >> 8) - 2**23
+        sums.append(total)
+    return np.array(sums).astype(np.float32) * np.float32(2.0**-29)
+
+
 def random_blocks(rng, name):
     """256 values in random blocks whose scales are ordinary numbers."""
     length, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
@@ -87,19 +100,27 @@ def main():
     importance = rng.chisquare(2, WIDTH).astype(np.float32)
     importance[::41] = 0
     (HERE / "values.f32").write_bytes(x.tobytes())
+    (HERE / "many.f32").write_bytes(many().tobytes())
     (HERE / "importance.f32").write_bytes(importance.tobytes())
     for name in SCALES:
         (HERE / f"{name}.random").write_bytes(random_blocks(rng, name).tobytes())
 
     subprocess.run([sys.argv[1], HERE], check=True)
 
+    def take(file):
+        data = (HERE / file).read_bytes()
+        (HERE / file).unlink()
+        return data
+
+    take("many.f32")
     hashes = []
     for name in [*SCALES, "F16", "BF16"]:
         kind = gguf.GGMLQuantizationType[name]
         quantized = (HERE / f"{name}.quantized").read_bytes()
-        decoded = (HERE / f"{name}.requantized").read_bytes()
-        (HERE / f"{name}.requantized").unlink()
-        hashes.append(f"{name} {fnv1a(decoded):016x}\n")
+        decoded = take(f"{name}.requantized")
+        hashes.append(f"{name} decoded {fnv1a(decoded):016x}\n")
+        for what in ["many", "many_weighted"]:
+            hashes.append(f"{name} {what} {fnv1a(take(f'{name}.{what}')):016x}\n")
         if name == "Q8_K":  # which the package does not know
             continue
         check(f"{name} decode", gguf.dequantize(np.frombuffer(quantized, np.uint8), kind), decoded)

@@ -41,12 +41,15 @@ fn main() {
     };
     let write = |name: String, bytes: &[u8]| std::fs::write(folder.join(name), bytes).unwrap();
     let values = floats(read("values.f32"));
+    let many = floats(read("many.f32"));
     let importance = floats(read("importance.f32"));
     for (name, number, weighted) in TYPES {
         let quantized = quantize(number, &values, None);
         let decoded = decode(number, &quantized);
         write(format!("{name}.requantized"), &bytes_of(&decoded));
         write(format!("{name}.quantized"), &quantized);
+        write(format!("{name}.many"), &quantize(number, &many, None));
+        write(format!("{name}.many_weighted"), &quantize(number, &many, Some(&importance)));
         if weighted {
             write(format!("{name}.weighted"), &quantize(number, &values, Some(&importance)));
         }
