@@ -3,6 +3,7 @@
 use super::{LinearTask, Scratch, dense, scalar};
 use crate::cpu::isa::Isa;
 use crate::quant::DType;
+use std::sync::LazyLock;
 
 /// What a kernel is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +40,9 @@ impl KernelInfo {
     /// [`linear`](super::linear) does, or if the kernel is for another type or instruction set.
     pub fn run(&self, isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> crate::Result<()> {
         super::check(task)?;
-        if isa.name() != self.isa || task.dtype != self.dtype {
+        let runs =
+            ISAS.iter().any(|(name, runs)| *name == isa.name() && (runs.contains(&self.isa) || self.isa == "scalar"));
+        if !runs || task.dtype != self.dtype {
             return Err(crate::Error::argument(format!("{} cannot run {} on {}", self.name, task.dtype, isa.name())));
         }
         if !task.rows.is_empty() && task.x.tokens > 0 {
@@ -68,16 +71,25 @@ const SCALAR: [KernelInfo; 17] = scalar_kernels!(
 mod x86 {
     use super::super::{avx2, avx2::unpack, dense};
     use super::{DType, Isa, KernelInfo, Shape};
+    use crate::cpu::isa::Avx2;
+
+    fn avx2_of(isa: Isa) -> Option<Avx2> {
+        match isa {
+            Isa::Avx2(token) => Some(token),
+            Isa::Avx512(token) => Some(token.avx2()),
+            _ => None,
+        }
+    }
 
     macro_rules! quantized {
         ($($dtype:ident $block:ident $name:literal),*) => { [$(
             KernelInfo {
                 name: concat!("matvec_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Matvec,
-                run: |isa, task, _| if let Isa::Avx2(token) = isa { avx2::run_matvec::<unpack::$block>(token, task) },
+                run: |isa, task, _| if let Some(token) = avx2_of(isa) { avx2::run_matvec::<unpack::$block>(token, task) },
             },
             KernelInfo {
                 name: concat!("tile_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Tile,
-                run: |isa, task, scratch| if let Isa::Avx2(token) = isa {
+                run: |isa, task, scratch| if let Some(token) = avx2_of(isa) {
                     avx2::run_tile::<unpack::$block>(token, task, scratch)
                 },
             },
@@ -93,7 +105,7 @@ mod x86 {
         ($($dtype:ident $dense:ident $name:literal),*) => { [$(
             KernelInfo {
                 name: concat!("matvec_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Matvec,
-                run: |isa, task, _| if let Isa::Avx2(token) = isa { dense::avx2::run::<dense::avx2::$dense>(token, task) },
+                run: |isa, task, _| if let Some(token) = avx2_of(isa) { dense::avx2::run::<dense::avx2::$dense>(token, task) },
             },
         )*] };
     }
@@ -112,14 +124,30 @@ pub static KERNELS: &[&[KernelInfo]] = &[
 /// From how many tokens on a tile is faster than rows one by one.
 const TILE_FROM: usize = 4;
 
-/// The kernel that [`linear`](super::linear) runs: of the CPU's best instruction set, by the number of tokens.
+/// The kernel that [`linear`](super::linear) runs: of the CPU's best instruction set, by the number of tokens. Where an
+/// instruction set has no kernel of its own, the next one's serves.
 pub fn pick(isa: Isa, dtype: DType, tokens: usize) -> &'static KernelInfo {
-    let shape = if tokens >= TILE_FROM { Shape::Tile } else { Shape::Matvec };
+    static PICKS: LazyLock<Vec<&'static KernelInfo>> = LazyLock::new(|| {
+        let each = ISAS.iter().flat_map(|isa| (0..TYPES).flat_map(move |id| [(isa, id, false), (isa, id, true)]));
+        each.map(|(isa, id, many)| find(isa, id as u32, many)).collect()
+    });
+    let row = ISAS.iter().position(|(name, _)| *name == isa.name()).unwrap_or(0);
+    PICKS[(row * TYPES + dtype.ggml() as usize % TYPES) * 2 + usize::from(tokens >= TILE_FROM)]
+}
+
+/// More than the largest of ggml's type numbers.
+const TYPES: usize = 40;
+
+/// Instruction sets, each with those whose kernels it can run besides the scalar ones, best first.
+const ISAS: [(&str, &[&str]); 4] =
+    [("scalar", &[]), ("neon", &["neon"]), ("avx2", &["avx2"]), ("avx512", &["avx512", "avx2"])];
+
+fn find((_, runs): &(&str, &[&str]), id: u32, many: bool) -> &'static KernelInfo {
     let of = |name: &str, shape: Shape| {
-        KERNELS.iter().copied().flatten().find(|k| k.isa == name && k.dtype == dtype && k.shape == shape)
+        let all = KERNELS.iter().copied().flatten();
+        all.into_iter().find(|k| k.isa == name && k.dtype.ggml() == id && k.shape == shape)
     };
-    of(isa.name(), shape)
-        .or_else(|| of(isa.name(), Shape::Matvec))
-        .or_else(|| of("scalar", Shape::Matvec))
-        .unwrap_or(&SCALAR[0])
+    let tile = runs.iter().find_map(|name| of(name, Shape::Tile)).filter(|_| many);
+    let matvec = || runs.iter().chain(&["scalar"]).find_map(|name| of(name, Shape::Matvec));
+    tile.or_else(matvec).unwrap_or(&SCALAR[0])
 }

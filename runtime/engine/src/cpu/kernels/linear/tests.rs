@@ -1,1 +1,373 @@
-//! Every kernel against its specification, and the specification against f64.
+//! Every kernel of the table against the decoded weights times the quantized activations in f64, over types × widths ×
+//! row counts × token counts; that results do not depend on the split; that bad sizes are refused.
+
+use super::*;
+use crate::quant::dequantize;
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+}
+
+/// Random blocks, every code included; scales are positive or negative, of a size between 2⁻⁷ and 2⁻⁶.
+fn random_weights(dtype: DType, bytes: usize, random: &mut Random) -> Vec<u8> {
+    let mut data: Vec<u8> = (0..bytes).map(|_| (random.next() >> 32) as u8).collect();
+    sane_scales(dtype, &mut data);
+    data
+}
+
+fn sane_scales(dtype: DType, data: &mut [u8]) {
+    use DType::*;
+    let halves: &[usize] = match dtype {
+        F16 | Q4_0 | Q5_0 | Q8_0 | IQ4_NL | IQ4_XS => &[0],
+        Q4_1 | Q5_1 | Q4_K | Q5_K => &[0, 2],
+        Q2_K => &[80, 82],
+        Q3_K => &[108],
+        Q6_K => &[208],
+        _ => &[],
+    };
+    for block in data.chunks_exact_mut(dtype.block_bytes()) {
+        for at in halves {
+            block[at + 1] = 0x20 | (block[at + 1] & 0x83);
+        }
+        match dtype {
+            F32 | Q8_K => (block[2], block[3]) = (block[2] & 0x7f, 0x3c | (block[3] & 0x80)),
+            BF16 => (block[0], block[1]) = (block[0] & 0x7f, 0x3c | (block[1] & 0x80)),
+            MXFP4 => block[0] = 118 + block[0] % 4,
+            _ => {}
+        }
+    }
+}
+
+struct Input {
+    f32s: Vec<f32>,
+    q8: Vec<Line>,
+    tokens: usize,
+    k: usize,
+    stride: usize,
+}
+
+impl Input {
+    fn new(isa: Isa, f32s: Vec<f32>, tokens: usize, k: usize, stride: usize) -> Input {
+        let mut q8 = vec![Line([f32::NAN; 16]); activation_bytes(tokens, k).div_ceil(64)];
+        // SAFETY: the buffer is large enough and this test's own.
+        let dst = unsafe { Q8Mut::new(q8.as_mut_ptr().cast(), tokens, k) };
+        if k % GROUP == 0 {
+            quantize_rows(isa, &f32s, stride, 0..tokens, &dst).unwrap();
+        }
+        Input { f32s, q8, tokens, k, stride }
+    }
+
+    fn random(isa: Isa, tokens: usize, k: usize, random: &mut Random) -> Input {
+        let stride = k + 5;
+        let mut scale = 1.0;
+        let f32s = (0..tokens * stride).map(|i| {
+            if i % 32 == 0 {
+                scale = 0.1 + random.unit().abs();
+            }
+            random.unit() * scale
+        });
+        Input::new(isa, f32s.collect(), tokens, k, stride)
+    }
+
+    fn q8(&self) -> Q8<'_> {
+        Q8::new(bytemuck::cast_slice(&self.q8), self.tokens, self.k).unwrap()
+    }
+
+    fn activations(&self) -> Activations<'_> {
+        let q8 = (self.k % GROUP == 0).then(|| self.q8());
+        Activations { f32s: &self.f32s, q8, tokens: self.tokens, k: self.k, stride: self.stride }
+    }
+
+    /// What a kernel for `dtype` multiplies with: row `t` as f64.
+    fn seen(&self, dtype: DType, t: usize) -> Vec<f64> {
+        if !needs_q8(dtype) {
+            return self.f32s[t * self.stride..][..self.k].iter().map(|v| f64::from(*v)).collect();
+        }
+        let q8 = self.q8();
+        let row = &q8.values()[t * self.k..][..self.k];
+        let scales = &q8.scales()[t * q8.layout().groups..];
+        row.iter().enumerate().map(|(i, q)| f64::from(*q) * f64::from(scales[i / GROUP])).collect()
+    }
+}
+
+/// Runs `kernel` for the row ranges given, on an output with a guard value around.
+fn run(
+    kernel: &KernelInfo,
+    isa: Isa,
+    weight: &[u8],
+    ranges: &[Range<usize>],
+    input: &Input,
+    stride: usize,
+    accumulate: bool,
+) -> Vec<f32> {
+    let mut y = vec![7.0; input.tokens * stride];
+    let x = input.activations();
+    let mut scratch = Scratch::new();
+    // SAFETY: `y` outlives the calls, which run one after the other.
+    let out = unsafe { OutMut::new(y.as_mut_ptr(), stride, y.len()) };
+    for rows in ranges {
+        let task = LinearTask { dtype: kernel.dtype, weight, k: input.k, rows: rows.clone(), x: &x, out, accumulate };
+        kernel.run(isa, &task, &mut scratch).unwrap();
+    }
+    y
+}
+
+fn kernels() -> impl Iterator<Item = (Isa, &'static KernelInfo)> {
+    let all = Isa::available();
+    all.into_iter()
+        .flat_map(|isa| KERNELS.iter().copied().flatten().filter(move |k| k.isa == isa.name()).map(move |k| (isa, k)))
+}
+
+/// Compares a kernel's output with f64, within `1e-6` of the sum of the terms' sizes (the terms before the zero point
+/// is taken off may be a few times larger than the products).
+fn check_exact(isa: Isa, kernel: &KernelInfo, weight: &[u8], rows: usize, input: &Input) {
+    let (k, dtype) = (input.k, kernel.dtype);
+    let mut decoded = vec![0.0; rows * k];
+    dequantize(dtype, weight, &mut decoded).unwrap();
+    let from = rows / 3;
+    let stride = rows + 3;
+    let y = run(kernel, isa, weight, &[from..rows], input, stride, false);
+    for t in 0..input.tokens {
+        let x = input.seen(dtype, t);
+        for r in 0..stride {
+            let got = y[t * stride + r];
+            if r < from || r >= rows {
+                assert_eq!(got, 7.0, "{}: wrote row {r}, outside {from}..{rows}", kernel.name);
+                continue;
+            }
+            let w = &decoded[r * k..(r + 1) * k];
+            let terms = || w.iter().zip(&x).map(|(w, x)| f64::from(*w) * x);
+            let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+            let most = 4e-6 * size + 1e-9;
+            assert!(
+                (f64::from(got) - want).abs() <= most,
+                "{} k={k} rows={rows} tokens={} t={t} r={r}: {got}, not {want} ± {most}",
+                kernel.name,
+                input.tokens
+            );
+        }
+    }
+}
+
+#[test]
+fn every_kernel_is_exact_on_quantized_activations() {
+    let mut random = Random(0x1234_5678_9abc_def1);
+    for (isa, kernel) in kernels() {
+        let dtype = kernel.dtype;
+        let widths: &[usize] = match dtype.block_len() {
+            1 => &[1, 7, 8, 31, 64, 257, 1536],
+            32 => &[32, 64, 224, 256, 288, 576, 896, 1056, 4864],
+            _ => &[256, 512, 768, 1024, 1536, 4864],
+        };
+        for &k in widths {
+            for (rows, tokens) in
+                [(1, 1), (3, 2), (8, 3), (17, 4), (37, 5), (16, 6), (33, 7), (9, 8), (50, 9), (35, 33)]
+            {
+                if k > 2000 && rows * tokens > 200 {
+                    continue;
+                }
+                let weight = random_weights(dtype, rows * dtype.row_bytes(k).unwrap(), &mut random);
+                let input = Input::random(isa, tokens, k, &mut random);
+                check_exact(isa, kernel, &weight, rows, &input);
+            }
+        }
+    }
+}
+
+#[test]
+fn more_tokens_than_a_tile_keeps() {
+    let mut random = Random(99);
+    for (isa, kernel) in kernels() {
+        let k = kernel.dtype.block_len().max(32);
+        let weight = random_weights(kernel.dtype, 5 * kernel.dtype.row_bytes(k).unwrap(), &mut random);
+        check_exact(isa, kernel, &weight, 5, &Input::random(isa, TILE_TOKENS + 3, k, &mut random));
+    }
+}
+
+#[test]
+fn extreme_codes_do_not_saturate() {
+    for (isa, kernel) in kernels().filter(|(_, k)| needs_q8(k.dtype)) {
+        let (k, rows) = (1024, 19);
+        for code in [0x00, 0xff, 0x80, 0x7f, 0x0f, 0xf0] {
+            let mut weight = vec![code; rows * kernel.dtype.row_bytes(k).unwrap()];
+            sane_scales(kernel.dtype, &mut weight);
+            for tokens in [1, 3, 6] {
+                for pattern in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
+                    let x = (0..tokens * k).map(|i| pattern[i % 2]).collect();
+                    check_exact(isa, kernel, &weight, rows, &Input::new(isa, x, tokens, k, k));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_the_split() {
+    let mut random = Random(5);
+    for (isa, kernel) in kernels() {
+        let (k, rows) = (1024, 53);
+        let weight = random_weights(kernel.dtype, rows * kernel.dtype.row_bytes(k).unwrap(), &mut random);
+        for tokens in [1, 2, 5, 12] {
+            let input = Input::random(isa, tokens, k, &mut random);
+            let whole = run(kernel, isa, &weight, &[0..rows], &input, rows, false);
+            let parts = run(kernel, isa, &weight, &[0..26, 26..27, 27..53], &input, rows, false);
+            assert!(
+                whole.iter().zip(&parts).all(|(a, b)| a.to_bits() == b.to_bits()),
+                "{} tokens={tokens}",
+                kernel.name
+            );
+        }
+    }
+}
+
+#[test]
+fn accumulate_adds() {
+    let mut random = Random(11);
+    for (isa, kernel) in kernels() {
+        let weight = random_weights(kernel.dtype, 20 * kernel.dtype.row_bytes(256).unwrap(), &mut random);
+        for tokens in [1, 6] {
+            let input = Input::random(isa, tokens, 256, &mut random);
+            let plain = run(kernel, isa, &weight, &[0..20], &input, 20, false);
+            let added = run(kernel, isa, &weight, &[0..20], &input, 20, true);
+            for (plain, added) in plain.iter().zip(&added) {
+                assert!(7.0 + plain == *added, "{}: 7 + {plain} gave {added}", kernel.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn unpacking_gives_the_decoded_values() {
+    let mut random = Random(21);
+    for dtype in DType::WEIGHTS {
+        let Some(form) = blocks::form(dtype) else { continue };
+        let weight = random_weights(dtype, form.unit_bytes, &mut random);
+        let mut decoded = vec![0.0; 256];
+        dequantize(dtype, &weight, &mut decoded).unwrap();
+        let unit = blocks::unit(dtype, &weight, 8);
+        for (i, want) in decoded.iter().enumerate() {
+            let q = if form.signed { f32::from(unit.q[i] as i8) } else { f32::from(unit.q[i]) };
+            let (d, m) = (unit.d[i / 16], unit.m[i / 16]);
+            assert!((d * q + m - want).abs() <= 1e-6 * (d * q).abs(), "{dtype} value {i}: {d}·{q} + {m} is not {want}");
+        }
+    }
+}
+
+#[test]
+fn quantization_rounds_to_nearest_and_is_the_same_everywhere() {
+    let mut random = Random(77);
+    for isa in Isa::available() {
+        let (tokens, k) = (3, 32 * 11);
+        let mut input = Input::random(isa, tokens, k, &mut random);
+        // Ties, a zero group, a tiny group, the largest finite values.
+        input.f32s[..32]
+            .copy_from_slice(&std::array::from_fn::<f32, 32, _>(|i| if i == 0 { 127.0 } else { i as f32 - 8.5 }));
+        input.f32s[32..64].fill(0.0);
+        input.f32s[64..96].fill(1e-38);
+        input.f32s[96..128].fill(f32::MAX);
+        let f32s = input.f32s.clone();
+        let ours = Input::new(isa, f32s.clone(), tokens, k, k + 5);
+        let spec = Input::new(Isa::Scalar, f32s, tokens, k, k + 5);
+        let (a, b) = (ours.q8(), spec.q8());
+        assert_eq!(a.values(), b.values(), "{}", isa.name());
+        let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same(a.scales(), b.scales()) && same(a.sums(), b.sums()) && same(a.half_sums(), b.half_sums()));
+        assert_eq!(a.values()[..6], [127, -8, -6, -6, -4, -4], "ties go to even");
+        assert_eq!((a.scales()[1], a.scales()[2]), (0.0, 0.0));
+        assert!(a.scales()[3].is_finite() && a.values()[96] == 127);
+        for t in 0..tokens {
+            for g in 4..11 {
+                let x = &ours.f32s[t * (k + 5) + 32 * g..][..32];
+                let (q, d) = (&a.values()[t * k + 32 * g..][..32], a.scales()[t * a.layout().groups + g]);
+                assert!(x.iter().zip(q).all(|(x, q)| (x - d * f32::from(*q)).abs() <= d * 0.501));
+                let sum: i32 = q.iter().map(|q| i32::from(*q)).sum();
+                assert_eq!(a.sums()[t * a.layout().groups + g], d * sum as f32);
+            }
+            assert!(a.scales()[t * a.layout().groups + 11..][..5].iter().all(|d| *d == 0.0), "padding");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_visible() {
+    let mut random = Random(3);
+    for (isa, kernel) in kernels().filter(|(_, k)| needs_q8(k.dtype)) {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0xffc0_0001)] {
+            let mut x: Vec<f32> = (0..5 * 256).map(|_| random.unit()).collect();
+            x[256 + 100] = bad;
+            let weight = random_weights(kernel.dtype, 4 * kernel.dtype.row_bytes(256).unwrap(), &mut random);
+            let y = run(kernel, isa, &weight, &[0..4], &Input::new(isa, x, 5, 256, 256), 4, false);
+            for (i, y) in y.iter().enumerate() {
+                assert_eq!(y.is_nan(), i / 4 == 1, "{} output {i}: {y}", kernel.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn arbitrary_weight_bytes_are_safe() {
+    let mut random = Random(8);
+    for (isa, kernel) in kernels() {
+        let bytes = 5 * kernel.dtype.row_bytes(512).unwrap();
+        let weight: Vec<u8> = (0..bytes).map(|_| (random.next() >> 32) as u8).collect();
+        for tokens in [1, 5] {
+            run(kernel, isa, &weight, &[0..5], &Input::random(isa, tokens, 512, &mut random), 5, false);
+        }
+    }
+}
+
+#[test]
+fn sizes_that_do_not_fit_are_refused() {
+    let isa = Isa::detect();
+    let input = Input::random(isa, 2, 64, &mut Random(1));
+    let x = input.activations();
+    let weight = vec![0; 4 * DType::Q4_0.row_bytes(64).unwrap()];
+    let mut y = vec![0.0; 8];
+    // SAFETY: `y` outlives the calls.
+    let out = unsafe { OutMut::new(y.as_mut_ptr(), 4, y.len()) };
+    let good = LinearTask { dtype: DType::Q4_0, weight: &weight, k: 64, rows: 0..4, x: &x, out, accumulate: false };
+    let mut scratch = Scratch::new();
+    let mut refused = |task: LinearTask<'_>, word: &str| {
+        let message = linear(isa, &task, &mut scratch).expect_err(word).to_string();
+        assert!(message.contains(word), "{message}");
+    };
+    refused(LinearTask { rows: 0..5, ..good.clone() }, "matrix");
+    refused(LinearTask { rows: 0..usize::MAX, ..good.clone() }, "matrix");
+    refused(LinearTask { k: 48, ..good.clone() }, "multiple of 32");
+    refused(LinearTask { k: 32, ..good.clone() }, "activations");
+    refused(LinearTask { dtype: DType::I32, ..good.clone() }, "type");
+    refused(LinearTask { x: &Activations { q8: None, ..x }, ..good.clone() }, "quantized");
+    refused(LinearTask { x: &Activations { tokens: 3, ..x }, ..good.clone() }, "output");
+    // SAFETY: as above.
+    let short = unsafe { OutMut::new(out.base, 4, 7) };
+    refused(LinearTask { out: short, ..good.clone() }, "output");
+    linear(isa, &good, &mut scratch).unwrap();
+    assert!(Q8::new(&[0; 64], 2, 64).is_err());
+    // SAFETY: never written.
+    let nowhere = unsafe { Q8Mut::new(std::ptr::null_mut(), 2, 64) };
+    assert!(quantize_rows(isa, &[0.0; 100], 64, 0..2, &nowhere).is_err());
+}
+
+#[test]
+fn the_table_is_complete_and_the_pick_is_in_it() {
+    for isa in Isa::available() {
+        for dtype in DType::WEIGHTS {
+            for tokens in [1, 2, 64] {
+                assert_eq!(pick(isa, dtype, tokens).dtype, dtype);
+            }
+        }
+    }
+    let names: std::collections::BTreeSet<_> = KERNELS.iter().copied().flatten().map(|k| k.name).collect();
+    assert_eq!(names.len(), KERNELS.iter().map(|k| k.len()).sum::<usize>(), "names are unique");
+}
