@@ -1,0 +1,287 @@
+//! The filters that cut a distribution down: top-k, locally typical, top-p, min-p, and the draw from what is left.
+//!
+//! They work on a list of candidates. None sorts the vocabulary: top-k keeps a buffer of at most 2k and a rising
+//! threshold; the cumulative filters put only as much of the list in order as they turn out to need, in pieces that
+//! quadruple ([`keep_until`]). Order is by logit, ties by lower id, so the result is unique. Tokens with a logit of −∞
+//! are masked and never become candidates. Nothing allocates once the list has its capacity.
+
+use std::cmp::Ordering;
+
+/// A token that may still be chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Candidate {
+    pub id: u32,
+    pub logit: f32,
+    /// Scratch of the filter at work: a probability or a distance.
+    pub weight: f32,
+}
+
+impl Candidate {
+    fn new((id, &logit): (usize, &f32)) -> Candidate {
+        Candidate { id: id as u32, logit, weight: 0.0 }
+    }
+}
+
+/// The most probable first, ties by lower id.
+pub(super) fn by_logit(a: &Candidate, b: &Candidate) -> Ordering {
+    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+}
+
+/// All tokens but the masked ones, in the order of ids.
+pub(super) fn all(logits: &[f32], out: &mut Vec<Candidate>) {
+    out.clear();
+    out.extend(logits.iter().enumerate().filter(|(_, x)| **x > f32::NEG_INFINITY).map(Candidate::new));
+}
+
+/// The `k` most probable tokens, in order; needs capacity for 2k + 64 to stay free of allocation.
+pub(super) fn top_k(logits: &[f32], k: usize, out: &mut Vec<Candidate>) {
+    /// Logits that are passed over by one vectorized comparison.
+    const STRIDE: usize = 32;
+    out.clear();
+    if k == 0 {
+        return;
+    }
+    let room = k.saturating_add(k.max(STRIDE));
+    let mut threshold = f32::NEG_INFINITY;
+    for (c, chunk) in logits.chunks(STRIDE).enumerate() {
+        if !chunk.iter().fold(false, |any, &x| any | (x > threshold)) {
+            continue;
+        }
+        for (i, x) in chunk.iter().enumerate() {
+            // Equal to the threshold is not enough: an earlier id holds that place.
+            if *x > threshold {
+                out.push(Candidate::new((c * STRIDE + i, x)));
+            }
+        }
+        if out.len() > room {
+            out.select_nth_unstable_by(k - 1, by_logit);
+            out.truncate(k);
+            threshold = out[k - 1].logit;
+        }
+    }
+    if out.len() > k {
+        out.select_nth_unstable_by(k - 1, by_logit);
+        out.truncate(k);
+    }
+    out.sort_unstable_by(by_logit);
+}
+
+/// Sets the weights to softmax(logit · `inverse_temperature`); returns the largest logit.
+pub(super) fn softmax(candidates: &mut [Candidate], inverse_temperature: f32) -> f32 {
+    let most = candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.logit));
+    let mut sum = 0.0f64;
+    for c in candidates.iter_mut() {
+        c.weight = ((c.logit - most) * inverse_temperature).exp();
+        sum += f64::from(c.weight);
+    }
+    let inverse = (1.0 / sum) as f32;
+    candidates.iter_mut().for_each(|c| c.weight *= inverse);
+    most
+}
+
+/// Puts candidates in `order` one after the other until `enough` says so of one, which is the last that is kept.
+fn keep_until(
+    candidates: &mut Vec<Candidate>,
+    order: impl Fn(&Candidate, &Candidate) -> Ordering,
+    mut enough: impl FnMut(&Candidate) -> bool,
+) {
+    let (mut done, mut piece) = (0, 64);
+    while done < candidates.len() {
+        let rest = &mut candidates[done..];
+        let n = piece.min(rest.len());
+        if n < rest.len() {
+            rest.select_nth_unstable_by(n - 1, &order);
+        }
+        rest[..n].sort_unstable_by(&order);
+        if let Some(last) = rest[..n].iter().position(&mut enough) {
+            candidates.truncate(done + last + 1);
+            return;
+        }
+        done += n;
+        piece *= 4;
+    }
+}
+
+/// The most probable tokens whose probabilities reach `p` together (Holtzman et al. 2020, arXiv:1904.09751).
+pub(super) fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
+    softmax(candidates, 1.0);
+    let mut sum = 0.0f64;
+    keep_until(candidates, by_logit, |c| {
+        sum += f64::from(c.weight);
+        sum >= f64::from(p)
+    });
+}
+
+/// Tokens of at least `p` times the probability of the most probable (Nguyen et al. 2024, arXiv:2407.01082).
+pub(super) fn min_p(candidates: &mut Vec<Candidate>, p: f32) {
+    let most = candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.logit));
+    let least = most + p.ln();
+    candidates.retain(|c| c.logit >= least);
+}
+
+/// Locally typical sampling (Meister et al. 2023, arXiv:2202.00666): the tokens whose surprise is nearest to the
+/// entropy, until their probabilities exceed `p` together.
+pub(super) fn typical(candidates: &mut Vec<Candidate>, p: f32) {
+    let most = f64::from(softmax(candidates, 1.0));
+    // ln p(c) = logit − most − ln Σ: through the logits, for a probability may round to 0.
+    let log_sum = candidates.iter().map(|c| (f64::from(c.logit) - most).exp()).sum::<f64>().ln();
+    let surprise = |c: &Candidate| most + log_sum - f64::from(c.logit);
+    let entropy: f64 = candidates.iter().map(|c| f64::from(c.weight) * surprise(c)).sum();
+    for c in candidates.iter_mut() {
+        c.weight = (surprise(c) - entropy).abs() as f32;
+    }
+    let mut sum = 0.0f64;
+    let nearest = |a: &Candidate, b: &Candidate| a.weight.total_cmp(&b.weight).then(by_logit(a, b));
+    keep_until(candidates, nearest, |c| {
+        sum += (-surprise(c)).exp();
+        sum > f64::from(p)
+    });
+}
+
+/// The candidate at which the running sum of weights passes `u` of their total, 0 ≤ u < 1.
+pub(super) fn draw(candidates: &[Candidate], u: f64) -> Option<&Candidate> {
+    let mut left = u * candidates.iter().map(|c| f64::from(c.weight)).sum::<f64>();
+    for c in candidates {
+        left -= f64::from(c.weight);
+        if left < 0.0 {
+            return Some(c);
+        }
+    }
+    // Rounding can leave a remainder: the last one with any weight takes it.
+    candidates.iter().rev().find(|c| c.weight > 0.0).or(candidates.first())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampling::rng::Rng;
+
+    fn random_logits(n: usize, seed: u64, spread: f32) -> Vec<f32> {
+        let mut rng = Rng::new(seed);
+        // Rounded to a grid, so that there are ties.
+        (0..n)
+            .map(|i| match i % 17 {
+                3 => f32::NEG_INFINITY,
+                _ => (((rng.uniform() + rng.uniform() - 1.0) as f32 * spread) * 64.0).round() / 64.0,
+            })
+            .collect()
+    }
+
+    /// (id, probability), most probable first, ties by id: everything sorted, everything in f64.
+    fn sorted(logits: &[f32]) -> Vec<(u32, f64)> {
+        let most = logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+        let exp = |x: f32| (f64::from(x) - f64::from(most)).exp();
+        let sum: f64 = logits.iter().map(|&x| exp(x)).sum();
+        let mut all: Vec<_> = logits.iter().enumerate().map(|(i, &x)| (i as u32, exp(x) / sum)).collect();
+        all.retain(|c| logits[c.0 as usize] > f32::NEG_INFINITY);
+        all.sort_by(|a, b| logits[b.0 as usize].total_cmp(&logits[a.0 as usize]).then(a.0.cmp(&b.0)));
+        all
+    }
+
+    fn ids(mut ids: Vec<u32>) -> Vec<u32> {
+        ids.sort();
+        ids
+    }
+
+    fn cases() -> impl Iterator<Item = Vec<f32>> {
+        [(1, 1.0), (2, 5.0), (50, 3.0), (1000, 1.0), (1000, 20.0), (5000, 8.0), (20000, 0.5)]
+            .into_iter()
+            .flat_map(|(n, spread)| (0..4).map(move |seed| random_logits(n, seed + 10, spread)))
+    }
+
+    #[test]
+    fn top_k_agrees_with_sorting() {
+        for logits in cases() {
+            for k in [1, 2, 7, 40, 300, 5000, 100_000] {
+                let mut got = Vec::with_capacity(2 * k + 64);
+                let capacity = got.capacity();
+                top_k(&logits, k, &mut got);
+                let got_ids: Vec<u32> = got.iter().map(|c| c.id).collect();
+                let want: Vec<u32> = sorted(&logits).iter().take(k).map(|c| c.0).collect();
+                assert_eq!(got_ids, want, "k = {k}");
+                assert_eq!(got.capacity(), capacity, "no allocation");
+            }
+        }
+    }
+
+    #[test]
+    fn top_p_agrees_with_sorting() {
+        for logits in cases() {
+            for p in [1e-6, 0.1, 0.5, 0.9, 0.999] {
+                let mut got = vec![];
+                all(&logits, &mut got);
+                top_p(&mut got, p);
+                let mut sum = 0.0;
+                let mut want = vec![];
+                for (id, q) in sorted(&logits) {
+                    want.push(id);
+                    sum += q;
+                    if sum >= f64::from(p) {
+                        break;
+                    }
+                }
+                // The weights are f32: where the sum comes within 1e-6 of p, either cut is right.
+                let difference = got.len().abs_diff(want.len());
+                let slack = sorted(&logits).iter().filter(|c| c.1 < 1e-6).count().min(3);
+                assert!(difference <= slack, "p = {p}: {} for {}", got.len(), want.len());
+                let n = got.len().min(want.len());
+                assert_eq!(got[..n].iter().map(|c| c.id).collect::<Vec<_>>(), want[..n]);
+            }
+        }
+    }
+
+    #[test]
+    fn min_p_agrees_with_its_definition() {
+        for logits in cases() {
+            for p in [0.01, 0.05, 0.5, 1.0] {
+                let mut got = vec![];
+                all(&logits, &mut got);
+                min_p(&mut got, p);
+                let reference = sorted(&logits);
+                let most = reference.first().map_or(0.0, |c| c.1);
+                let want = reference.iter().filter(|c| c.1 >= f64::from(p) * most * (1.0 - 1e-6)).map(|c| c.0);
+                assert_eq!(ids(got.iter().map(|c| c.id).collect()), ids(want.collect()));
+            }
+        }
+    }
+
+    #[test]
+    fn typical_agrees_with_sorting() {
+        for logits in cases() {
+            for p in [0.1, 0.5, 0.9] {
+                let mut got = vec![];
+                all(&logits, &mut got);
+                typical(&mut got, p);
+                let mut reference = sorted(&logits);
+                let entropy: f64 = -reference.iter().map(|c| c.1 * c.1.ln()).sum::<f64>();
+                let distance = |q: f64| (-q.ln() - entropy).abs();
+                reference.sort_by(|a, b| distance(a.1).total_cmp(&distance(b.1)));
+                let (mut sum, mut n) = (0.0, 0usize);
+                for (_, q) in &reference {
+                    n += 1;
+                    sum += q;
+                    if sum > f64::from(p) {
+                        break;
+                    }
+                }
+                // Ties in distance may be cut in either order: compare the furthest distance that is kept.
+                let furthest = distance(reference.get(n.wrapping_sub(1)).map_or(1.0, |c| c.1));
+                reference.sort_by_key(|c| c.0);
+                let of = |c: &Candidate| {
+                    reference.binary_search_by_key(&c.id, |r| r.0).map_or(0.0, |i| distance(reference[i].1))
+                };
+                assert!(got.len().abs_diff(n) <= 1, "p = {p}: {} for {n}", got.len());
+                assert!(got.iter().all(|c| of(c) <= furthest + 1e-5));
+            }
+        }
+    }
+
+    #[test]
+    fn draws_land_where_the_sums_say() {
+        let c = |id, weight| Candidate { id, logit: 0.0, weight };
+        let list = [c(0, 0.0), c(1, 2.0), c(2, 0.0), c(3, 6.0), c(4, 0.0)];
+        let at = |u| draw(&list, u).map(|c| c.id);
+        assert_eq!((at(0.0), at(0.249), at(0.25), at(0.999_999_999)), (Some(1), Some(1), Some(3), Some(3)));
+        assert_eq!(draw(&[], 0.5), None);
+    }
+}
