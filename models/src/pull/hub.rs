@@ -27,7 +27,6 @@ pub(super) fn known(
 ) -> Result<PathBuf, PullError> {
     let place = cache.model_path(model);
     let client = Client::new(&cache.partial().join(model.id).join("hub"))?;
-    progress.begin(model.id, model.bytes);
     client.fetch(repo, file, Some(model.sha256), &place, progress)?;
     progress.finish();
     Ok(place)
@@ -55,7 +54,6 @@ pub(super) fn fetch(cache: &Cache, spec: &HubSpec, progress: &mut dyn Progress) 
         if place.is_file() {
             continue;
         }
-        progress.begin(&file, 0);
         client.fetch(&spec.repo, &file, None, &place, progress)?;
         progress.finish();
     }
@@ -109,7 +107,6 @@ impl Client {
         let remote = self.api.model(repo.into());
         let meta = self.api.metadata(&remote.url(file)).map_err(|e| explain(&what, e))?;
         let size = meta.size() as u64;
-        progress.begin(file, size);
         let got = remote.download_with_progress(file, Bytes { progress: &mut *progress, at: 0 });
         let pointer = match got {
             Ok(pointer) => pointer,
@@ -147,7 +144,7 @@ struct Bytes<'a> {
 
 impl hf_hub::api::Progress for Bytes<'_> {
     fn init(&mut self, size: usize, filename: &str) {
-        self.progress.begin(filename, size as u64);
+        self.progress.begin(&format!("fetching {filename}"), size as u64);
         self.at = 0;
     }
     fn update(&mut self, bytes: usize) {

