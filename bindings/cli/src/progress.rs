@@ -23,7 +23,7 @@ impl Progress for Download {
             return;
         }
         let bar = self.bar.get_or_insert_with(|| {
-            let style = "{msg} {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left";
+            let style = "{msg} {bar:30} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             bar.set_style(style_of(style));
             bar.enable_steady_tick(Duration::from_millis(100));

@@ -7,7 +7,7 @@
 use super::{Progress, PullError};
 use crate::catalogue::Part;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -76,9 +76,7 @@ impl Wheels for Pip {
         for dir in [&temporary, &out] {
             fs::create_dir_all(dir).map_err(PullError::io(dir, part.wheel_bytes))?;
         }
-        let log = here.join("log");
         let requirement = format!("{}=={}", part.package, part.version);
-        let log_file = File::create(&log).map_err(PullError::io(&log, 0))?;
         let mut command = self.command();
         command
             .args(["download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir", "--no-deps"])
@@ -88,10 +86,12 @@ impl Wheels for Pip {
             .envs(["TMPDIR", "TEMP", "TMP"].map(|name| (name, &temporary)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log_file);
+            .stderr(Stdio::piped());
         log::debug!("{command:?}");
         let failed = |message: String| PullError::Pip { requirement: requirement.clone(), message };
         let mut child = command.spawn().map_err(|e| failed(e.to_string()))?;
+        // A thread empties the pipe, so that pip never waits for us; a file could be on the disk that is full.
+        let errors = child.stderr.take().map(|pipe| std::thread::spawn(move || tail(pipe)));
         let status = loop {
             match child.try_wait() {
                 Ok(Some(status)) => break status,
@@ -108,7 +108,8 @@ impl Wheels for Pip {
             }
         };
         if !status.success() {
-            let said = tail(&log);
+            let said = errors.and_then(|thread| thread.join().ok()).unwrap_or_default();
+            let _ = fs::remove_dir_all(&here);
             if said.contains("No space left on device") || said.contains("Disk quota exceeded") {
                 return Err(PullError::DiskFull { path: out, needed: part.wheel_bytes });
             }
@@ -134,15 +135,23 @@ fn explain(said: &str, status: String) -> String {
     text
 }
 
-/// The last few kilobytes of a log.
-fn tail(path: &Path) -> String {
-    let mut bytes = Vec::new();
-    if let Ok(file) = File::open(path) {
-        // pip with --quiet writes a few lines; the limit is for a hostile one.
-        let _ = file.take(1 << 20).read_to_end(&mut bytes);
+/// The last few kilobytes of a stream.
+fn tail(mut stream: impl Read) -> String {
+    const KEPT: usize = 4096;
+    let mut kept = Vec::new();
+    let mut buffer = [0; KEPT];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => kept.extend_from_slice(&buffer[..n]),
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+        if kept.len() > KEPT {
+            kept.drain(..kept.len() - KEPT);
+        }
     }
-    let from = bytes.len().saturating_sub(4096);
-    String::from_utf8_lossy(bytes.get(from..).unwrap_or_default()).into_owned()
+    String::from_utf8_lossy(&kept).into_owned()
 }
 
 /// Size of the largest file under `dir`: the wheel, wherever pip has it at the moment.
