@@ -1,1 +1,3 @@
-//! placeholder
+//! What is built around the runtime: measuring a model, for now.
+
+pub mod eval;
