@@ -2,10 +2,24 @@
 
 use std::path::Path;
 
+use kinglet_engine::gguf::{Gguf, TensorInfo};
+
 use crate::contender::Contender;
 
 /// Opens `path` and makes a session for `context` tokens on `threads` threads.
 pub fn open(path: &Path, threads: usize, context: usize) -> anyhow::Result<Box<dyn Contender>> {
     let _ = (path, threads, context);
     anyhow::bail!("not yet")
+}
+
+/// Bytes of weights one decoded token reads: every tensor once, except that an embedding with a separate output head
+/// gives up a single row.
+pub fn bytes_per_token(path: &Path) -> anyhow::Result<u64> {
+    let gguf = Gguf::open(path)?;
+    let untied = gguf.tensor("output.weight").is_some();
+    let bytes = |tensor: &TensorInfo| match tensor.name.as_str() {
+        "token_embd.weight" if untied => tensor.len_bytes() / tensor.rows().max(1),
+        _ => tensor.len_bytes(),
+    };
+    Ok(gguf.tensors().iter().map(|tensor| bytes(tensor) as u64).sum())
 }

@@ -87,11 +87,8 @@ fn main() -> anyhow::Result<()> {
     let with = |engine| args.only.is_none_or(|only| only == engine);
 
     let peer = if with(Engine::Llama) { Some(Peer::open(&args.model)?) } else { None };
-    let mut ours = if with(Engine::Kinglet) {
-        Some(kinglet::open(&args.model, args.threads, context(&args))?)
-    } else {
-        None
-    };
+    let mut ours =
+        if with(Engine::Kinglet) { Some(kinglet::open(&args.model, args.threads, context(&args))?) } else { None };
 
     let mut report = Vec::new();
     for shape in [Shape::Prefill(args.prefill), Shape::Decode(args.decode)] {
@@ -148,7 +145,8 @@ fn compare(
     rounds: usize,
 ) -> anyhow::Result<Comparison> {
     let mut samples = [Samples::default(), Samples::default()];
-    let names = [ours.as_ref().map_or_else(String::new, |e| e.name()), theirs.as_ref().map_or_else(String::new, |e| e.name())];
+    let names =
+        [ours.as_ref().map_or_else(String::new, |e| e.name()), theirs.as_ref().map_or_else(String::new, |e| e.name())];
     // One untimed run each: page faults, thread start, lazy tables.
     for engine in [&mut ours, &mut theirs].into_iter().flatten() {
         measure(&mut **engine, shape)?;
@@ -233,14 +231,7 @@ fn print_memory(engine: Engine, args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn to_json(
-    args: &Args,
-    roof: f64,
-    file: u64,
-    read: u64,
-    report: &[Comparison],
-    memory: &[(Engine, Value)],
-) -> Value {
+fn to_json(args: &Args, roof: f64, file: u64, read: u64, report: &[Comparison], memory: &[(Engine, Value)]) -> Value {
     let mut object = json!({
         "model": file_name(&args.model),
         "file_bytes": file,

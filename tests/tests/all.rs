@@ -1,0 +1,16 @@
+//! All integration tests, one binary: it links once, and a test is found by its module.
+//!
+//! | module | what it holds | needs |
+//! | --- | --- | --- |
+//! | `layers` | imports, `unsafe`, file sizes | nothing |
+//! | `docs` | commands and links in the documents | nothing |
+//! | `cli` | what the program prints and how it fails | smollm2 |
+//! | `gguf_real` | headers of the real models | the three models |
+//! | `quant_parity` | block formats against ggml | `oracle` |
+//! | `tokenizer_parity` | token ids against llama.cpp | `oracle`, the three models |
+//! | `logits_parity` | logits and greedy text against llama.cpp | `oracle`, the three models |
+//! | `tiny_parity` | logits of random models of every architecture and type against llama.cpp | `oracle` |
+//! | `perplexity` | perplexity of the handbook | smollm2; the others with `KINGLET_HEAVY=1` |
+
+mod docs;
+mod layers;
