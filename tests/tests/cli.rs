@@ -1,0 +1,82 @@
+//! The contract of the command line: what scripts may rely on.
+
+use kinglet_engine::gguf::Gguf;
+use kinglet_engine::text::{EncodeOptions, Tokenizer};
+use kinglet_tests::data::{Scratch, model};
+use kinglet_tests::process::{kinglet, stdout};
+
+fn smollm2() -> String {
+    model("smollm2").to_string_lossy().into_owned()
+}
+
+#[test]
+fn help_and_version_go_to_standard_output() {
+    for flag in ["--help", "--version"] {
+        let output = kinglet(&[flag]);
+        assert_eq!(output.code, Some(0));
+        assert!(output.stdout.contains("kinglet"), "{flag}: {}", output.stdout);
+        assert_eq!(output.stderr, "");
+    }
+}
+
+#[test]
+fn tokenize_prints_a_json_array_of_ids() {
+    let (path, text) = (smollm2(), "Hello,  wörld! 中文 <|im_end|>");
+    let printed = stdout(&["tokenize", &path, text, "--ids"]);
+    let ids: Vec<u32> = serde_json::from_str(&printed).expect("a JSON array of numbers");
+    let gguf = Gguf::open(&path).expect("the model opens");
+    let tokenizer = Tokenizer::from_gguf(&gguf).expect("a tokenizer");
+    let with = |parse_special| tokenizer.encode(text, EncodeOptions { add_special: false, parse_special });
+    assert!(ids == with(true) || ids == with(false), "{ids:?}");
+}
+
+#[test]
+fn a_raw_run_prints_the_continuation_alone() {
+    let path = smollm2();
+    let arguments = ["run", &path, "The capital of France is", "--raw", "--temperature", "0", "-n", "16"];
+    let first = stdout(&arguments);
+    assert!(first.contains("Paris"), "{first:?}");
+    assert!(!first.contains("The capital of France is"), "the prompt is repeated: {first:?}");
+    assert_eq!(stdout(&arguments), first, "greedy runs differ");
+}
+
+#[test]
+fn the_number_of_tokens_is_kept() {
+    let path = smollm2();
+    let run = |n: &str| stdout(&["run", &path, "One two three four", "--raw", "--temperature", "0", "-n", n]);
+    let (short, long) = (run("4"), run("12"));
+    assert!(long.starts_with(short.trim_end()), "{short:?} is no beginning of {long:?}");
+    assert!(long.len() > short.len());
+}
+
+/// Each with something its message must contain: what is wrong, not only that something is.
+#[test]
+fn mistakes_are_named_and_end_with_an_error() {
+    let scratch = Scratch::new("cli");
+    let (empty, garbage) = (scratch.path("empty.gguf"), scratch.path("garbage.gguf"));
+    std::fs::write(&empty, b"").expect("a file");
+    std::fs::write(&garbage, b"this is no model, but it is long enough to look at").expect("a file");
+    let path = |p: &std::path::Path| p.to_string_lossy().into_owned();
+    let (empty, garbage, absent) = (path(&empty), path(&garbage), path(&scratch.path("absent.gguf")));
+    let cases: [(&[&str], &str); 6] = [
+        (&["run", &absent, "hello"], "absent.gguf"),
+        (&["run", &empty, "hello"], "empty.gguf"),
+        (&["run", &garbage, "hello"], "garbage.gguf"),
+        (&["inspect", &garbage], "garbage.gguf"),
+        (&["frobnicate"], "frobnicate"),
+        (&["pull", "no-such-model"], "no-such-model"),
+    ];
+    for (arguments, word) in cases {
+        let output = kinglet(arguments);
+        assert!(matches!(output.code, Some(1 | 2)), "{arguments:?}: {output:?}");
+        assert!(output.stderr.contains(word), "{arguments:?}: {}", output.stderr);
+        assert_eq!(output.stdout, "", "{arguments:?}: an error belongs to standard error");
+        assert!(!output.stderr.contains("panicked"), "{arguments:?}: {}", output.stderr);
+    }
+}
+
+#[test]
+fn inspect_names_what_is_in_the_file() {
+    let report: serde_json::Value = serde_json::from_str(&stdout(&["inspect", &smollm2(), "--json"])).expect("JSON");
+    assert!(report.to_string().contains("llama"), "{report}");
+}

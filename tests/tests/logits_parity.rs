@@ -1,0 +1,139 @@
+//! Logits of the real models against llama.cpp on the same files.
+//!
+//! Both engines read llama.cpp's own greedy continuation of twenty prompts, so that every position has the same past
+//! ("teacher forcing"). Ours reads token by token, as in decoding, and once in chunks, as in prefill. Then both generate
+//! greedily on their own: the text must be the same until a place where llama.cpp itself is undecided.
+//!
+//! llama.cpp rounds activations to 8 bits, so exact equality is not to be had; the bounds are what its own settings
+//! differ by among themselves.
+
+use kinglet_engine::quant::DType;
+use kinglet_engine::session::{Model, Session, SessionOptions};
+use kinglet_engine::text::EncodeOptions;
+use kinglet_tests::compare::{Agreement, argmax, top_gap};
+use kinglet_tests::data::model;
+use kinglet_tests::oracle::{self, ContextOptions};
+use kinglet_tests::prompts::PROMPTS;
+
+/// Tokens of each teacher-forced text, prompt included.
+const LENGTH: usize = 96;
+/// Tokens both engines generate on their own.
+const GREEDY: usize = 32;
+/// A lead of the first token over the second below which rounding may decide.
+const UNDECIDED: f32 = 0.1;
+/// Share of positions with the same most probable token, at least.
+const SAME_TOP: f64 = 0.99;
+/// Mean Kullback–Leibler divergence in nats, at most.
+const DIVERGENCE: f64 = 1e-3;
+
+fn session(model: &Model, chunk: usize) -> Session {
+    let options =
+        SessionOptions { context: 256, threads: 2, kv_type: DType::F16, chunk, ..SessionOptions::default() };
+    Session::new(model, &options).expect("a session")
+}
+
+/// `prompt` and llama.cpp's greedy continuation of it, and the lead its choices had at each generated token.
+fn continuation(theirs: &mut oracle::Context<'_>, prompt: &[u32], length: usize) -> (Vec<u32>, Vec<f32>) {
+    theirs.clear();
+    let mut tokens = prompt.to_vec();
+    let mut leads = Vec::new();
+    let mut logits = theirs.feed(prompt).expect("llama.cpp decodes");
+    while tokens.len() < length {
+        let next = argmax(&logits) as u32;
+        leads.push(top_gap(&logits));
+        tokens.push(next);
+        if tokens.len() < length {
+            logits = theirs.feed(&[next]).expect("llama.cpp decodes");
+        }
+    }
+    (tokens, leads)
+}
+
+/// The number of tokens on which a greedy run of ours agrees with `expected`.
+fn greedy_agreement(ours: &mut Session, prompt: &[u32], expected: &[u32]) -> usize {
+    ours.reset();
+    let mut next = argmax(ours.feed(prompt).expect("the prompt fits")) as u32;
+    for (i, token) in expected.iter().enumerate() {
+        if next != *token {
+            return i;
+        }
+        next = argmax(ours.feed(&[next]).expect("the token fits")) as u32;
+    }
+    expected.len()
+}
+
+fn parity(id: &str) {
+    let path = model(id);
+    let ours_model = kinglet_models::open(&path).expect("the model opens");
+    let theirs_model = oracle::Model::load(&path).expect("llama.cpp loads the model");
+    let mut ours = session(&ours_model, 512);
+    let mut theirs = theirs_model
+        .context(ContextOptions { context: 256, ..ContextOptions::default() })
+        .expect("llama.cpp makes a context");
+    let vocabulary = theirs_model.vocab_size();
+
+    let (mut stepwise, mut chunked) = (Agreement::default(), Agreement::default());
+    let (mut same_text, mut failures) = (0, Vec::new());
+    for text in PROMPTS {
+        let options = EncodeOptions { add_special: true, parse_special: false };
+        let prompt = ours_model.tokenizer().encode(text, options);
+        assert_eq!(prompt, theirs_model.tokenize(text.as_bytes(), true, false), "{id}: {text:?}");
+        let (tokens, leads) = continuation(&mut theirs, &prompt, LENGTH.max(prompt.len() + GREEDY));
+        let reference = theirs.logits(&tokens).expect("llama.cpp decodes");
+        let reference: Vec<&[f32]> = reference.chunks_exact(vocabulary).collect();
+
+        ours.reset();
+        for (token, reference) in tokens.iter().zip(&reference) {
+            stepwise.add(reference, ours.feed(&[*token]).expect("the token fits"));
+        }
+        // Chunks of growing size, so that every tile shape of the kernels has its turn.
+        ours.reset();
+        let mut position = 0;
+        for size in (1..).map(|i| i * 5 / 2) {
+            let end = (position + size).min(tokens.len());
+            chunked.add(reference[end - 1], ours.feed(&tokens[position..end]).expect("the chunk fits"));
+            position = end;
+            if position == tokens.len() {
+                break;
+            }
+        }
+
+        let expected = &tokens[prompt.len()..prompt.len() + GREEDY];
+        let agreed = greedy_agreement(&mut ours, &prompt, expected);
+        if agreed == GREEDY {
+            same_text += 1;
+        } else if leads[agreed] > UNDECIDED {
+            let decode = |ids: &[u32]| String::from_utf8_lossy(&ours_model.tokenizer().decode(ids, true)).into_owned();
+            failures.push(format!(
+                "{text:?}: token {agreed} differs though llama.cpp's choice leads by {:.2}; it continues {:?}",
+                leads[agreed],
+                decode(expected)
+            ));
+        }
+    }
+    println!("{id}, token by token: {stepwise}");
+    println!("{id}, in chunks:      {chunked}");
+    println!("{id}: {same_text} of {} greedy texts are the same to the {GREEDY}th token", PROMPTS.len());
+    for (how, agreement) in [("token by token", &stepwise), ("in chunks", &chunked)] {
+        assert!(agreement.mean_divergence() < DIVERGENCE, "{id}, {how}: {agreement}");
+    }
+    assert!(stepwise.top() >= SAME_TOP, "{id}: {stepwise}");
+    // Fewer positions: one may differ more.
+    assert!(chunked.same_top as f64 + 1.0 >= SAME_TOP * chunked.positions as f64, "{id}: {chunked}");
+    assert!(failures.is_empty(), "{id}:\n{}", failures.join("\n"));
+}
+
+#[test]
+fn smollm2() {
+    parity("smollm2");
+}
+
+#[test]
+fn qwen2_5_coder() {
+    parity("qwen2.5-coder");
+}
+
+#[test]
+fn gemma3() {
+    parity("gemma3");
+}
