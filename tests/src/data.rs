@@ -4,6 +4,7 @@
 //! failure can be repeated.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kinglet_models::catalogue;
 use kinglet_models::pull::Cache;
@@ -26,6 +27,12 @@ pub fn model(id: &str) -> PathBuf {
 /// Whether the long tests were asked for (`KINGLET_HEAVY=1`).
 pub fn heavy() -> bool {
     std::env::var("KINGLET_HEAVY").is_ok_and(|v| v == "1")
+}
+
+/// Held by a test that computes with a real model: two such tests at once would take each other's cores.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A file under `tests/data`.

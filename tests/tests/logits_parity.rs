@@ -11,7 +11,7 @@ use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Model, Session, SessionOptions};
 use kinglet_engine::text::EncodeOptions;
 use kinglet_tests::compare::{Agreement, argmax, top_gap};
-use kinglet_tests::data::model;
+use kinglet_tests::data::{alone, model};
 use kinglet_tests::oracle::{self, ContextOptions};
 use kinglet_tests::prompts::PROMPTS;
 
@@ -63,6 +63,7 @@ fn greedy_agreement(ours: &mut Session, prompt: &[u32], expected: &[u32]) -> usi
 }
 
 fn parity(id: &str) {
+    let _alone = alone();
     let path = model(id);
     let ours_model = kinglet_models::open(&path).expect("the model opens");
     let theirs_model = oracle::Model::load(&path).expect("llama.cpp loads the model");

@@ -3,10 +3,11 @@
 //! `kinglet perplexity` follows llama.cpp's protocol (windows of 512 tokens, the second half of each scored), so the
 //! bounds are its figures: 23.97 with 8-bit activations, 23.87 with exact ones, on the Q4_1 file of SmolLM2.
 
-use kinglet_tests::data::{file, heavy, model};
+use kinglet_tests::data::{alone, file, heavy, model};
 use kinglet_tests::process::stdout;
 
 fn perplexity(id: &str) -> f64 {
+    let _alone = alone();
     let (model, text) = (model(id), file("handbook.txt"));
     let (model, text) = (model.to_string_lossy(), text.to_string_lossy());
     let printed = stdout(&["perplexity", &model, &text, "--json"]);
