@@ -271,9 +271,10 @@ pub fn write_tiny(path: impl AsRef<Path>, config: &TinyConfig) -> Result<()> {
 
 /// The keys of the architecture.
 fn metadata(c: &TinyConfig, f: &Family) -> Vec<(String, Value)> {
+    // The name leaves the architecture out: llama.cpp treats tokens differently where the name says "phi3".
     let mut keys: Vec<(String, Value)> = vec![
         ("general.architecture".into(), f.arch.into()),
-        ("general.name".into(), format!("tiny {} {}", f.arch, c.dtype).into()),
+        ("general.name".into(), format!("tiny random {}", c.dtype).into()),
         ("general.quantization_version".into(), 2u32.into()),
     ];
     let mut own = |key: &str, value: Value| keys.push((format!("{}.{key}", f.arch), value));
