@@ -14,6 +14,7 @@
 pub mod compare;
 pub mod data;
 #[cfg(feature = "oracle")]
+pub mod strings;
 pub mod oracle;
 pub mod process;
 pub mod prompts;

@@ -9,21 +9,31 @@
 //! | `bpe`, `spm` | the two algorithms |
 //! | `words` | byte strings by number and back |
 //! | `stream` | [`Utf8Stream`]: whole characters from a stream of tokens |
+//! | `message` | [`Message`] and its parts |
+//! | `template`, `python` | [`ChatTemplate`]; what templates expect of Python |
+//! | `mask` | which parts of a conversation are trained |
 //!
 //! Tokens equal llama.cpp's for every input. The oracle tests compare them; where llama.cpp deviates from the original
 //! tokenizer (it does not normalise, for one), so does this.
 
 mod bpe;
+mod mask;
+mod message;
 mod pretokenize;
+mod python;
 mod special;
 mod spm;
 mod stream;
+mod template;
 mod tokenizer;
 mod unicode;
 mod vocab;
 mod words;
 
+pub use mask::Segment;
+pub use message::{FunctionCall, Message, ToolCall};
 pub use stream::Utf8Stream;
+pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{EncodeOptions, Tokenizer};
 pub use vocab::FillInMiddle;
 
