@@ -3,6 +3,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod embed;
 pub mod linear;
 pub mod norm;
 pub mod rope;

@@ -90,7 +90,7 @@ pub(super) unsafe fn unpack(dtype: DType, src: *const u8, dst: &mut [f32]) {
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2 {
-    use super::super::super::vector::{avx2::load_f16, f16_to_f32};
+    use super::super::super::vector::avx2::load_f16;
     use crate::quant::DType;
     use std::arch::x86_64::*;
 
@@ -135,7 +135,8 @@ pub(super) mod avx2 {
                 _ => {
                     for d in (0..whole).step_by(32) {
                         let block = src.add(d / 32 * 34);
-                        let scale = _mm256_set1_ps(f16_to_f32(u16::from_le_bytes(block.cast::<[u8; 2]>().read())));
+                        let bits = i32::from(u16::from_le_bytes(block.cast::<[u8; 2]>().read()));
+                        let scale = _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
                         for i in (0..32).step_by(8) {
                             let q = _mm_loadl_epi64(block.add(2 + i).cast());
                             put(d + i, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))));

@@ -125,19 +125,25 @@ unsafe fn group<E: Element, const IN_PLACE: bool>(
                     _ => scores::<E, 3>(k, stride, from, to, q, width, s),
                 }
             }
-            let mut shrink = [0.0f32; MAX_GROUP];
+            // Maxima of all heads, then all factors, then all probabilities: each is a chain of dependent steps, and
+            // those of several heads overlap.
             let ahead = (task.first_position + row) as f32 - block as f32;
-            for (i, shrink) in shrink[..count].iter_mut().enumerate() {
-                let (s, most) = (s.add(i * BLOCK), most.add(i));
-                let slope = task.slope(heads.0 + i) * LOG2_E;
-                let row_max = mask_and_max(s, from, to, &bend, slope, ahead);
-                let old = *most;
-                *most = if row_max > old { row_max } else { old };
-                let base = base_of(*most);
-                let factor = exp2(_mm256_set1_ps(old - base));
-                *shrink = _mm256_cvtss_f32(factor);
+            let (mut shrink, mut base) = ([0.0f32; MAX_GROUP], [0.0f32; MAX_GROUP]);
+            for i in 0..count {
+                let row_max = mask_and_max(s.add(i * BLOCK), from, to, &bend, task.slope(heads.0 + i) * LOG2_E, ahead);
+                let most = most.add(i);
+                shrink[i] = *most;
+                *most = if row_max > *most { row_max } else { *most };
+                base[i] = base_of(*most);
+            }
+            for (shrink, base) in shrink.as_chunks_mut::<8>().0.iter_mut().zip(base.as_chunks::<8>().0) {
+                let change = _mm256_sub_ps(_mm256_loadu_ps(shrink.as_ptr()), _mm256_loadu_ps(base.as_ptr()));
+                _mm256_storeu_ps(shrink.as_mut_ptr(), exp2(change));
+            }
+            for i in 0..count {
                 let lanes = sums.add(8 * i);
-                _mm256_storeu_ps(lanes, _mm256_fmadd_ps(_mm256_loadu_ps(lanes), factor, exponentiate(s, base)));
+                let kept = _mm256_mul_ps(_mm256_loadu_ps(lanes), _mm256_set1_ps(shrink[i]));
+                _mm256_storeu_ps(lanes, _mm256_add_ps(kept, exponentiate(s.add(i * BLOCK), base[i])));
             }
             let (v, stride) = vectors(task.kv.v_offset);
             for i in (0..count).step_by(3) {
@@ -176,16 +182,11 @@ unsafe fn scores<E: Element, const H: usize>(
             let (k0, k1, k2, k3) = (at(0), at(1), at(2), at(3));
             let mut acc = [[_mm256_setzero_ps(); 4]; H];
             for d in (0..width).step_by(8) {
-                let k = [
-                    E::load(k0.add(d * E::BYTES)),
-                    E::load(k1.add(d * E::BYTES)),
-                    E::load(k2.add(d * E::BYTES)),
-                    E::load(k3.add(d * E::BYTES)),
-                ];
-                for (h, acc) in acc.iter_mut().enumerate() {
-                    let q = _mm256_loadu_ps(q.add(h * width + d));
-                    for (acc, k) in acc.iter_mut().zip(k) {
-                        *acc = _mm256_fmadd_ps(q, k, *acc);
+                // Key by key: twelve accumulators, three queries and one key are the sixteen registers there are.
+                for (i, k) in [k0, k1, k2, k3].into_iter().enumerate() {
+                    let k = E::load(k.add(d * E::BYTES));
+                    for (h, acc) in acc.iter_mut().enumerate() {
+                        acc[i] = _mm256_fmadd_ps(_mm256_loadu_ps(q.add(h * width + d)), k, acc[i]);
                     }
                 }
             }
@@ -252,14 +253,10 @@ unsafe fn strip<E: Element, const H: usize, const C: usize>(
         }
         let mut at = v.add(from * stride);
         for j in from..to {
-            let mut x = [_mm256_setzero_ps(); C];
-            for (c, x) in x.iter_mut().enumerate() {
-                *x = E::load(at.add(8 * c * E::BYTES));
-            }
-            for (h, acc) in acc.iter_mut().enumerate() {
-                let p = _mm256_broadcast_ss(&*p.add(h * BLOCK + j));
-                for (acc, x) in acc.iter_mut().zip(x) {
-                    *acc = _mm256_fmadd_ps(p, x, *acc);
+            for c in 0..C {
+                let x = E::load(at.add(8 * c * E::BYTES));
+                for (h, acc) in acc.iter_mut().enumerate() {
+                    acc[c] = _mm256_fmadd_ps(_mm256_broadcast_ss(&*p.add(h * BLOCK + j)), x, acc[c]);
                 }
             }
             at = at.add(stride);
