@@ -1,8 +1,8 @@
 //! The filters that cut a distribution down: top-k, locally typical, top-p, min-p, and the draw from what is left.
 //!
 //! They work on a list of candidates. None sorts the vocabulary: top-k keeps a buffer of at most 2k and a rising
-//! threshold; the cumulative filters put only as much of the list in order as they turn out to need, in pieces that
-//! quadruple ([`keep_until`]). Order is by logit, ties by lower id, so the result is unique. Tokens with a logit of −∞
+//! threshold; the cumulative filters look for the place of their cut by halving, in pieces that quadruple
+//! ([`keep_until`]). Order is by logit, ties by lower id, so the result is unique. Tokens with a logit of −∞
 //! are masked and never become candidates. Nothing allocates once the list has its capacity.
 
 use std::cmp::Ordering;
@@ -79,37 +79,43 @@ pub(super) fn softmax(candidates: &mut [Candidate], inverse_temperature: f32) ->
     most
 }
 
-/// Puts candidates in `order` one after the other until `enough` says so of one, which is the last that is kept.
+/// Keeps the first candidates in `order` up to the one with which the sum of `share` is `reached`, or all of them.
+///
+/// As in a quickselect, a piece is split off the front, summed, and halved only if the cut lies in it; what is kept is
+/// left in no order, but in the same one for the same list.
 fn keep_until(
     candidates: &mut Vec<Candidate>,
     order: impl Fn(&Candidate, &Candidate) -> Ordering,
-    mut enough: impl FnMut(&Candidate) -> bool,
+    share: impl Fn(&Candidate) -> f64,
+    reached: impl Fn(f64) -> bool,
 ) {
-    let (mut done, mut piece) = (0, 64);
-    while done < candidates.len() {
-        let rest = &mut candidates[done..];
-        let n = piece.min(rest.len());
-        if n < rest.len() {
-            rest.select_nth_unstable_by(n - 1, &order);
+    /// Pieces up to this are sorted.
+    const SMALL: usize = 64;
+    let (mut start, mut end) = (0, candidates.len());
+    let (mut sum, mut piece) = (0.0, 4 * SMALL);
+    while end - start > SMALL {
+        let middle = start + piece.min((end - start) / 2);
+        candidates[start..end].select_nth_unstable_by(middle - start, &order);
+        let added: f64 = candidates[start..middle].iter().map(&share).sum();
+        if reached(sum + added) {
+            end = middle;
+        } else {
+            (start, sum, piece) = (middle, sum + added, 4 * piece);
         }
-        rest[..n].sort_unstable_by(&order);
-        if let Some(last) = rest[..n].iter().position(&mut enough) {
-            candidates.truncate(done + last + 1);
-            return;
-        }
-        done += n;
-        piece *= 4;
     }
+    candidates[start..end].sort_unstable_by(&order);
+    let last = candidates[start..end].iter().position(|c| {
+        sum += share(c);
+        reached(sum)
+    });
+    // Without a place inside, the cut is at the end: there `reached` was found true, or there is nothing beyond.
+    candidates.truncate(last.map_or(end, |i| start + i + 1));
 }
 
 /// The most probable tokens whose probabilities reach `p` together (Holtzman et al. 2020, arXiv:1904.09751).
 pub(super) fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
     softmax(candidates, 1.0);
-    let mut sum = 0.0f64;
-    keep_until(candidates, by_logit, |c| {
-        sum += f64::from(c.weight);
-        sum >= f64::from(p)
-    });
+    keep_until(candidates, by_logit, |c| f64::from(c.weight), |sum| sum >= f64::from(p));
 }
 
 /// Tokens of at least `p` times the probability of the most probable (Nguyen et al. 2024, arXiv:2407.01082).
@@ -130,12 +136,8 @@ pub(super) fn typical(candidates: &mut Vec<Candidate>, p: f32) {
     for c in candidates.iter_mut() {
         c.weight = (surprise(c) - entropy).abs() as f32;
     }
-    let mut sum = 0.0f64;
     let nearest = |a: &Candidate, b: &Candidate| a.weight.total_cmp(&b.weight).then(by_logit(a, b));
-    keep_until(candidates, nearest, |c| {
-        sum += (-surprise(c)).exp();
-        sum > f64::from(p)
-    });
+    keep_until(candidates, nearest, |c| (-surprise(c)).exp(), |sum| sum > f64::from(p));
 }
 
 /// The candidate at which the running sum of weights passes `u` of their total, 0 ≤ u < 1.
@@ -224,6 +226,7 @@ mod tests {
                 let difference = got.len().abs_diff(want.len());
                 let slack = sorted(&logits).iter().filter(|c| c.1 < 1e-6).count().min(3);
                 assert!(difference <= slack, "p = {p}: {} for {}", got.len(), want.len());
+                got.sort_by(by_logit);
                 let n = got.len().min(want.len());
                 assert_eq!(got[..n].iter().map(|c| c.id).collect::<Vec<_>>(), want[..n]);
             }

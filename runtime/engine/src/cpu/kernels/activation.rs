@@ -7,6 +7,9 @@
 use super::vector::{by_isa, sigmoid, tanh};
 use crate::tape::Gate;
 
+/// 2·√(2/π).
+const GELU_SLOPE: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::SQRT_2;
+
 #[inline(always)]
 fn silu(x: f32) -> f32 {
     x * sigmoid(x)
@@ -14,8 +17,7 @@ fn silu(x: f32) -> f32 {
 
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
-    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_1;
-    x * sigmoid(TWICE_SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x))
+    x * sigmoid(GELU_SLOPE * (x + 0.044_715 * x * x * x))
 }
 
 by_isa! {
@@ -63,10 +65,9 @@ by_isa! {
                 *du = d * g * s;
             }),
             Gate::GeluTanh => terms.for_each(|((((dg, du), &g), &u), &d)| {
-                const A: f32 = 1.595_769_1;
-                let s = sigmoid(A * (g + 0.044_715 * g * g * g));
+                let s = sigmoid(GELU_SLOPE * (g + 0.044_715 * g * g * g));
                 // The slope of the argument vanishes against σ(1 − σ) long before x² could overflow.
-                let slope = A * (1.0 + 3.0 * 0.044_715 * g * g);
+                let slope = GELU_SLOPE * (1.0 + 3.0 * 0.044_715 * g * g);
                 *dg = d * u * (s + g * s * (1.0 - s) * slope);
                 *du = d * g * s;
             }),

@@ -25,7 +25,7 @@ by_isa! {
 #[inline(always)]
 fn rotate(heads: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], sign: f32, style: RopeStyle) {
     let pairs = cos.len();
-    debug_assert!(head_dim > 0 && 2 * pairs <= head_dim && sin.len() == pairs && heads.len() % head_dim == 0);
+    debug_assert!(head_dim > 0 && 2 * pairs <= head_dim && sin.len() == pairs && heads.len().is_multiple_of(head_dim));
     for head in heads.chunks_exact_mut(head_dim.max(1)) {
         let Some(turning) = head.get_mut(..2 * pairs) else { return };
         match style {

@@ -5,6 +5,7 @@
 //!   2. S = Q·Kᵀ for six query vectors × 16 positions at a time, twelve accumulators, one step per head dimension;
 //!   3. softmax on S, row by row: running maximum, 2^(s − max), running sum kept in eight lanes;
 //!   4. O ← O·shrink + P·V, six query vectors × 16 dimensions at a time, one step per position.
+//!
 //! Queries are packed [6 vectors] with the scale and log₂ e multiplied in, so that the softmax runs in base 2.
 //!
 //! Every accumulator adds in the order of dimensions or positions whatever the tile, and masked positions add exact

@@ -187,7 +187,7 @@ const MAX_GROUP: usize = 16;
 /// The cache's type must be F32, F16, or Q8_0 with `head_dim` a multiple of 32.
 pub unsafe fn attention(isa: Isa, task: &AttentionTask<'_>, scratch: &mut [f32]) {
     let kv = &task.kv;
-    debug_assert!(kv.page_len % BLOCK == 0 || kv.pages.len() <= 1);
+    debug_assert!(kv.page_len.is_multiple_of(BLOCK) || kv.pages.len() <= 1);
     debug_assert!(kv_row_bytes(kv.dtype, task.head_dim).is_some_and(|n| n <= kv.pos_stride));
     debug_assert!(task.group > 0 && task.head_dim > 0);
     if scratch.len() < attention_scratch_len(task.head_dim) {

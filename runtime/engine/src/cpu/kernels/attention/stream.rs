@@ -54,10 +54,10 @@ pub(super) unsafe fn attention_avx2(task: &AttentionTask<'_>, scratch: &mut [f32
                 // SAFETY: rows and heads are the task's; the CPU has AVX2, for this function runs.
                 unsafe {
                     match task.kv.dtype {
-                        DType::F16 if task.head_dim % 16 == 0 => {
+                        DType::F16 if task.head_dim.is_multiple_of(16) => {
                             group::<F16, true>(task, scratch, kv_head, heads, row);
                         }
-                        DType::F32 if task.head_dim % 16 == 0 => {
+                        DType::F32 if task.head_dim.is_multiple_of(16) => {
                             group::<F32, true>(task, scratch, kv_head, heads, row);
                         }
                         _ => group::<F32, false>(task, scratch, kv_head, heads, row),
