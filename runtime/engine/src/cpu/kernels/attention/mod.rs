@@ -56,16 +56,17 @@ pub struct KvPages<'a> {
 /// Which form runs. Choose by the rows of the whole operation, so that the split over threads cannot change a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// Few rows: keys and values are read once per row, without unpacking.
+    /// One row, or few: keys and values are read once per row, without unpacking.
     Stream,
     /// Many rows: keys and values are unpacked once per block and used by all rows.
     Block,
 }
 
 impl Path {
-    /// The faster path for an operation of `rows` query rows.
+    /// The faster path for an operation of `rows` query rows: from two on, unpacking pays (measured with the example
+    /// `attention`, F16).
     pub fn for_rows(rows: usize) -> Path {
-        if rows <= 2 { Path::Stream } else { Path::Block }
+        if rows <= 1 { Path::Stream } else { Path::Block }
     }
 }
 
