@@ -2,6 +2,8 @@
 
 use crate::commands::Command;
 use clap::{Args, Parser, ValueEnum};
+use kinglet_engine::quant::DType;
+use kinglet_engine::session::SessionOptions;
 
 /// Text that every model argument shows.
 pub const MODEL_HELP: &str =
@@ -76,5 +78,80 @@ pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(n) if n >= 1 => Ok(n),
         _ => Err("a whole number of at least 1 is needed".into()),
+    }
+}
+
+/// How a session is opened.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Session")]
+pub struct SessionArgs {
+    /// Tokens the window may hold; 0 for as many as the model was made for
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    pub context: usize,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+}
+
+/// What else decides how much memory a session takes.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Session")]
+pub struct MemoryArgs {
+    /// Element type of the KV cache: F16, F32 or Q8_0
+    #[arg(long, value_name = "TYPE", default_value = "F16")]
+    pub kv_type: DType,
+    /// Tokens of a prompt that are computed at a time
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
+    pub chunk: usize,
+    /// Refuse to start if more memory would be needed, such as 800M or 2G
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory_budget: Option<u64>,
+}
+
+impl MemoryArgs {
+    /// The library's options for a window of `context` tokens.
+    pub fn options(&self, context: usize, global: &Global) -> SessionOptions {
+        SessionOptions {
+            context,
+            threads: global.threads.unwrap_or(0),
+            kv_type: self.kv_type,
+            chunk: self.chunk,
+            memory_budget: self.memory_budget,
+            ..SessionOptions::default()
+        }
+    }
+}
+
+/// A number of bytes with an optional decimal unit: `500000`, `800M`, `1.5G`.
+fn size(text: &str) -> Result<u64, String> {
+    let lower = text.trim().to_lowercase();
+    let lower = lower.strip_suffix('b').unwrap_or(&lower);
+    let (digits, unit) = match lower.chars().last() {
+        Some('k') => (&lower[..lower.len() - 1], 1e3),
+        Some('m') => (&lower[..lower.len() - 1], 1e6),
+        Some('g') => (&lower[..lower.len() - 1], 1e9),
+        _ => (lower, 1.0),
+    };
+    match digits.parse::<f64>() {
+        Ok(n) if n > 0.0 && n * unit < 1e18 => Ok((n * unit) as u64),
+        _ => Err("a size such as 800M or 2G is needed".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("800M"), Ok(800_000_000));
+        assert_eq!(size("1.5gb"), Ok(1_500_000_000));
+        assert_eq!(size("4096"), Ok(4096));
+        assert!(size("-1").is_err() && size("x").is_err() && size("").is_err() && size("G").is_err());
     }
 }

@@ -38,6 +38,11 @@ pub fn listen(stop: impl Fn() + Send + 'static) {
     });
 }
 
+/// Whether Ctrl-C was pressed and not yet answered.
+pub fn pending() -> bool {
+    ASKED.load(Ordering::SeqCst)
+}
+
 /// Whether Ctrl-C was pressed since the last call.
 pub fn take() -> bool {
     ASKED.swap(false, Ordering::SeqCst)

@@ -11,6 +11,7 @@ mod logging;
 mod models;
 mod output;
 mod progress;
+mod sampling;
 
 use clap::Parser;
 use std::process::ExitCode;

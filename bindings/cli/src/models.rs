@@ -2,6 +2,7 @@
 
 use crate::progress::Download;
 use kinglet_engine::gguf::Gguf;
+use kinglet_engine::session::Model;
 use kinglet_models::pull::{self, Cache, Resolved, SourceKind};
 use std::path::PathBuf;
 
@@ -17,4 +18,9 @@ pub fn file_of(model: &str) -> anyhow::Result<PathBuf> {
 /// The open file of `model`.
 pub fn gguf_of(model: &str) -> anyhow::Result<Gguf> {
     Ok(Gguf::open(file_of(model)?)?)
+}
+
+/// `model`, ready to run.
+pub fn open(model: &str) -> anyhow::Result<Model> {
+    Ok(kinglet_models::open(file_of(model)?)?)
 }

@@ -19,6 +19,20 @@ pub fn text(text: &str) -> io::Result<()> {
     out.flush()
 }
 
+/// Writes a piece of a model's answer. To a terminal go no control characters but line breaks and tabs: a model may have
+/// learnt, or been told, to write the sequences that change titles, clipboards and colours.
+pub fn answer(piece: &str) -> io::Result<()> {
+    if to_terminal() && piece.chars().any(is_harmful) {
+        let clean: String = piece.chars().filter(|c| !is_harmful(*c)).collect();
+        return text(&clean);
+    }
+    text(piece)
+}
+
+fn is_harmful(c: char) -> bool {
+    c.is_control() && c != '\n' && c != '\t'
+}
+
 /// Whether standard output is a terminal.
 pub fn to_terminal() -> bool {
     io::stdout().is_terminal()

@@ -1,8 +1,13 @@
 //! One file per command: its arguments, its help and its code.
 
+mod bench;
+mod chat;
+mod estimate;
 mod inspect;
 mod models;
+mod perplexity;
 mod pull;
+mod run;
 mod tokenize;
 
 use crate::args::Cli;
@@ -12,20 +17,28 @@ use std::io::Read;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Run(Box<run::Arguments>),
     Pull(pull::Arguments),
     Models(models::Arguments),
     Inspect(inspect::Arguments),
     Tokenize(tokenize::Arguments),
+    Perplexity(perplexity::Arguments),
+    Estimate(estimate::Arguments),
+    Bench(bench::Arguments),
 }
 
 /// Runs what the command line asks for.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     let global = &cli.global;
     match &cli.command {
+        Command::Run(arguments) => run::run(arguments, global),
         Command::Pull(arguments) => pull::run(arguments, global),
         Command::Models(arguments) => models::run(arguments, global),
         Command::Inspect(arguments) => inspect::run(arguments, global),
         Command::Tokenize(arguments) => tokenize::run(arguments, global),
+        Command::Perplexity(arguments) => perplexity::run(arguments, global),
+        Command::Estimate(arguments) => estimate::run(arguments, global),
+        Command::Bench(arguments) => bench::run(arguments, global),
     }
 }
 
@@ -37,4 +50,12 @@ fn text_or_stdin(argument: &str) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     std::io::stdin().lock().read_to_end(&mut bytes).context("reading standard input")?;
     Ok(bytes)
+}
+
+/// The bytes of a file, or all of standard input where it is `-`.
+fn file_or_stdin(path: &str) -> anyhow::Result<Vec<u8>> {
+    if path == "-" {
+        return text_or_stdin(path);
+    }
+    std::fs::read(path).with_context(|| path.to_string())
 }

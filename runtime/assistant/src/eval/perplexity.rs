@@ -10,8 +10,9 @@
 //! ```
 //!
 //! Other tools score differently and get other numbers for the same model: always say which protocol. A model is known
-//! here only as a [`Scorer`].
+//! here only as a [`Scorer`]; a [`Session`] is one.
 
+use kinglet_engine::session::Session;
 use kinglet_engine::{Error, Result};
 use serde::Serialize;
 
@@ -22,6 +23,13 @@ pub trait Scorer {
     /// # Errors
     /// Whatever the model's evaluation fails with.
     fn log_probs(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f64>>;
+}
+
+impl Scorer for Session {
+    fn log_probs(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f64>> {
+        self.reset();
+        Ok(self.score(tokens, from)?.into_iter().map(|nll| -f64::from(nll)).collect())
+    }
 }
 
 /// The outcome.
@@ -134,14 +142,6 @@ pub fn perplexity(
     })
 }
 
-/// `ln softmax(logits)[token]`, the sum in `f64`. `None` if `token` is outside the vocabulary.
-pub fn log_softmax(logits: &[f32], token: u32) -> Option<f64> {
-    let wanted = f64::from(*logits.get(token as usize)?);
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    Some(wanted - f64::from(max) - sum.ln())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,12 +198,5 @@ mod tests {
         assert!(short.contains("3 tokens, fewer than one window of 8"), "{short}");
         assert!(perplexity(&mut fake, &[1; 9], None, 3, &mut |_, _, _| {}).is_err());
         assert!(matches!(perplexity(&mut fake, &[1; 9], None, 8, &mut |_, _, _| {}), Err(Error::Numeric(_))));
-    }
-
-    #[test]
-    fn log_softmax_of_large_logits() {
-        let p = log_softmax(&[1000.0, 1000.0, 0.0], 1).unwrap();
-        assert!((p + 2f64.ln()).abs() < 1e-12);
-        assert_eq!(log_softmax(&[0.0], 1), None);
     }
 }

@@ -8,6 +8,7 @@ mod kv;
 mod matrix;
 mod ops;
 mod pool;
+pub mod roof;
 mod timing;
 
 pub use buffer::Buffer;

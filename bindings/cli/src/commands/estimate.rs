@@ -1,0 +1,67 @@
+//! `kinglet estimate`: the memory a session will need, before it is started.
+
+use crate::args::{Global, MODEL_HELP, SessionArgs};
+use crate::models;
+use crate::output::{self, Table};
+use clap::Args;
+use kinglet_engine::session::Session;
+use serde_json::json;
+
+/// Tell how much memory a session will need, without starting it
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Weights are mapped from the file: read in place, shared by all programs that use the model, and given
+back by the system under pressure. The rest is allocated.
+
+Examples:
+  kinglet estimate smollm2
+  kinglet estimate qwen2.5-coder --context 32768 --kv-type Q8_0
+  kinglet estimate model.gguf --memory-budget 2G      exits with 1 if that is not enough")]
+pub struct Arguments {
+    #[arg(help = MODEL_HELP, value_name = "MODEL")]
+    model: String,
+    #[command(flatten)]
+    session: SessionArgs,
+}
+
+pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
+    let model = models::open(&arguments.model)?;
+    let mut options = arguments.session.memory.options(arguments.session.context, global);
+    if options.context == 0 {
+        options.context = model.spec().context;
+    }
+    let estimate = Session::estimate(&model, &options)?;
+    if let Some(budget) = options.memory_budget
+        && estimate.resident() > budget
+    {
+        anyhow::bail!(
+            "{} are needed, more than the budget of {}; ask for a smaller context, a Q8_0 KV cache or smaller chunks",
+            output::bytes(estimate.resident()),
+            output::bytes(budget)
+        );
+    }
+    if global.json {
+        return output::json(&json!({
+            "model": arguments.model,
+            "context": options.context,
+            "kv_type": options.kv_type.name(),
+            "chunk": options.chunk,
+            "weights": estimate.weights,
+            "kv_cache": estimate.kv_cache,
+            "arena": estimate.arena,
+            "scratch": estimate.scratch,
+            "allocated": estimate.allocated(),
+            "resident": estimate.resident(),
+        }));
+    }
+    let mut table = Table::new(&["what", ">bytes", ""]);
+    let mut row = |what: &str, bytes: u64, note: String| table.row(vec![what.into(), output::bytes(bytes), note]);
+    row("weights", estimate.weights, "mapped from the file".into());
+    let cache = format!("{} tokens of {}, taken as the window fills", options.context, options.kv_type);
+    row("KV cache", estimate.kv_cache, cache);
+    row("activations", estimate.arena, format!("for {} tokens at a time", options.chunk));
+    row("scratch", estimate.scratch, "of all threads".into());
+    row("allocated", estimate.allocated(), "all but the weights".into());
+    row("resident", estimate.resident(), "all".into());
+    Ok(output::text(&table.aligned())?)
+}

@@ -1,0 +1,193 @@
+//! `kinglet run`: one answer, or a chat.
+
+use super::chat;
+use crate::args::{Global, MODEL_HELP, SessionArgs, Usage};
+use crate::interrupt::{self, Interrupted};
+use crate::sampling::SamplingArgs;
+use crate::{models, output};
+use anyhow::{Context, bail};
+use clap::Args;
+use kinglet_engine::session::{EndReason, GenerateOptions, GenerationStats, Model, Session};
+use kinglet_engine::text::{EncodeOptions, Message};
+use serde_json::json;
+use std::io::Write;
+
+/// Chat with a model, or let it answer one prompt
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Without PROMPT a chat begins; /help in it lists its commands. Only the answer goes to standard output.
+Ctrl-C stops the answer.
+
+Examples:
+  kinglet run smollm2
+  kinglet run smollm2 \"Name three rivers.\" --temperature 0
+  git diff | kinglet run qwen2.5-coder - --system \"Write a commit message for this diff.\"
+  kinglet run gemma3 \"Once upon a time\" --raw -n 100     continue the text, no chat template
+  kinglet run smollm2 \"Why?\" --json                      the answer with counts and times")]
+pub struct Arguments {
+    #[arg(help = MODEL_HELP, value_name = "MODEL")]
+    model: String,
+    /// What to answer; - reads standard input. Without it a chat begins
+    prompt: Option<String>,
+    /// Continue the text of PROMPT itself, without the model's chat template
+    #[arg(long)]
+    raw: bool,
+    /// What the model is told to be
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
+    system: Option<String>,
+    /// Most tokens of an answer [default: until the model ends it]
+    #[arg(short = 'n', long, value_name = "N")]
+    max_tokens: Option<usize>,
+    /// End the answer before this text; may be given again
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on where the model would end its answer
+    #[arg(long)]
+    ignore_end: bool,
+    /// Print control tokens as well
+    #[arg(long)]
+    special: bool,
+    /// Print counts and times on standard error
+    #[arg(long)]
+    stats: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    session: SessionArgs,
+}
+
+pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
+    global.check_backend()?;
+    if arguments.prompt.is_none() && arguments.raw {
+        return Err(Usage("--raw needs a PROMPT to continue".into()).into());
+    }
+    if arguments.prompt.is_none() && global.json {
+        return Err(Usage("--json needs a PROMPT: a chat is for people".into()).into());
+    }
+    let prompt = arguments.prompt.as_deref().map(super::text_or_stdin).transpose()?;
+    let model = models::open(&arguments.model)?;
+    let options = GenerateOptions {
+        sampler: arguments.sampling.options(model.tokenizer(), model.spec().vocab)?,
+        max_tokens: arguments.max_tokens.unwrap_or(usize::MAX),
+        stop: arguments.stop.clone(),
+        ignore_end: arguments.ignore_end,
+        special: arguments.special,
+    };
+    let mut session = Session::new(&model, &arguments.session.memory.options(arguments.session.context, global))?;
+    let cancel = session.cancel_handle();
+    interrupt::listen(move || cancel.cancel());
+    match prompt {
+        None => chat::run(&arguments.model, &mut session, options, arguments.system.clone(), arguments.stats),
+        Some(prompt) => {
+            let ids = prompt_ids(&model, prompt, arguments)?;
+            one_answer(&mut session, &ids, options, arguments, global)
+        }
+    }
+}
+
+/// The tokens of a single prompt, as text to continue or as a conversation's first turn.
+fn prompt_ids(model: &Model, prompt: Vec<u8>, arguments: &Arguments) -> anyhow::Result<Vec<u32>> {
+    if !arguments.raw {
+        if model.chat_template()?.is_some() {
+            let content = String::from_utf8(prompt).context("the prompt is not UTF-8; --raw takes any bytes")?;
+            let system = arguments.system.iter().map(|text| Message::new("system", text.as_str()));
+            let messages: Vec<Message> = system.chain([Message::new("user", content)]).collect();
+            return conversation_ids(model, &messages);
+        }
+        if arguments.system.is_some() {
+            bail!(
+                "{} has no chat template, so it knows no system prompt: it is a base model that continues text",
+                arguments.model
+            );
+        }
+        eprintln!("note: {} has no chat template; continuing the text as with --raw", arguments.model);
+    }
+    Ok(model.tokenizer().encode_bytes(&prompt, EncodeOptions { add_special: true, parse_special: true }))
+}
+
+/// The tokens of a conversation up to where the next answer begins.
+pub fn conversation_ids(model: &Model, messages: &[Message]) -> anyhow::Result<Vec<u32>> {
+    let Some(template) = model.chat_template()? else {
+        bail!("this model has no chat template: it is a base model, which continues text; give it a PROMPT with --raw");
+    };
+    let text = template.render(messages, None, true)?;
+    let tokenizer = model.tokenizer();
+    let mut ids = tokenizer.encode(&text, EncodeOptions { add_special: false, parse_special: true });
+    // Most templates write the BOS token themselves.
+    if let (true, Some(bos)) = (tokenizer.adds_bos(), tokenizer.bos())
+        && ids.first() != Some(&bos)
+    {
+        ids.insert(0, bos);
+    }
+    Ok(ids)
+}
+
+fn one_answer(
+    session: &mut Session,
+    ids: &[u32],
+    options: GenerateOptions,
+    arguments: &Arguments,
+    global: &Global,
+) -> anyhow::Result<()> {
+    let mut answer = String::new();
+    let stats = generate(session, ids, options, &mut |text| {
+        answer.push_str(text);
+        if global.json { Ok(()) } else { output::answer(text) }
+    })?;
+    if global.json {
+        output::json(&json!({
+            "text": answer,
+            "end": stats.end.map(EndReason::name),
+            "prompt_tokens": stats.prompt_tokens,
+            "output_tokens": stats.output_tokens,
+            "prefill_ms": stats.prefill.as_secs_f64() * 1e3,
+            "decode_ms": stats.decode.as_secs_f64() * 1e3,
+        }))?;
+    } else if output::to_terminal() || (!arguments.raw && !answer.ends_with('\n')) {
+        // A raw continuation goes to a pipe byte for byte.
+        output::text("\n")?;
+    }
+    if arguments.stats || global.verbose > 0 {
+        eprintln!("{}", summary(&stats));
+    }
+    if stats.end == Some(EndReason::Cancelled) { Err(Interrupted.into()) } else { Ok(()) }
+}
+
+/// Generates after `ids` and hands every piece of text to `show`, until the end or Ctrl-C.
+pub fn generate(
+    session: &mut Session,
+    ids: &[u32],
+    options: GenerateOptions,
+    show: &mut dyn FnMut(&str) -> std::io::Result<()>,
+) -> anyhow::Result<GenerationStats> {
+    let cancel = session.cancel_handle();
+    let mut generation = session.generate(ids, options)?;
+    // A Ctrl-C from before the generation began, which cleared the handle.
+    if interrupt::pending() {
+        cancel.cancel();
+    }
+    while let Some(piece) = generation.next()? {
+        show(&piece.text)?;
+    }
+    std::io::stdout().flush()?;
+    let stats = generation.stats().clone();
+    interrupt::take();
+    Ok(stats)
+}
+
+/// One line of counts and speeds.
+pub fn summary(stats: &GenerationStats) -> String {
+    let rate = |tokens: usize, time: std::time::Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+    let computed = stats.prompt_tokens - stats.reused_tokens.min(stats.prompt_tokens);
+    let decoded = stats.output_tokens.saturating_sub(1);
+    format!(
+        "prompt {} tokens ({} kept), {:.0} ms, {:.1} tokens/s; answer {} tokens, {:.1} tokens/s; ended by {}",
+        stats.prompt_tokens,
+        stats.reused_tokens,
+        stats.prefill.as_secs_f64() * 1e3,
+        rate(computed, stats.prefill),
+        stats.output_tokens,
+        rate(decoded, stats.decode),
+        stats.end.map_or("nothing", EndReason::name)
+    )
+}

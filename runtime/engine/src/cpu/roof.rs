@@ -1,0 +1,151 @@
+//! What this machine can do at best, measured: the roofs that speeds are compared with.
+//!
+//! Decoding reads every weight once per token, so memory bandwidth bounds it (unless the weights fit the last-level
+//! cache, where a share over 100 % is real). Prefill multiplies 8-bit integers, so the rate of the widest such
+//! instruction, fed from the first-level cache, bounds it. Both are the best of several short passes. Callers: benchmarks.
+
+use std::hint::black_box;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::isa::Isa;
+
+/// Streaming read speed in bytes per second: `threads` threads sum `bytes` of memory, which should be many times the
+/// caches; the best of `passes`.
+pub fn memory(threads: usize, bytes: usize, passes: usize) -> f64 {
+    let threads = threads.max(1);
+    let words = bytes / 8 / threads;
+    // Written, not only reserved: untouched pages would all be one page of zeros.
+    let buffers: Vec<Vec<u64>> = (0..threads).map(|t| (0..words).map(|i| (i ^ t) as u64).collect()).collect();
+    let bytes = (words * threads * 8) as f64;
+    (0..passes).map(|_| bytes / together(&buffers, |buffer| black_box(sum(buffer))).as_secs_f64()).fold(0.0, f64::max)
+}
+
+/// Operations per second (a multiplication and an addition are two) of 8-bit integer dot products, with `threads` threads
+/// and the best instructions of this CPU, and the name of what was measured.
+pub fn int8(threads: usize) -> (f64, &'static str) {
+    const PASSES: usize = 5;
+    const ROUNDS: usize = 200_000;
+    let (dot, name, ops) = kernel();
+    let jobs = vec![(); threads.max(1)];
+    let ops = (jobs.len() * ROUNDS * ops) as f64;
+    let best =
+        (0..PASSES).map(|_| ops / together(&jobs, |()| black_box(dot(ROUNDS))).as_secs_f64()).fold(0.0, f64::max);
+    (best, name)
+}
+
+/// Wall time of `work` over all `items`, one thread each.
+fn together<T: Sync, R>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Duration {
+    let start = Instant::now();
+    let work = &work;
+    thread::scope(|scope| {
+        for item in items {
+            scope.spawn(move || {
+                work(item);
+            });
+        }
+    });
+    start.elapsed()
+}
+
+/// Sums in 32 independent lanes, so that the additions never wait for each other and the loads are the bound.
+fn sum(values: &[u64]) -> u64 {
+    let mut lanes = [0u64; 32];
+    for chunk in values.chunks_exact(32) {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.wrapping_add(*value);
+        }
+    }
+    lanes.iter().fold(0, |a, b| a.wrapping_add(*b))
+}
+
+/// The dot product of this CPU, its name, and its operations per round.
+fn kernel() -> (fn(usize) -> i32, &'static str, usize) {
+    #[cfg(target_arch = "x86_64")]
+    match Isa::detect() {
+        Isa::Avx512(_) => return (x86::vnni, "vpdpbusd, 512 bits", x86::CHAINS * 64 * 2),
+        Isa::Avx2(_) => return (x86::maddubs, "vpmaddubsw + vpmaddwd, 256 bits", x86::CHAINS * 32 * 2),
+        _ => {}
+    }
+    let _ = Isa::detect;
+    (plain, "portable code", 64 * 2)
+}
+
+fn plain(rounds: usize) -> i32 {
+    let (mut a, b) = (black_box([1i8; 64]), black_box([3i8; 64]));
+    let mut lanes = [0i32; 64];
+    for _ in 0..rounds {
+        for ((lane, a), b) in lanes.iter_mut().zip(&mut a).zip(&b) {
+            *lane = lane.wrapping_add(i32::from(*a) * i32::from(*b));
+            *a = a.wrapping_add(1);
+        }
+    }
+    lanes.iter().fold(0, |x, y| x.wrapping_add(*y))
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::black_box;
+    use std::arch::x86_64::*;
+
+    /// Independent chains of additions: more than latency times throughput, fewer than the registers.
+    pub(super) const CHAINS: usize = 10;
+
+    pub(super) fn maddubs(rounds: usize) -> i32 {
+        // SAFETY: `kernel` picks this function only where `Isa::detect` found AVX2.
+        unsafe { maddubs_avx2(rounds) }
+    }
+
+    pub(super) fn vnni(rounds: usize) -> i32 {
+        // SAFETY: `kernel` picks this function only where `Isa::detect` found AVX-512 with VNNI.
+        unsafe { vnni_avx512(rounds) }
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn maddubs_avx2(rounds: usize) -> i32 {
+        let (one8, one16) = (_mm256_set1_epi8(1), _mm256_set1_epi16(1));
+        // In memory, as weights are: the second operand of every multiplication is a load.
+        let weights: [__m256i; CHAINS] = black_box(std::array::from_fn(|i| _mm256_set1_epi8(i as i8)));
+        let mut activations = one8;
+        let mut sums = [_mm256_setzero_si256(); CHAINS];
+        for _ in 0..rounds {
+            for (sum, weight) in sums.iter_mut().zip(&weights) {
+                let pairs = _mm256_maddubs_epi16(activations, *weight);
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, one16));
+            }
+            // A change per round keeps the products from being computed once.
+            activations = _mm256_add_epi8(activations, one8);
+        }
+        let sum = sums.into_iter().fold(_mm256_setzero_si256(), |a, b| _mm256_add_epi32(a, b));
+        _mm256_extract_epi32::<0>(sum)
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn vnni_avx512(rounds: usize) -> i32 {
+        let one = _mm512_set1_epi8(1);
+        let weights: [__m512i; CHAINS] = black_box(std::array::from_fn(|i| _mm512_set1_epi8(i as i8)));
+        let mut activations = one;
+        let mut sums = [_mm512_setzero_si512(); CHAINS];
+        for _ in 0..rounds {
+            for (sum, weight) in sums.iter_mut().zip(&weights) {
+                *sum = _mm512_dpbusd_epi32(*sum, activations, *weight);
+            }
+            activations = _mm512_add_epi8(activations, one);
+        }
+        let sum = sums.into_iter().fold(_mm512_setzero_si512(), |a, b| _mm512_add_epi32(a, b));
+        _mm_cvtsi128_si32(_mm512_castsi512_si128(sum))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roofs_are_plausible() {
+        let memory = memory(1, 16 << 20, 2);
+        assert!((1e8..1e13).contains(&memory), "{memory:e} bytes/s");
+        let (ops, name) = int8(1);
+        assert!((1e8..1e14).contains(&ops), "{ops:e} op/s with {name}");
+    }
+}
