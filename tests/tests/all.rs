@@ -12,5 +12,10 @@
 //! | `tiny_parity` | logits of random models of every architecture and type against llama.cpp | `oracle` |
 //! | `perplexity` | perplexity of the handbook | smollm2; the others with `KINGLET_HEAVY=1` |
 
+mod cli;
 mod docs;
+mod gguf_real;
 mod layers;
+mod perplexity;
+#[cfg(feature = "oracle")]
+mod quant_parity;
