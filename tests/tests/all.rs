@@ -16,6 +16,10 @@ mod cli;
 mod docs;
 mod gguf_real;
 mod layers;
+#[cfg(feature = "oracle")]
+mod logits_parity;
 mod perplexity;
 #[cfg(feature = "oracle")]
 mod quant_parity;
+#[cfg(feature = "oracle")]
+mod tiny_parity;

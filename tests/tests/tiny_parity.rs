@@ -44,8 +44,7 @@ fn worst_distance(config: &TinyConfig, scratch: &Scratch) -> Result<f64, String>
     let theirs: Vec<&[f32]> = theirs.chunks_exact(vocabulary).collect();
 
     let model = kinglet_models::open(&path).map_err(|e| e.to_string())?;
-    let options =
-        SessionOptions { context: 64, threads: 1, kv_type: DType::F32, ..SessionOptions::default() };
+    let options = SessionOptions { context: 64, threads: 1, kv_type: DType::F32, ..SessionOptions::default() };
     let mut session = Session::new(&model, &options).map_err(|e| e.to_string())?;
     let mut worst = 0.0f64;
     for (token, reference) in tokens.iter().zip(&theirs) {
@@ -89,6 +88,7 @@ fn every_architecture_in_every_type() {
 #[test]
 fn grouped_heads_of_every_ratio() {
     let ratios = [(4, 4), (4, 2), (4, 1)];
-    let configs = ratios.into_iter().map(|(heads, kv_heads)| TinyConfig { heads, kv_heads, ..TinyConfig::new("llama") });
+    let configs =
+        ratios.into_iter().map(|(heads, kv_heads)| TinyConfig { heads, kv_heads, ..TinyConfig::new("llama") });
     check(configs, "heads");
 }

@@ -101,7 +101,7 @@ fn main() -> anyhow::Result<()> {
         };
         report.push(compare(
             shape,
-            ours.as_deref_mut(),
+            ours.as_mut().map(|ours| ours as &mut dyn Contender),
             theirs.as_mut().map(|peer| peer as &mut dyn Contender),
             args.rounds,
         )?);
@@ -220,7 +220,7 @@ fn print_memory(engine: Engine, args: &Args) -> anyhow::Result<()> {
         Memory::of_this_process()
     }
     let memory = match engine {
-        Engine::Kinglet => run(&mut *kinglet::open(&args.model, args.threads, context(args))?, args)?,
+        Engine::Kinglet => run(&mut kinglet::open(&args.model, args.threads, context(args))?, args)?,
         Engine::Llama => {
             let peer = Peer::open(&args.model)?;
             let settings = Settings { threads: args.threads, flash_attention: true };
