@@ -9,13 +9,14 @@
 //! * [`data`]: models, texts, random numbers.
 //! * [`prompts`]: what the engines are asked.
 //! * [`process`]: the `kinglet` program, as a user runs it.
+//! * [`strings`]: seeded strings of every kind for the tokenizers.
 //! * [`source`]: the repository as text, for the tests that hold its structure.
 
 pub mod compare;
 pub mod data;
 #[cfg(feature = "oracle")]
-pub mod strings;
 pub mod oracle;
 pub mod process;
 pub mod prompts;
 pub mod source;
+pub mod strings;

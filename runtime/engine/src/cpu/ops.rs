@@ -7,11 +7,10 @@
 use std::ops::Range;
 
 use super::executor::{Context, Scratch, SequenceView, VOCAB_CHUNK};
-use super::kernels::{activation, attention, linear, norm, rope, vector};
+use super::kernels::{activation, attention, embed, linear, norm, rope, vector};
 use super::kv::PAGE;
 use super::matrix::Matrix;
 use super::pool::Team;
-use crate::quant;
 use crate::tape::{Attention, Epilogue, Linear, Op, Part, Rope, Value, WeightId};
 
 /// Rows of weights that stay with one thread: whole tiles of every kernel, whole groups of 32 for the 8-bit form.
@@ -210,17 +209,12 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
 
 unsafe fn embed_rows(c: &Context<'_>, table: WeightId, scale: f32, out: Value, team: &Team<'_>) {
     let (info, data, out) = (c.weights.get(table), c.weights.data(table), c.matrix(out));
-    let row_bytes = data.len() / info.rows;
     for row in team.share(out.rows, 1) {
-        let token = c.tokens[row] as usize;
         // SAFETY: this thread's row.
         let y = unsafe { out.row_mut(row) };
-        // The row's type and size were checked when the weights were resolved.
-        if let Err(e) = quant::dequantize(info.dtype, &data[token * row_bytes..][..row_bytes], y) {
+        // Types, sizes and token ids were checked before.
+        if let Err(e) = embed::embed(c.isa, info.dtype, data, c.tokens[row] as usize, scale, y) {
             unreachable!("{}: {e}", info.name);
-        }
-        if scale != 1.0 {
-            vector::scale(c.isa, scale, y);
         }
     }
 }

@@ -36,17 +36,3 @@ pub use stream::Utf8Stream;
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{EncodeOptions, Tokenizer};
 pub use vocab::FillInMiddle;
-
-/// A chat template; none is read yet.
-#[derive(Debug)]
-pub struct ChatTemplate;
-
-impl ChatTemplate {
-    /// The template of a model.
-    ///
-    /// # Errors
-    /// None yet.
-    pub fn from_gguf(_: &crate::gguf::Gguf, _: &Tokenizer) -> crate::Result<Option<ChatTemplate>> {
-        Ok(None)
-    }
-}
