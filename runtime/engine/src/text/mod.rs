@@ -25,6 +25,8 @@ mod special;
 mod spm;
 mod stream;
 mod template;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
 mod unicode;
 mod vocab;

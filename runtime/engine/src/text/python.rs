@@ -18,6 +18,29 @@ pub(super) fn print(out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value) 
     out.write_str(&string(value)?).map_err(Error::from)
 }
 
+/// The methods of Python's strings, lists and dictionaries.
+pub(super) fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    match (name, value.as_str(), args) {
+        ("title", Some(text), []) => Ok(title(text).into()),
+        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
+    }
+}
+
+/// Python's `str.title`: a capital after whatever is not a letter.
+fn title(text: &str) -> String {
+    let mut after_letter = false;
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if after_letter {
+            out.extend(c.to_lowercase());
+        } else {
+            out.extend(c.to_uppercase());
+        }
+        after_letter = c.is_alphabetic();
+    }
+    out
+}
+
 /// The filter `string`: Python's `str`.
 pub(super) fn string(value: &Value) -> Result<String, Error> {
     match value.as_str() {

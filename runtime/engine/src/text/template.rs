@@ -2,7 +2,8 @@
 //!
 //! It is rendered as transformers renders it, byte for byte: `trim_blocks` and `lstrip_blocks`, Python's string methods
 //! and printing, `tojson` without HTML escapes, `raise_exception`, `strftime_now`, loop controls. A template is a program
-//! from a file: each rendering gets [`FUEL`], which bounds its steps and its memory, so a hostile one ends in an error.
+//! from a file: each rendering gets [`FUEL`], which bounds its steps and its memory, and a thread with a deep stack, so a
+//! hostile one ends in an error.
 //!
 //! Control tokens are plain text in what comes out; encode it with [`EncodeOptions::PROMPT`](super::EncodeOptions).
 
@@ -15,11 +16,15 @@ use super::{Tokenizer, python};
 use crate::gguf::Gguf;
 use crate::{Error, Result};
 
-/// What one rendering may spend: one unit per instruction, or per 64 bytes made (256 MB).
-const FUEL: u64 = 4_000_000;
+/// What one rendering may spend: one unit per instruction, or per 64 bytes made (128 MB).
+const FUEL: u64 = 2_000_000;
+
+/// The stack of the thread that renders. A template can wrap a list in a list as often as its fuel allows, and dropping
+/// such a value recurses: about 110 bytes a level, 300,000 levels at most.
+const STACK: usize = 64 << 20;
 
 /// The longest template source in bytes; real ones have at most some 20,000.
-const LONGEST_SOURCE: usize = 1 << 20;
+const LONGEST_SOURCE: usize = 1 << 18;
 
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -91,7 +96,7 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_fuel(Some(FUEL));
         environment.set_formatter(python::print);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(python::method);
         environment.add_filter("tojson", python::to_json);
         environment.add_filter("string", |value: &Value| python::string(value));
         environment.add_function("strftime_now", |format: &str| python::strftime_now(format));
@@ -164,7 +169,15 @@ impl ChatTemplate {
             eos_token => self.eos.as_str(),
             ..Value::from(Serde(options.variables.unwrap_or(&serde_json::Map::new())))
         };
-        template.render(arguments).map_err(template_error)
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
+            let rendering = thread.spawn_scoped(scope, move || {
+                let arguments = arguments;
+                template.render(arguments).map_err(template_error)
+            });
+            let rendering = rendering.map_err(|error| Error::Template(format!("no thread to render it: {error}")))?;
+            rendering.join().unwrap_or_else(|_| Err(Error::Template("the rendering failed unexpectedly".into())))
+        })
     }
 }
 
