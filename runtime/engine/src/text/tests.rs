@@ -73,6 +73,7 @@ fn spm_joins_by_score_and_falls_back_to_bytes() {
     assert_eq!(tokenizer.encode("b\n", EncodeOptions::TEXT), [6, 8, 5]);
     assert_eq!(tokenizer.encode("a  a", EncodeOptions::TEXT), [10, 12, 10], "a user-defined token is always cut out");
     assert_eq!(tokenizer.encode("", ADD), [1]);
+    assert_eq!((tokenizer.encode_prompt("<bos>a"), tokenizer.encode_prompt("a")), (vec![1, 10], vec![1, 10]));
     assert_eq!(tokenizer.decode(&[1, 11, 5], false), b" ab\n");
     assert_eq!(tokenizer.decode(&[1, 11], true), b"<bos> ab");
 }

@@ -232,6 +232,16 @@ impl Tokenizer {
         out
     }
 
+    /// The tokens of a rendered prompt: control tokens recognised, and BOS before it if the file asks for one and the
+    /// template did not write it.
+    pub fn encode_prompt(&self, prompt: &str) -> Vec<u32> {
+        let mut tokens = self.encode(prompt, EncodeOptions::PROMPT);
+        if let Some(bos) = self.vocab.bos.filter(|bos| self.add_bos && tokens.first() != Some(bos)) {
+            tokens.insert(0, bos);
+        }
+        tokens
+    }
+
     /// Appends the tokens of text without special tokens.
     fn encode_fragment(
         &self,
