@@ -47,10 +47,10 @@ pub struct Tokenizer {
 enum Algorithm {
     Bpe {
         pre: PreTokenizer,
-        bpe: Bpe,
+        bpe: Box<Bpe>,
     },
     Spm {
-        spm: Spm,
+        spm: Box<Spm>,
         space_prefix: bool,
     },
     /// `no_vocab`: only the number of tokens is known.
@@ -136,7 +136,7 @@ impl Tokenizer {
                 }
             });
         }
-        let bpe = Bpe::new(WordMap::new(words), merges, pre.raw);
+        let bpe = Box::new(Bpe::new(WordMap::new(words), merges, pre.raw));
         let forced = pre.whole_newlines;
         let mut tokenizer = Tokenizer::assemble(metadata, vocab, Algorithm::Bpe { pre, bpe }, pre.add_bos)?;
         tokenizer.add_bos |= forced;
@@ -165,7 +165,7 @@ impl Tokenizer {
             token.or_else(|| words.get(&[byte as u8])).filter(|_| byte > 0 || token.is_some())
         });
         let space_prefix = metadata.opt_bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-        let spm = Spm { words, scores, bytes };
+        let spm = Box::new(Spm { words, scores, bytes });
         Tokenizer::assemble(metadata, vocab, Algorithm::Spm { spm, space_prefix }, true)
     }
 
