@@ -1,7 +1,7 @@
 //! Measures the linear kernels against the machine's roofs, on the matrix sizes of real models.
 //!
 //! ```text
-//! cargo run --release -p kinglet-engine --example linear_roof -- [decode|prefill] [TYPE…] [threads=N] [isa=NAME] [size=RxK] [tokens=N]
+//! cargo run --release -p kinglet-engine --example linear_roof -- [decode|prefill] [TYPE…] [threads=N] [isa=NAME] [size=RxK] [tokens=N] [kernel=NAME] [runs=N]
 //! ```
 //!
 //! *decode*: one token; GB/s of weights read, beside a plain streaming read of as many bytes, and its share. *prefill*:
@@ -21,6 +21,7 @@ struct Options {
     sizes: Vec<(usize, usize)>,
     tokens: Option<usize>,
     kernel: Option<String>,
+    runs: usize,
 }
 
 fn main() -> kinglet_engine::Result<()> {
@@ -32,6 +33,7 @@ fn main() -> kinglet_engine::Result<()> {
         sizes: vec![],
         tokens: None,
         kernel: None,
+        runs: 30,
     };
     for arg in std::env::args().skip(1) {
         if let Some(n) = arg.strip_prefix("threads=") {
@@ -42,6 +44,8 @@ fn main() -> kinglet_engine::Result<()> {
             o.tokens = n.parse().ok();
         } else if let Some(n) = arg.strip_prefix("kernel=") {
             o.kernel = Some(n.into());
+        } else if let Some(n) = arg.strip_prefix("runs=") {
+            o.runs = n.parse().unwrap_or(o.runs);
         } else if let Some((r, k)) = arg.strip_prefix("size=").and_then(|s| s.split_once('x')) {
             o.sizes.push((r.parse().unwrap_or(4096), k.parse().unwrap_or(4096)));
         } else if arg == "decode" || arg == "prefill" {
@@ -56,7 +60,7 @@ fn main() -> kinglet_engine::Result<()> {
     let ghz = clock();
     println!("isa {}, clock about {ghz:.2} GHz", o.isa.name());
     if o.mode != "prefill" {
-        decode(&o)?;
+        decode(&o, ghz)?;
     }
     if o.mode != "decode" {
         prefill(&o, ghz)?;
@@ -64,20 +68,29 @@ fn main() -> kinglet_engine::Result<()> {
     Ok(())
 }
 
-/// Cycles per nanosecond, from a chain of dependent additions.
+/// Cycles per nanosecond, from a chain of dependent additions, the best of many short runs.
 fn clock() -> f64 {
     let mut best = Duration::MAX;
-    for _ in 0..5 {
+    for _ in 0..200 {
         let start = Instant::now();
         let mut x = 1u64;
-        for i in 0..50_000_000u64 {
-            x = std::hint::black_box(x.wrapping_add(i));
+        for _ in 0..10_000 {
+            for _ in 0..20 {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: adds to a register.
+                unsafe {
+                    std::arch::asm!("add {0}, 1", inout(reg) x, options(nomem, nostack))
+                };
+                #[cfg(not(target_arch = "x86_64"))]
+                {
+                    x = std::hint::black_box(x + 1);
+                }
+            }
         }
         std::hint::black_box(x);
         best = best.min(start.elapsed());
     }
-    // The compiler keeps `x` in memory across the black box on some versions; then this is a lower bound.
-    50_000_000.0 / best.as_secs_f64() / 1e9
+    200_000.0 / best.as_secs_f64() / 1e9
 }
 
 struct Random(u64);
@@ -239,10 +252,10 @@ fn stream(data: &[u8]) -> u64 {
     data.chunks_exact(8).map(|c| u64::from(c[0]) ^ u64::from(c[7])).fold(0, |a, b| a ^ b)
 }
 
-fn decode(o: &Options) -> kinglet_engine::Result<()> {
+fn decode(o: &Options, ghz: f64) -> kinglet_engine::Result<()> {
     println!("\ndecode, {} token(s): GB/s, plain read GB/s, share", o.tokens.unwrap_or(1));
     for &dtype in &o.types {
-        // Matrices of about 160 MB, past any cache: heads of the models where they are that large.
+        // Matrices of 64 MB: past the caches of small machines; give `size=` for others.
         let sizes = if o.sizes.is_empty() {
             vec![576, 1536, 4864].into_iter().map(|k| (0, k)).collect()
         } else {
@@ -250,15 +263,15 @@ fn decode(o: &Options) -> kinglet_engine::Result<()> {
         };
         for (rows, k) in sizes {
             let Some(row_bytes) = dtype.row_bytes(k) else { continue };
-            let rows = if rows == 0 { (160 << 20) / row_bytes } else { rows };
+            let rows = if rows == 0 { (64 << 20) / row_bytes } else { rows };
             let data = weights(dtype, rows * row_bytes);
             let input = Input::new(o.isa, o.tokens.unwrap_or(1), k)?;
             print!("{:8} {rows:7} x {k:5}", dtype.name());
             for &threads in &o.threads {
                 let (mut ours, mut plain) = (Duration::MAX, Duration::MAX);
                 for _ in 0..4 {
-                    plain = plain.min(read(&data, threads, 4));
-                    ours = ours.min(time(o, dtype, &data, rows, &input, threads, 4)?);
+                    plain = plain.min(read(&data, threads, o.runs));
+                    ours = ours.min(time(o, dtype, &data, rows, &input, threads, o.runs)?);
                 }
                 let rate = |t: Duration| data.len() as f64 / t.as_secs_f64() / 1e9;
                 print!(
@@ -289,7 +302,7 @@ fn prefill(o: &Options, ghz: f64) -> kinglet_engine::Result<()> {
             let input = Input::new(o.isa, tokens, k)?;
             print!("{:8} {rows:7} x {k:5}", dtype.name());
             for &threads in &o.threads {
-                let t = time(o, dtype, &data, rows, &input, threads, 12)?;
+                let t = time(o, dtype, &data, rows, &input, threads, o.runs)?;
                 let macs = (rows * k * tokens) as f64 / t.as_secs_f64() / 1e9;
                 print!("   {threads} thr {macs:7.1} {:5.1}", macs / ghz / threads as f64);
             }

@@ -191,7 +191,7 @@ pub(super) struct Row<'a> {
 pub fn quantize_rows(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst: &Q8Mut) -> Result<()> {
     let k = dst.layout.k;
     let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(k);
-    if rows.end > dst.layout.tokens || !enough || k % GROUP != 0 {
+    if rows.end > dst.layout.tokens || !enough || !k.is_multiple_of(GROUP) {
         return Err(Error::argument(format!(
             "quantize rows {rows:?} of {k} values, a multiple of {GROUP}: the input has {} values at stride {stride}, the output {} rows",
             x.len(),

@@ -32,6 +32,9 @@ const AHEAD: usize = 2048;
 
 /// Rows `rows` of the matrix at `weight` times `T` tokens: `write(t, row, value)`.
 ///
+/// Rows go in pairs, which share the loads of the activations (loads are what a core runs out of here); the last of an
+/// odd number goes alone, through the same steps.
+///
 /// # Safety
 /// The caller has AVX2, FMA, F16C and what `D` needs; every row is `row_bytes` of whole blocks for `k` values; `x`
 /// points at rows of `k` values with padded scales.
@@ -44,46 +47,51 @@ pub(crate) unsafe fn matvec<B: Block, D: Dot, const T: usize>(
     x: [XRow; T],
     mut write: impl FnMut(usize, usize, f32),
 ) {
-    for row in rows {
-        // SAFETY: the row lies in the matrix; units and their tail stay within the row.
-        unsafe {
-            let mut p = weight.add(row * row_bytes);
-            let mut sums = Sums::<T>::new();
-            for u in 0..k / 256 {
-                unit::<B, D, T>(p, u, 8, &x, &mut sums);
-                p = p.add(B::BYTES);
-            }
-            if k % 256 != 0 {
-                unit::<B, D, T>(p, k / 256, k % 256 / 32, &x, &mut sums);
-            }
-            for t in 0..T {
-                write(t, row, sums.total(t));
+    let mut row = rows.start;
+    // SAFETY: the rows lie in the matrix.
+    unsafe {
+        while row + 2 <= rows.end {
+            let p = weight.add(row * row_bytes);
+            some_rows::<B, D, 2, T>([p, p.add(row_bytes)], k, &x, |t, r, value| write(t, row + r, value));
+            row += 2;
+        }
+        if row < rows.end {
+            some_rows::<B, D, 1, T>([weight.add(row * row_bytes)], k, &x, |t, r, value| write(t, row + r, value));
+        }
+    }
+}
+
+/// `R` rows.
+#[inline(always)]
+unsafe fn some_rows<B: Block, D: Dot, const R: usize, const T: usize>(
+    mut p: [*const u8; R],
+    k: usize,
+    x: &[XRow; T],
+    mut write: impl FnMut(usize, usize, f32),
+) {
+    // SAFETY: units and their tail stay within the row.
+    unsafe {
+        let mut sums = [[[_mm256_setzero_ps(); PARTS]; T]; R];
+        // A count the compiler cannot see keeps it from unrolling `unit` into more values than there are registers.
+        let steps = std::hint::black_box(8 / B::STEP);
+        for u in 0..k / 256 {
+            unit::<B, D, R, T>(&p, u, 8, steps, x, &mut sums);
+            p = p.map(|p| p.add(B::BYTES));
+        }
+        if !k.is_multiple_of(256) {
+            let groups = k % 256 / 32;
+            unit::<B, D, R, T>(&p, k / 256, groups, groups / B::STEP, x, &mut sums);
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (t, [a, b]) in sums.iter().enumerate() {
+                write(t, r, horizontal(_mm256_add_ps(*a, *b)));
             }
         }
     }
 }
 
-/// Four partial sums a token, so that additions need not wait for each other.
-struct Sums<const T: usize> {
-    parts: [[__m256; 4]; T],
-}
-
-impl<const T: usize> Sums<T> {
-    #[inline(always)]
-    unsafe fn new() -> Self {
-        // SAFETY: register arithmetic.
-        Sums { parts: unsafe { [[_mm256_setzero_ps(); 4]; T] } }
-    }
-
-    #[inline(always)]
-    unsafe fn total(&self, t: usize) -> f32 {
-        // SAFETY: register arithmetic.
-        unsafe {
-            let [a, b, c, d] = self.parts[t];
-            horizontal(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d)))
-        }
-    }
-}
+/// Partial sums of a row and token, so that additions wait less for each other.
+const PARTS: usize = 2;
 
 /// The sum of eight lanes.
 #[inline(always)]
@@ -96,58 +104,74 @@ pub(crate) unsafe fn horizontal(v: __m256) -> f32 {
     }
 }
 
+/// The products of a unit's scales with a token's, in memory.
+#[derive(Clone, Copy)]
 #[repr(align(32))]
-struct Aligned([f32; 16]);
+struct Products {
+    _values: [f32; 16],
+}
 
-/// Unit `u` of a row, which has `groups` groups.
+/// Unit `u` of `R` rows, which has `groups` groups, in `steps` steps of `B::STEP`.
 #[inline(always)]
-unsafe fn unit<B: Block, D: Dot, const T: usize>(
-    p: *const u8,
+unsafe fn unit<B: Block, D: Dot, const R: usize, const T: usize>(
+    p: &[*const u8; R],
     u: usize,
     groups: usize,
+    steps: usize,
     x: &[XRow; T],
-    sums: &mut Sums<T>,
+    sums: &mut [[[__m256; PARTS]; T]; R],
 ) {
     // SAFETY: by `matvec`'s contract; activation scales are padded to a multiple of eight.
     unsafe {
-        for line in 0..B::BYTES.div_ceil(64) {
-            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64 * line).cast());
-        }
-        let (d, m) = B::scales(p, groups);
-        let mut products = [const { Aligned([0.0; 16]) }; T];
-        for t in 0..T {
-            let dx = _mm256_loadu_ps(x[t].d.add(8 * u));
-            let part = &mut sums.parts[t];
-            if B::HALVES {
-                let low = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
-                let high = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
-                _mm256_store_ps(products[t].0.as_mut_ptr(), _mm256_mul_ps(d[0], low));
-                _mm256_store_ps(products[t].0.as_mut_ptr().add(8), _mm256_mul_ps(d[1], high));
-                part[2] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s16.add(16 * u)), part[2]);
-                part[3] = _mm256_fmadd_ps(m[1], _mm256_loadu_ps(x[t].s16.add(16 * u + 8)), part[3]);
-            } else {
-                _mm256_store_ps(products[t].0.as_mut_ptr(), _mm256_mul_ps(d[0], dx));
-                if !B::SIGNED {
-                    part[3] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s.add(8 * u)), part[3]);
+        let mut products = [[const { std::mem::MaybeUninit::<Products>::uninit() }; T]; R];
+        for r in 0..R {
+            for line in 0..B::BYTES.div_ceil(64) {
+                _mm_prefetch::<_MM_HINT_T0>(p[r].wrapping_add(AHEAD + 64 * line).cast());
+            }
+            let (d, m) = B::scales(p[r], groups);
+            for t in 0..T {
+                let dx = _mm256_loadu_ps(x[t].d.add(8 * u));
+                let to = products[r][t].as_mut_ptr().cast::<f32>();
+                let part = &mut sums[r][t];
+                if B::HALVES {
+                    let low = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+                    let high = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+                    _mm256_store_ps(to, _mm256_mul_ps(d[0], low));
+                    _mm256_store_ps(to.add(8), _mm256_mul_ps(d[1], high));
+                    part[0] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s16.add(16 * u)), part[0]);
+                    part[1] = _mm256_fmadd_ps(m[1], _mm256_loadu_ps(x[t].s16.add(16 * u + 8)), part[1]);
+                } else {
+                    _mm256_store_ps(to, _mm256_mul_ps(d[0], dx));
+                    if !B::SIGNED {
+                        part[1] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s.add(8 * u)), part[1]);
+                    }
                 }
             }
         }
-        for g in 0..groups {
-            let w = B::group(p, g);
-            let size = if B::SIGNED { _mm256_abs_epi8(w) } else { w };
-            for t in 0..T {
-                let q = _mm256_loadu_si256(x[t].q.add(256 * u + 32 * g).cast());
-                let q = if B::SIGNED { _mm256_sign_epi8(q, w) } else { q };
-                let dot = _mm256_cvtepi32_ps(D::dot(size, q));
-                let scale = if B::HALVES {
-                    // Lanes 0 to 3 hold the first 16 values, 4 to 7 the others.
-                    let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*products[t].0.as_ptr().add(2 * g).cast()));
-                    _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
-                } else {
-                    _mm256_broadcast_ss(&products[t].0[g])
-                };
-                let part = &mut sums.parts[t][g % 4];
-                *part = _mm256_fmadd_ps(dot, scale, *part);
+        // Keeps the products in memory, from where a broadcast is a plain load: in registers each takes two shuffles.
+        std::arch::asm!("/* {0} */", in(reg) products.as_mut_ptr(), options(nostack, preserves_flags));
+        for step in 0..steps {
+            for j in 0..B::STEP {
+                let g = step * B::STEP + j;
+                for r in 0..R {
+                    let w = B::group(p[r], g);
+                    let size = if B::SIGNED { _mm256_abs_epi8(w) } else { w };
+                    for t in 0..T {
+                        let q = _mm256_loadu_si256(x[t].q.add(256 * u + 32 * g).cast());
+                        let q = if B::SIGNED { _mm256_sign_epi8(q, w) } else { q };
+                        let dot = _mm256_cvtepi32_ps(D::dot(size, q));
+                        let from = products[r][t].as_ptr().cast::<f32>();
+                        let scale = if B::HALVES {
+                            // Lanes 0 to 3 hold the first 16 values, 4 to 7 the others.
+                            let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*from.add(2 * g).cast()));
+                            _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+                        } else {
+                            _mm256_broadcast_ss(&*from.add(g))
+                        };
+                        let part = &mut sums[r][t][j % PARTS];
+                        *part = _mm256_fmadd_ps(dot, scale, *part);
+                    }
+                }
             }
         }
     }

@@ -95,6 +95,9 @@ unsafe fn transpose_ps(r: [__m256; 8]) -> [__m256; 8] {
 
 /// `T` tokens times the tile's 16 rows over `groups` groups of 32, added to `acc`.
 ///
+/// The inner loop counts to a number the compiler cannot see: unrolled, it is reordered token by token and drowns in
+/// spills. As it stands, its 8 sums, 2 weights and a broadcast stay in registers.
+///
 /// # Safety
 /// The caller has AVX2 and FMA; the tile holds `groups` groups; `x` points at the tokens' first value of the chunk.
 #[inline(always)]
@@ -106,62 +109,82 @@ pub(crate) unsafe fn micro<B: Block, const T: usize>(
 ) {
     let wide = if B::HALVES { 2 } else { 1 };
     let steps = 8 / wide;
+    let rounds = steps / B::RUN.min(steps);
+    let run = std::hint::black_box(if B::SIGNED { steps } else { B::RUN.min(steps) });
     // SAFETY: by the contract.
     unsafe {
         let ones = _mm256_set1_epi16(1);
-        for g in 0..groups {
-            for part in 0..wide {
-                let at = wide * g + part;
-                let w = tile.q.add(at * steps * ROWS * 4);
-                let mut sums = [[_mm256_setzero_si256(); 2]; T];
-                if B::SIGNED {
-                    for step in 0..steps {
-                        let w0 = _mm256_load_si256(w.add(64 * step).cast());
-                        let w1 = _mm256_load_si256(w.add(64 * step + 32).cast());
-                        let (a0, a1) = (_mm256_abs_epi8(w0), _mm256_abs_epi8(w1));
-                        for t in 0..T {
-                            let q = _mm256_set1_epi32(x[t].q.add(32 * g + 4 * step).cast::<i32>().read_unaligned());
-                            let p0 = _mm256_maddubs_epi16(a0, _mm256_sign_epi8(q, w0));
-                            let p1 = _mm256_maddubs_epi16(a1, _mm256_sign_epi8(q, w1));
-                            sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(p0, ones));
-                            sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(p1, ones));
-                        }
+        let mut w = tile.q.cast::<__m256i>().cast_const();
+        // The bytes of token `t` in the step at `offset`, in every lane.
+        let bytes = |t: usize, offset: usize| _mm256_set1_epi32(x[t].q.add(offset).cast::<i32>().read_unaligned());
+        for at in 0..groups * wide {
+            let g = at / wide;
+            let mut offset = 32 / wide * at;
+            let mut sums = [[_mm256_setzero_si256(); 2]; T];
+            if B::SIGNED {
+                for _ in 0..run {
+                    let (w0, w1) = (_mm256_load_si256(w), _mm256_load_si256(w.add(1)));
+                    let (a0, a1) = (_mm256_abs_epi8(w0), _mm256_abs_epi8(w1));
+                    for (t, sums) in sums.iter_mut().enumerate() {
+                        let q = bytes(t, offset);
+                        let p0 = _mm256_maddubs_epi16(a0, _mm256_sign_epi8(q, w0));
+                        let p1 = _mm256_maddubs_epi16(a1, _mm256_sign_epi8(q, w1));
+                        sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(p0, ones));
+                        sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(p1, ones));
                     }
-                } else {
-                    let run = if B::RUN < steps { B::RUN } else { steps };
-                    for r in 0..steps / run {
-                        let mut short = [[_mm256_setzero_si256(); 2]; T];
-                        for step in r * run..(r + 1) * run {
-                            let w0 = _mm256_load_si256(w.add(64 * step).cast());
-                            let w1 = _mm256_load_si256(w.add(64 * step + 32).cast());
-                            for t in 0..T {
-                                let from = x[t].q.add(32 * g + part * 16 + 4 * step);
-                                let q = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
-                                short[t][0] = _mm256_add_epi16(short[t][0], _mm256_maddubs_epi16(w0, q));
-                                short[t][1] = _mm256_add_epi16(short[t][1], _mm256_maddubs_epi16(w1, q));
-                            }
+                    (w, offset) = (w.add(2), offset + 4);
+                }
+            } else {
+                for round in 0..rounds {
+                    let mut short = [[_mm256_setzero_si256(); 2]; T];
+                    for _ in 0..run {
+                        let (w0, w1) = (_mm256_load_si256(w), _mm256_load_si256(w.add(1)));
+                        for (t, short) in short.iter_mut().enumerate() {
+                            let q = bytes(t, offset);
+                            short[0] = _mm256_add_epi16(short[0], _mm256_maddubs_epi16(w0, q));
+                            short[1] = _mm256_add_epi16(short[1], _mm256_maddubs_epi16(w1, q));
                         }
-                        for t in 0..T {
-                            for h in 0..2 {
-                                sums[t][h] = _mm256_add_epi32(sums[t][h], _mm256_madd_epi16(short[t][h], ones));
-                            }
+                        (w, offset) = (w.add(2), offset + 4);
+                    }
+                    for (sums, short) in sums.iter_mut().zip(&short) {
+                        for (sum, short) in sums.iter_mut().zip(short) {
+                            let long = _mm256_madd_epi16(*short, ones);
+                            *sum = if round == 0 { long } else { _mm256_add_epi32(*sum, long) };
                         }
                     }
                 }
-                for h in 0..2 {
-                    let d = _mm256_load_ps(tile.d.add(at * ROWS + 8 * h));
-                    for t in 0..T {
-                        let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[t][h]), d);
-                        acc[t][h] = _mm256_fmadd_ps(sum, _mm256_broadcast_ss(&*x[t].d.add(g)), acc[t][h]);
-                    }
-                    if !B::SIGNED {
-                        let m = _mm256_load_ps(tile.m.add(at * ROWS + 8 * h));
-                        for t in 0..T {
-                            let s = if B::HALVES { &*x[t].s16.add(at) } else { &*x[t].s.add(g) };
-                            acc[t][h] = _mm256_fmadd_ps(m, _mm256_broadcast_ss(s), acc[t][h]);
-                        }
-                    }
+            }
+            for h in 0..2 {
+                let d = _mm256_load_ps(tile.d.add(at * ROWS + 8 * h));
+                for t in 0..T {
+                    let scale = _mm256_mul_ps(d, _mm256_broadcast_ss(&*x[t].d.add(g)));
+                    acc[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[t][h]), scale, acc[t][h]);
                 }
+            }
+        }
+    }
+}
+
+/// The minima's share, `Σ m·sₓ` over the chunk, added to `acc`. A loop of its own: between the integer products a
+/// fused multiply-add takes three times as long, for it competes with them for the same pipes.
+///
+/// # Safety
+/// As for [`micro`].
+#[inline(always)]
+unsafe fn minima<B: Block, const T: usize>(
+    tile: &TileMemory,
+    groups: usize,
+    x: &[XRow; T],
+    acc: &mut [[__m256; 2]; T],
+) {
+    // SAFETY: by the contract.
+    unsafe {
+        for at in 0..if B::HALVES { 2 * groups } else { groups } {
+            let (m0, m1) = (_mm256_load_ps(tile.m.add(at * ROWS)), _mm256_load_ps(tile.m.add(at * ROWS + 8)));
+            for (x, acc) in x.iter().zip(acc.iter_mut()) {
+                let s = _mm256_broadcast_ss(&*if B::HALVES { x.s16 } else { x.s }.add(at));
+                acc[0] = _mm256_fmadd_ps(m0, s, acc[0]);
+                acc[1] = _mm256_fmadd_ps(m1, s, acc[1]);
             }
         }
     }
@@ -208,6 +231,9 @@ unsafe fn add<B: Block, const T: usize>(tile: &TileMemory, groups: usize, x: &[X
                     acc[t][h] = _mm256_load_ps(sums.add(ROWS * t + 8 * h));
                 }
             }
+        }
+        if !B::SIGNED {
+            minima::<B, T>(tile, groups, x, &mut acc);
         }
         micro::<B, T>(tile, groups, x, &mut acc);
         for t in 0..T {

@@ -16,6 +16,8 @@ pub(crate) trait Block {
     const HALVES: bool = false;
     /// The bytes are signed.
     const SIGNED: bool = false;
+    /// Groups after which `group` repeats itself at another address: its shifts depend on `g % STEP` only.
+    const STEP: usize;
     /// How many `u8 · i8` pair sums fit into an i16: 8 for 4-bit values, 4 for 5 bits, 2 for 6 bits, 1 for 8.
     const RUN: usize;
 
@@ -141,13 +143,14 @@ unsafe fn zero() -> Sixteen {
 
 /// Declares a format: its constants, `group(p, g)` and `scales(p, n)`.
 macro_rules! block {
-    ($(#[$doc:meta])* $name:ident, $bytes:expr, run $run:expr $(, $flag:ident)*;
+    ($(#[$doc:meta])* $name:ident, $bytes:expr, step $step:expr, run $run:expr $(, $flag:ident)*;
      |$p:ident, $g:ident| $group:expr; |$q:ident, $n:ident| $scales:expr) => {
         $(#[$doc])*
         pub(crate) struct $name;
         impl Block for $name {
             const BYTES: usize = $bytes;
             const RUN: usize = $run;
+            const STEP: usize = $step;
             $(const $flag: bool = true;)*
             #[inline(always)]
             unsafe fn group($p: *const u8, $g: usize) -> __m256i {
@@ -166,7 +169,7 @@ macro_rules! block {
 
 block!(
     /// `d: f16, qs: [u8; 16]`.
-    Q4_0, 8 * 18, run 8;
+    Q4_0, 8 * 18, step 1, run 8;
     |p, g| nibbles(p.add(18 * g + 2));
     |p, n| {
         let d = halves::<18>(p, n);
@@ -175,7 +178,7 @@ block!(
 );
 block!(
     /// `d: f16, m: f16, qs: [u8; 16]`.
-    Q4_1, 8 * 20, run 8;
+    Q4_1, 8 * 20, step 1, run 8;
     |p, g| nibbles(p.add(20 * g + 4));
     |p, n| {
         let (d, m) = pairs::<20>(p, n);
@@ -184,7 +187,7 @@ block!(
 );
 block!(
     /// `d: f16, qh: u32, qs: [u8; 16]`.
-    Q5_0, 8 * 22, run 4;
+    Q5_0, 8 * 22, step 1, run 4;
     |p, g| _mm256_or_si256(nibbles(p.add(22 * g + 6)), fifth(p.add(22 * g + 2)));
     |p, n| {
         let d = halves::<22>(p, n);
@@ -193,7 +196,7 @@ block!(
 );
 block!(
     /// `d: f16, m: f16, qh: u32, qs: [u8; 16]`.
-    Q5_1, 8 * 24, run 4;
+    Q5_1, 8 * 24, step 1, run 4;
     |p, g| _mm256_or_si256(nibbles(p.add(24 * g + 8)), fifth(p.add(24 * g + 4)));
     |p, n| {
         let (d, m) = pairs::<24>(p, n);
@@ -202,19 +205,19 @@ block!(
 );
 block!(
     /// `d: f16, qs: [i8; 32]`.
-    Q8_0, 8 * 34, run 1, SIGNED;
+    Q8_0, 8 * 34, step 1, run 1, SIGNED;
     |p, g| load(p.add(34 * g + 2));
     |p, n| ([halves::<34>(p, n); 2], zero())
 );
 block!(
     /// `d: f16, qs: [u8; 16]`, codes of a table.
-    Iq4Nl, 8 * 18, run 1, SIGNED;
+    Iq4Nl, 8 * 18, step 1, run 1, SIGNED;
     |p, g| lookup(&IQ4.map(|v| v as u8), nibbles(p.add(18 * g + 2)));
     |p, n| ([halves::<18>(p, n); 2], zero())
 );
 block!(
     /// `e: u8, qs: [u8; 16]`, codes of a table.
-    Mxfp4, 8 * 17, run 4;
+    Mxfp4, 8 * 17, step 1, run 4;
     |p, g| lookup(&MXFP4_PLUS_12, nibbles(p.add(17 * g + 1)));
     |p, n| {
         let at = |i: usize| if i < n { e8m0_half(*p.add(17 * i)) } else { 0.0 };
@@ -224,7 +227,7 @@ block!(
 );
 block!(
     /// `scales: [u8; 16], qs: [u8; 64], d: f16, dmin: f16`.
-    Q2K, 84, run 8, HALVES;
+    Q2K, 84, step 8, run 8, HALVES;
     |p, g| field(load(p.add(16 + 32 * (g / 4))), 2 * (g % 4), 3);
     |p, _n| {
         let (d, dmin) = (half(p.add(80)), half(p.add(82)));
@@ -239,7 +242,7 @@ block!(
 );
 block!(
     /// `hmask: [u8; 32], qs: [u8; 64], scales: [u8; 12], d: f16`.
-    Q3K, 110, run 8, HALVES;
+    Q3K, 110, step 8, run 8, HALVES;
     |p, g| _mm256_or_si256(field(load(p.add(32 + 32 * (g / 4))), 2 * (g % 4), 3), bit_to(load(p), g, 2));
     |p, _n| {
         let scales = scales_q3k(std::slice::from_raw_parts(p.add(96), 12));
@@ -251,19 +254,19 @@ block!(
 );
 block!(
     /// `d: f16, dmin: f16, scales: [u8; 12], qs: [u8; 128]`.
-    Q4K, 144, run 8;
+    Q4K, 144, step 8, run 8;
     |p, g| field(load(p.add(16 + 32 * (g / 2))), 4 * (g % 2), 15);
     |p, _n| six_bit(p)
 );
 block!(
     /// `d: f16, dmin: f16, scales: [u8; 12], qh: [u8; 32], qs: [u8; 128]`.
-    Q5K, 176, run 4;
+    Q5K, 176, step 8, run 4;
     |p, g| _mm256_or_si256(field(load(p.add(48 + 32 * (g / 2))), 4 * (g % 2), 15), bit_to(load(p.add(16)), g, 4));
     |p, _n| six_bit(p)
 );
 block!(
     /// `ql: [u8; 128], qh: [u8; 64], scales: [i8; 16], d: f16`.
-    Q6K, 210, run 2, HALVES;
+    Q6K, 210, step 8, run 2, HALVES;
     |p, g| {
         let (half, g) = (g / 4, g % 4);
         let low = field(load(p.add(64 * half + 32 * (g % 2))), 4 * (g / 2), 15);
@@ -285,13 +288,13 @@ block!(
 );
 block!(
     /// `d: f32, qs: [i8; 256], sums: [i16; 16]`.
-    Q8K, 292, run 1, SIGNED;
+    Q8K, 292, step 1, run 1, SIGNED;
     |p, g| load(p.add(4 + 32 * g));
     |p, _n| ([_mm256_set1_ps(p.cast::<f32>().read_unaligned()); 2], zero())
 );
 block!(
     /// `d: f16, scales_h: u16, scales_l: [u8; 4], qs: [u8; 128]`.
-    Iq4Xs, 136, run 1, SIGNED;
+    Iq4Xs, 136, step 1, run 1, SIGNED;
     |p, g| lookup(&IQ4.map(|v| v as u8), nibbles(p.add(8 + 16 * g)));
     |p, _n| {
         // Group g: nibble g of the low word, two bits at 2·g of the high one.
