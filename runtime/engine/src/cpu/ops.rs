@@ -213,7 +213,7 @@ unsafe fn embed_rows(c: &Context<'_>, table: WeightId, scale: f32, out: Value, t
         // SAFETY: this thread's row.
         let y = unsafe { out.row_mut(row) };
         // Types, sizes and token ids were checked before.
-        if let Err(e) = embed::embed(c.isa, info.dtype, data, c.tokens[row] as usize, scale, y) {
+        if let Err(e) = embed::embed(c.isa, info.dtype, data, c.tokens[row], scale, y) {
             unreachable!("{}: {e}", info.name);
         }
     }
