@@ -69,7 +69,7 @@ const SCALAR: [KernelInfo; 17] = scalar_kernels!(
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::{avx2, avx2::unpack, dense};
+    use super::super::{avx2, avx2::unpack, avx512, dense};
     use super::{DType, Isa, KernelInfo, Shape};
     use crate::cpu::isa::Avx2;
 
@@ -93,9 +93,19 @@ mod x86 {
                     avx2::run_tile::<unpack::$block>(token, task, scratch)
                 },
             },
+            KernelInfo {
+                name: concat!("matvec_", $name, "_avx512"), dtype: DType::$dtype, isa: "avx512", shape: Shape::Matvec,
+                run: |isa, task, _| if let Isa::Avx512(token) = isa { avx512::run_matvec::<unpack::$block>(token, task) },
+            },
+            KernelInfo {
+                name: concat!("tile_", $name, "_avx512"), dtype: DType::$dtype, isa: "avx512", shape: Shape::Tile,
+                run: |isa, task, scratch| if let Isa::Avx512(token) = isa {
+                    avx512::run_tile::<unpack::$block>(token, task, scratch)
+                },
+            },
         )*] };
     }
-    pub(super) const AVX2: [KernelInfo; 28] = quantized!(
+    pub(super) const QUANTIZED: [KernelInfo; 56] = quantized!(
         Q4_0 Q4_0 "q4_0", Q4_1 Q4_1 "q4_1", Q5_0 Q5_0 "q5_0", Q5_1 Q5_1 "q5_1", Q8_0 Q8_0 "q8_0", Q2_K Q2K "q2_k",
         Q3_K Q3K "q3_k", Q4_K Q4K "q4_k", Q5_K Q5K "q5_k", Q6_K Q6K "q6_k", Q8_K Q8K "q8_k", IQ4_NL Iq4Nl "iq4_nl",
         IQ4_XS Iq4Xs "iq4_xs", MXFP4 Mxfp4 "mxfp4"
@@ -109,16 +119,16 @@ mod x86 {
             },
         )*] };
     }
-    pub(super) const AVX2_DENSE: [KernelInfo; 3] = dense!(F32 F32 "f32", F16 F16 "f16", BF16 Bf16 "bf16");
+    pub(super) const DENSE: [KernelInfo; 3] = dense!(F32 F32 "f32", F16 F16 "f16", BF16 Bf16 "bf16");
 }
 
-/// Every kernel built into this binary, by instruction set.
+/// Every kernel built into this binary.
 pub static KERNELS: &[&[KernelInfo]] = &[
     &SCALAR,
     #[cfg(target_arch = "x86_64")]
-    &x86::AVX2,
+    &x86::QUANTIZED,
     #[cfg(target_arch = "x86_64")]
-    &x86::AVX2_DENSE,
+    &x86::DENSE,
 ];
 
 /// From how many tokens on a tile is faster than rows one by one.

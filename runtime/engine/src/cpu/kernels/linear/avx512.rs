@@ -1,0 +1,332 @@
+//! Linear kernels for AVX-512 with VNNI, in the shapes of the AVX2 ones: `vpdpbusd` takes the place of the multiply,
+//! add and widen, so all bytes are made unsigned (`+ 128` where they are signed, which the minima take off again), and
+//! a vector holds two groups of 32 (matvec) or 16 rows (tile). Unpacking into tiles is the AVX2 code.
+
+use super::avx2::tile::unpack as unpack_tile;
+use super::avx2::unpack::{self, Block, Sixteen};
+use super::tile::Tile;
+use super::{LinearTask, Q8, Scratch, TileMemory, XRow};
+use crate::cpu::isa::Avx512;
+use std::arch::x86_64::*;
+
+/// A format's bytes, 64 at a time.
+pub(super) trait Pair: Block {
+    /// Groups `2·j` and `2·j + 1`.
+    ///
+    /// # Safety
+    /// `p` points at a unit that has both; the caller has AVX-512 F, BW, DQ, VL.
+    #[inline(always)]
+    unsafe fn pair(p: *const u8, j: usize) -> __m512i {
+        // SAFETY: the caller's contract.
+        unsafe { _mm512_inserti64x4::<1>(_mm512_castsi256_si512(Self::group(p, 2 * j)), Self::group(p, 2 * j + 1)) }
+    }
+}
+
+/// Twice 16 bytes, `STEP` apart, to 64 nibbles: the low ones of 16 bytes, then the high ones.
+#[inline(always)]
+unsafe fn nibbles<const STEP: usize>(p: *const u8) -> __m512i {
+    // SAFETY: the callers' blocks hold 16 bytes at `p` and at `p + STEP`.
+    unsafe {
+        let first = _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()));
+        let both = _mm512_mask_broadcast_i32x4(first, 0xff00, _mm_loadu_si128(p.add(STEP).cast()));
+        let shift = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
+        _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15))
+    }
+}
+
+/// Adds 16 where the words at `p` and `p + STEP` have a bit.
+#[inline(always)]
+unsafe fn fifth<const STEP: usize>(q: __m512i, p: *const u8) -> __m512i {
+    // SAFETY: the callers' blocks hold 4 bytes at `p` and at `p + STEP`.
+    unsafe {
+        let word = |p: *const u8| u64::from(p.cast::<u32>().read_unaligned());
+        _mm512_mask_add_epi8(q, word(p) | (word(p.add(STEP)) << 32), q, _mm512_set1_epi8(16))
+    }
+}
+
+macro_rules! pair {
+    ($($name:ident),*; $($own:ident |$p:ident, $j:ident| $pair:expr;)*) => {
+        $(impl Pair for unpack::$name {})*
+        $(impl Pair for unpack::$own {
+            #[inline(always)]
+            unsafe fn pair($p: *const u8, $j: usize) -> __m512i {
+                // SAFETY: offsets within the unit, by the format's layout.
+                unsafe { $pair }
+            }
+        })*
+    };
+}
+
+pair!(
+    Q8_0, Iq4Nl, Mxfp4, Q2K, Q3K, Q5K, Q8K, Iq4Xs;
+    Q4_0 |p, j| nibbles::<18>(p.add(36 * j + 2));
+    Q4_1 |p, j| nibbles::<20>(p.add(40 * j + 4));
+    Q5_0 |p, j| fifth::<22>(nibbles::<22>(p.add(44 * j + 6)), p.add(44 * j + 2));
+    Q5_1 |p, j| fifth::<24>(nibbles::<24>(p.add(48 * j + 8)), p.add(48 * j + 4));
+    Q4K |p, j| {
+        // 32 bytes: the low nibbles are one group, the high ones the next.
+        let both = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(16 + 32 * j).cast()));
+        let shift = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
+        _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15))
+    };
+    Q6K |p, j| {
+        let (half, j) = (j / 2, j % 2);
+        let low = _mm512_loadu_si512(p.add(64 * half).cast());
+        let low = if j == 0 { low } else { _mm512_srli_epi16::<4>(low) };
+        let low = _mm512_and_si512(low, _mm512_set1_epi8(15));
+        // Two bits of each of four groups in 32 bytes; they go to bits 4 and 5.
+        let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(128 + 32 * half).cast()));
+        let high = if j == 0 {
+            _mm512_sllv_epi64(high, _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2))
+        } else {
+            _mm512_srlv_epi64(high, _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2))
+        };
+        _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)))
+    };
+);
+
+/// A few tokens: rows in pairs, as in the AVX2 form.
+pub(super) fn run_matvec<B: Pair>(_proof: Avx512, task: &LinearTask<'_>) {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn inner<B: Pair>(task: &LinearTask<'_>) {
+        let Some(x) = task.x.q8 else { return };
+        let mut t = 0;
+        while t < task.x.tokens {
+            // SAFETY: the features are enabled here, and `linear` checked the task.
+            unsafe {
+                match task.x.tokens - t {
+                    1 => matvec::<B, 1>(task, &x, t),
+                    2 => matvec::<B, 2>(task, &x, t),
+                    3 => matvec::<B, 3>(task, &x, t),
+                    _ => matvec::<B, 4>(task, &x, t),
+                }
+            }
+            t += 4;
+        }
+    }
+    // SAFETY: the token proves the features.
+    unsafe { inner::<B>(task) }
+}
+
+/// Tokens `t0 .. t0 + T`.
+#[inline(always)]
+unsafe fn matvec<B: Pair, const T: usize>(task: &LinearTask<'_>, x: &Q8<'_>, t0: usize) {
+    let Some(row_bytes) = task.dtype.row_bytes(task.k) else { return };
+    // SAFETY: rows and tokens in range, `linear` checked.
+    unsafe {
+        let x: [XRow; T] = std::array::from_fn(|i| XRow::new(x, t0 + i, 0));
+        let mut row = task.rows.start;
+        while row + 2 <= task.rows.end {
+            let p = task.weight.as_ptr().add(row * row_bytes);
+            some_rows::<B, 2, T>([p, p.add(row_bytes)], task, &x, t0, row);
+            row += 2;
+        }
+        if row < task.rows.end {
+            some_rows::<B, 1, T>([task.weight.as_ptr().add(row * row_bytes)], task, &x, t0, row);
+        }
+    }
+}
+
+/// `R` rows from `row` on.
+#[inline(always)]
+unsafe fn some_rows<B: Pair, const R: usize, const T: usize>(
+    mut p: [*const u8; R],
+    task: &LinearTask<'_>,
+    x: &[XRow; T],
+    t0: usize,
+    row: usize,
+) {
+    // SAFETY: units and their tail stay within the rows.
+    unsafe {
+        let mut sums = [[[_mm512_setzero_ps(); 2]; T]; R];
+        for u in 0..task.k / 256 {
+            unit::<B, R, T>(&p, u, 8, x, &mut sums);
+            p = p.map(|p| p.add(B::BYTES));
+        }
+        if !task.k.is_multiple_of(256) {
+            unit::<B, R, T>(&p, task.k / 256, task.k % 256 / 32, x, &mut sums);
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (t, [a, b]) in sums.iter().enumerate() {
+                task.out.write(t0 + t, row + r, _mm512_reduce_add_ps(_mm512_add_ps(*a, *b)), task.accumulate);
+            }
+        }
+    }
+}
+
+/// How far before its use a weight is prefetched, in bytes.
+const AHEAD: usize = 2048;
+
+/// Unit `u` of `R` rows, which has `groups` groups.
+#[inline(always)]
+unsafe fn unit<B: Pair, const R: usize, const T: usize>(
+    p: &[*const u8; R],
+    u: usize,
+    groups: usize,
+    x: &[XRow; T],
+    sums: &mut [[[__m512; 2]; T]; R],
+) {
+    // SAFETY: the rows hold the groups; activation scales are padded to a multiple of eight groups.
+    unsafe {
+        let mut scales = [[_mm512_setzero_ps(); T]; R];
+        for r in 0..R {
+            for line in 0..B::BYTES.div_ceil(64) {
+                _mm_prefetch::<_MM_HINT_T0>(p[r].wrapping_add(AHEAD + 64 * line).cast());
+            }
+            let (d, m) = offset_scales::<B>(p[r], groups);
+            for t in 0..T {
+                let dx = _mm256_loadu_ps(x[t].d.add(8 * u));
+                if B::HALVES {
+                    let twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+                    let dx = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(dx));
+                    scales[r][t] = _mm512_mul_ps(join(d), dx);
+                    let s = _mm512_loadu_ps(x[t].s16.add(16 * u));
+                    sums[r][t][1] = _mm512_fmadd_ps(join(m), s, sums[r][t][1]);
+                } else {
+                    scales[r][t] = _mm512_castps256_ps512(_mm256_mul_ps(d[0], dx));
+                    let minima = _mm256_mul_ps(m[0], _mm256_loadu_ps(x[t].s.add(8 * u)));
+                    sums[r][t][1] = _mm512_add_ps(sums[r][t][1], _mm512_zextps256_ps512(minima));
+                }
+            }
+        }
+        let flip = _mm512_set1_epi8(-128);
+        for j in 0..groups.div_ceil(2) {
+            // Where the scales of the pair's lanes are: eight lanes a group, or four a half.
+            let which = if B::HALVES {
+                _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+            } else {
+                _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+            };
+            let which = _mm512_add_epi32(which, _mm512_set1_epi32((j * if B::HALVES { 4 } else { 2 }) as i32));
+            let whole = 2 * j + 1 < groups;
+            for r in 0..R {
+                let w = if whole { B::pair(p[r], j) } else { _mm512_zextsi256_si512(B::group(p[r], 2 * j)) };
+                let w = if B::SIGNED { _mm512_xor_si512(w, flip) } else { w };
+                for t in 0..T {
+                    let q = x[t].q.add(256 * u + 64 * j);
+                    let q = if whole {
+                        _mm512_loadu_si512(q.cast())
+                    } else {
+                        _mm512_zextsi256_si512(_mm256_loadu_si256(q.cast()))
+                    };
+                    let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), w, q));
+                    let scale = _mm512_permutexvar_ps(which, scales[r][t]);
+                    sums[r][t][j % 2] = _mm512_fmadd_ps(dot, scale, sums[r][t][j % 2]);
+                }
+            }
+        }
+    }
+}
+
+/// Scales and minima, the latter for bytes made unsigned.
+#[inline(always)]
+unsafe fn offset_scales<B: Block>(p: *const u8, groups: usize) -> (Sixteen, Sixteen) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let (d, m) = B::scales(p, groups);
+        (d, if B::SIGNED { d.map(|d| _mm256_mul_ps(d, _mm256_set1_ps(-128.0))) } else { m })
+    }
+}
+
+#[inline(always)]
+unsafe fn join(v: Sixteen) -> __m512 {
+    // SAFETY: register arithmetic.
+    unsafe { _mm512_insertf32x8::<1>(_mm512_castps256_ps512(v[0]), v[1]) }
+}
+
+/// Many tokens.
+pub(super) fn run_tile<B: Block>(_proof: Avx512, task: &LinearTask<'_>, scratch: &mut Scratch) {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn inner<B: Block>(task: &LinearTask<'_>, scratch: &mut Scratch) {
+        // SAFETY: the features are enabled here, and `linear` checked the task.
+        unsafe { super::tile::run::<Avx512Tile<B>>(task, scratch) }
+    }
+    // SAFETY: the token proves the features.
+    unsafe { inner::<B>(task, scratch) }
+}
+
+/// Rows of a tile: two vectors of 16 lanes.
+const ROWS: usize = 32;
+
+/// The AVX-512 tile kernel of a type.
+struct Avx512Tile<B>(std::marker::PhantomData<B>);
+
+impl<B: Block> Tile for Avx512Tile<B> {
+    const ROWS: usize = ROWS;
+    const TOKENS: usize = 6;
+    const UNIT_BYTES: usize = B::BYTES;
+
+    #[inline(always)]
+    unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory) {
+        // SAFETY: the caller's contract.
+        unsafe { unpack_tile::<B, ROWS, true>(units, groups, tile) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: *mut f32, first: bool) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match *x {
+                [a, b, c, d, e, f] => micro::<B, 6>(tile, groups, &[a, b, c, d, e, f], sums, first),
+                [a, b, c, d, e] => micro::<B, 5>(tile, groups, &[a, b, c, d, e], sums, first),
+                [a, b, c, d] => micro::<B, 4>(tile, groups, &[a, b, c, d], sums, first),
+                [a, b, c] => micro::<B, 3>(tile, groups, &[a, b, c], sums, first),
+                [a, b] => micro::<B, 2>(tile, groups, &[a, b], sums, first),
+                [a] => micro::<B, 1>(tile, groups, &[a], sums, first),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// `T` tokens times the tile's 32 rows over `groups` groups of 32.
+///
+/// # Safety
+/// The caller has the instructions; the tile holds `groups` groups; `x` points at the tokens' first value of the chunk.
+#[inline(always)]
+unsafe fn micro<B: Block, const T: usize>(tile: &TileMemory, groups: usize, x: &[XRow; T], to: *mut f32, first: bool) {
+    let wide = if B::HALVES { 2 } else { 1 };
+    // Unseen by the compiler, for the reason given at the AVX2 form.
+    let steps = std::hint::black_box(8 / wide);
+    // SAFETY: by the contract.
+    unsafe {
+        let mut acc = [[_mm512_setzero_ps(); 2]; T];
+        if !first {
+            for (t, acc) in acc.iter_mut().enumerate() {
+                *acc = [_mm512_load_ps(to.add(ROWS * t)), _mm512_load_ps(to.add(ROWS * t + 16))];
+            }
+        }
+        for at in 0..groups * wide {
+            let (m0, m1) = (_mm512_load_ps(tile.m.add(at * ROWS)), _mm512_load_ps(tile.m.add(at * ROWS + 16)));
+            for (x, acc) in x.iter().zip(&mut acc) {
+                let s = _mm512_set1_ps(*if B::HALVES { x.s16 } else { x.s }.add(at));
+                acc[0] = _mm512_fmadd_ps(m0, s, acc[0]);
+                acc[1] = _mm512_fmadd_ps(m1, s, acc[1]);
+            }
+        }
+        let mut w = tile.q.cast_const();
+        for at in 0..groups * wide {
+            let mut offset = 32 / wide * at;
+            let mut sums = [[_mm512_setzero_si512(); 2]; T];
+            for _ in 0..steps {
+                let (w0, w1) = (_mm512_load_si512(w.cast()), _mm512_load_si512(w.add(64).cast()));
+                for (x, sums) in x.iter().zip(&mut sums) {
+                    let q = _mm512_set1_epi32(x.q.add(offset).cast::<i32>().read_unaligned());
+                    sums[0] = _mm512_dpbusd_epi32(sums[0], w0, q);
+                    sums[1] = _mm512_dpbusd_epi32(sums[1], w1, q);
+                }
+                (w, offset) = (w.add(4 * ROWS), offset + 4);
+            }
+            let (d0, d1) = (_mm512_load_ps(tile.d.add(at * ROWS)), _mm512_load_ps(tile.d.add(at * ROWS + 16)));
+            for ((x, acc), sums) in x.iter().zip(&mut acc).zip(&sums) {
+                let dx = _mm512_set1_ps(*x.d.add(at / wide));
+                acc[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[0]), _mm512_mul_ps(d0, dx), acc[0]);
+                acc[1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[1]), _mm512_mul_ps(d1, dx), acc[1]);
+            }
+        }
+        for (t, acc) in acc.iter().enumerate() {
+            _mm512_store_ps(to.add(ROWS * t), acc[0]);
+            _mm512_store_ps(to.add(ROWS * t + 16), acc[1]);
+        }
+    }
+}
