@@ -99,12 +99,11 @@ fn main() -> anyhow::Result<()> {
             }
             None => None,
         };
-        report.push(compare(
-            shape,
-            ours.as_mut().map(|ours| ours as &mut dyn Contender),
-            theirs.as_mut().map(|peer| peer as &mut dyn Contender),
-            args.rounds,
-        )?);
+        let engines = [
+            ours.as_mut().map(|engine| engine as &mut dyn Contender),
+            theirs.as_mut().map(|engine| engine as &mut dyn Contender),
+        ];
+        report.push(compare(shape, engines, args.rounds)?);
     }
 
     let mut memory = Vec::new();
@@ -138,24 +137,17 @@ struct Comparison {
 }
 
 /// Runs both engines in the order A B B A; alone, an engine runs as often.
-fn compare(
-    shape: Shape,
-    mut ours: Option<&mut dyn Contender>,
-    mut theirs: Option<&mut dyn Contender>,
-    rounds: usize,
-) -> anyhow::Result<Comparison> {
+fn compare(shape: Shape, mut engines: [Option<&mut dyn Contender>; 2], rounds: usize) -> anyhow::Result<Comparison> {
     let mut samples = [Samples::default(), Samples::default()];
-    let names =
-        [ours.as_ref().map_or_else(String::new, |e| e.name()), theirs.as_ref().map_or_else(String::new, |e| e.name())];
+    let names = engines.each_ref().map(|engine| engine.as_ref().map_or_else(String::new, |e| e.name()));
     // One untimed run each: page faults, thread start, lazy tables.
-    for engine in [&mut ours, &mut theirs].into_iter().flatten() {
+    for engine in engines.iter_mut().flatten() {
         measure(&mut **engine, shape)?;
     }
     for round in 0..rounds {
         eprintln!("{} round {}/{rounds} …", shape.label(), round + 1);
         for which in [0, 1, 1, 0] {
-            let engine = if which == 0 { &mut ours } else { &mut theirs };
-            if let Some(engine) = engine {
+            if let Some(engine) = &mut engines[which] {
                 settle();
                 samples[which].0.push(measure(&mut **engine, shape)?);
             }
