@@ -111,15 +111,7 @@ pub fn conversation_ids(model: &Model, messages: &[Message]) -> anyhow::Result<V
         bail!("this model has no chat template: it is a base model, which continues text; give it a PROMPT with --raw");
     };
     let text = template.render(messages, None, true)?;
-    let tokenizer = model.tokenizer();
-    let mut ids = tokenizer.encode(&text, EncodeOptions { add_special: false, parse_special: true });
-    // Most templates write the BOS token themselves.
-    if let (true, Some(bos)) = (tokenizer.adds_bos(), tokenizer.bos())
-        && ids.first() != Some(&bos)
-    {
-        ids.insert(0, bos);
-    }
-    Ok(ids)
+    Ok(model.tokenizer().encode_prompt(&text))
 }
 
 fn one_answer(
