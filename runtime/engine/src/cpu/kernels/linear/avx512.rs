@@ -224,7 +224,8 @@ unsafe fn offset_scales<B: Block>(p: *const u8, groups: usize) -> (Sixteen, Sixt
     // SAFETY: the caller's contract.
     unsafe {
         let (d, m) = B::scales(p, groups);
-        (d, if B::SIGNED { d.map(|d| _mm256_mul_ps(d, _mm256_set1_ps(-128.0))) } else { m })
+        let by = _mm256_set1_ps(-128.0);
+        (d, if B::SIGNED { [_mm256_mul_ps(d[0], by), _mm256_mul_ps(d[1], by)] } else { m })
     }
 }
 

@@ -8,6 +8,7 @@
 use super::super::XRow;
 use super::unpack::Block;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 /// `Σ u8 · i8` over 4 bytes, in 8 lanes: what differs between AVX2 and VNNI.
 pub(crate) trait Dot {
@@ -123,7 +124,7 @@ unsafe fn unit<B: Block, D: Dot, const R: usize, const T: usize>(
 ) {
     // SAFETY: by `matvec`'s contract; activation scales are padded to a multiple of eight.
     unsafe {
-        let mut products = [[const { std::mem::MaybeUninit::<Products>::uninit() }; T]; R];
+        let mut products = [[const { MaybeUninit::<Products>::uninit() }; T]; R];
         for r in 0..R {
             for line in 0..B::BYTES.div_ceil(64) {
                 _mm_prefetch::<_MM_HINT_T0>(p[r].wrapping_add(AHEAD + 64 * line).cast());
@@ -150,28 +151,52 @@ unsafe fn unit<B: Block, D: Dot, const R: usize, const T: usize>(
         }
         // Keeps the products in memory, from where a broadcast is a plain load: in registers each takes two shuffles.
         std::arch::asm!("/* {0} */", in(reg) products.as_mut_ptr(), options(nostack, preserves_flags));
-        for step in 0..steps {
-            for j in 0..B::STEP {
-                let g = step * B::STEP + j;
-                for r in 0..R {
-                    let w = B::group(p[r], g);
-                    let size = if B::SIGNED { _mm256_abs_epi8(w) } else { w };
-                    for t in 0..T {
-                        let q = _mm256_loadu_si256(x[t].q.add(256 * u + 32 * g).cast());
-                        let q = if B::SIGNED { _mm256_sign_epi8(q, w) } else { q };
-                        let dot = _mm256_cvtepi32_ps(D::dot(size, q));
-                        let from = products[r][t].as_ptr().cast::<f32>();
-                        let scale = if B::HALVES {
-                            // Lanes 0 to 3 hold the first 16 values, 4 to 7 the others.
-                            let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*from.add(2 * g).cast()));
-                            _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
-                        } else {
-                            _mm256_broadcast_ss(&*from.add(g))
-                        };
-                        let part = &mut sums[r][t][j % PARTS];
-                        *part = _mm256_fmadd_ps(dot, scale, *part);
-                    }
+        // Where shifts depend on the group it must be a constant, and there is no loop.
+        if B::STEP == 8 {
+            for g in 0..8 {
+                group::<B, D, R, T>(p, u, g, g, x, &products, sums);
+            }
+        } else {
+            for step in 0..steps {
+                for j in 0..B::STEP {
+                    group::<B, D, R, T>(p, u, step * B::STEP + j, j, x, &products, sums);
                 }
+            }
+        }
+    }
+}
+
+/// Group `g` of unit `u`, into partial sum `part` (modulo their number).
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn group<B: Block, D: Dot, const R: usize, const T: usize>(
+    p: &[*const u8; R],
+    u: usize,
+    g: usize,
+    part: usize,
+    x: &[XRow; T],
+    products: &[[MaybeUninit<Products>; T]; R],
+    sums: &mut [[[__m256; PARTS]; T]; R],
+) {
+    // SAFETY: the unit has the group, and its products have been written.
+    unsafe {
+        for r in 0..R {
+            let w = B::group(p[r], g);
+            let size = if B::SIGNED { _mm256_abs_epi8(w) } else { w };
+            for t in 0..T {
+                let q = _mm256_loadu_si256(x[t].q.add(256 * u + 32 * g).cast());
+                let q = if B::SIGNED { _mm256_sign_epi8(q, w) } else { q };
+                let dot = _mm256_cvtepi32_ps(D::dot(size, q));
+                let from = products[r][t].as_ptr().cast::<f32>();
+                let scale = if B::HALVES {
+                    // Lanes 0 to 3 hold the first 16 values, 4 to 7 the others.
+                    let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*from.add(2 * g).cast()));
+                    _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+                } else {
+                    _mm256_broadcast_ss(&*from.add(g))
+                };
+                let sum = &mut sums[r][t][part % PARTS];
+                *sum = _mm256_fmadd_ps(dot, scale, *sum);
             }
         }
     }

@@ -83,13 +83,13 @@ fn quantize(x: &[f32], row: Row<'_>) {
     let Row { qs, d, s, s16 } = row;
     let n = qs.len() / GROUP;
     for (g, (x, q)) in x.chunks_exact(GROUP).zip(qs.chunks_exact_mut(GROUP)).enumerate() {
-        // SAFETY: `x` and `q` are 32 long.
-        let v: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
-        let magnitude = |v| _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff_ffff));
-        let top = _mm256_max_epi32(
-            _mm256_max_epi32(magnitude(v[0]), magnitude(v[1])),
-            _mm256_max_epi32(magnitude(v[2]), magnitude(v[3])),
-        );
+        let mut v = [_mm256_setzero_ps(); 4];
+        let mut top = _mm256_setzero_si256();
+        for (v, x) in v.iter_mut().zip(x.chunks_exact(8)) {
+            // SAFETY: `x` is 8 long.
+            *v = unsafe { _mm256_loadu_ps(x.as_ptr()) };
+            top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(*v), _mm256_set1_epi32(0x7fff_ffff)));
+        }
         let top = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256::<1>(top));
         let top = _mm_max_epi32(top, _mm_unpackhi_epi64(top, top));
         let top = _mm_max_epi32(top, _mm_shuffle_epi32::<1>(top));
@@ -104,7 +104,10 @@ fn quantize(x: &[f32], row: Row<'_>) {
             q.fill(0);
         } else {
             let by = _mm256_set1_ps(inverse);
-            let int = v.map(|v| _mm256_cvtps_epi32(_mm256_mul_ps(v, by)));
+            let mut int = [_mm256_setzero_si256(); 4];
+            for (int, v) in int.iter_mut().zip(v) {
+                *int = _mm256_cvtps_epi32(_mm256_mul_ps(v, by));
+            }
             for half in 0..2 {
                 let sum = _mm256_add_epi32(int[2 * half], int[2 * half + 1]);
                 let sum = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));

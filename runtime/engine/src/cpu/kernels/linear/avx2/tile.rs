@@ -90,7 +90,19 @@ unsafe fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
 #[inline(always)]
 unsafe fn transpose_ps(r: [__m256; 8]) -> [__m256; 8] {
     // SAFETY: register arithmetic.
-    unsafe { transpose(r.map(|v| _mm256_castps_si256(v))).map(|v| _mm256_castsi256_ps(v)) }
+    unsafe {
+        let [a, b, c, d, e, f, g, h] = r;
+        let (a, b, c, d) =
+            (_mm256_castps_si256(a), _mm256_castps_si256(b), _mm256_castps_si256(c), _mm256_castps_si256(d));
+        let (e, f, g, h) =
+            (_mm256_castps_si256(e), _mm256_castps_si256(f), _mm256_castps_si256(g), _mm256_castps_si256(h));
+        let ints = transpose([a, b, c, d, e, f, g, h]);
+        let mut out = r;
+        for (out, int) in out.iter_mut().zip(ints) {
+            *out = _mm256_castsi256_ps(int);
+        }
+        out
+    }
 }
 
 /// `T` tokens times the tile's 16 rows over `groups` groups of 32, added to `acc`.

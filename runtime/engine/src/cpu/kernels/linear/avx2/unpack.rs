@@ -1,6 +1,7 @@
 //! Unpacking on AVX2: one [`Block`] per format gives a unit of 256 values (see [`blocks`](super::super::blocks)) as
 //! eight vectors of bytes in natural order, and its scales and minima. Everything here is inlined into a function that
-//! has the target features; `p` always points at a whole unit, or at `groups` blocks of one.
+//! has the target features (so no intrinsic may sit in a closure that goes through the standard library: that one would
+//! not be inlined, and each instruction become a call); `p` always points at a whole unit, or at `groups` blocks of one.
 
 use super::super::blocks::{IQ4, MXFP4_PLUS_12, e8m0_half, scales_6bit, scales_q3k};
 use std::arch::x86_64::*;
@@ -129,6 +130,13 @@ unsafe fn floats(bytes: __m128i) -> __m256 {
     unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)) }
 }
 
+/// Eight signed bytes as f32.
+#[inline(always)]
+unsafe fn signed_floats(bytes: __m128i) -> __m256 {
+    // SAFETY: register arithmetic.
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)) }
+}
+
 #[inline(always)]
 unsafe fn scaled(v: __m256, by: f32) -> __m256 {
     // SAFETY: register arithmetic.
@@ -247,8 +255,8 @@ block!(
     |p, _n| {
         let scales = scales_q3k(std::slice::from_raw_parts(p.add(96), 12));
         let bytes = _mm_sub_epi8(_mm_loadu_si128(scales.as_ptr().cast()), _mm_set1_epi8(32));
-        let (d, signed) = (half(p.add(108)), |b| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)));
-        let d = [scaled(signed(bytes), d), scaled(signed(_mm_srli_si128::<8>(bytes)), d)];
+        let d = half(p.add(108));
+        let d = [scaled(signed_floats(bytes), d), scaled(signed_floats(_mm_srli_si128::<8>(bytes)), d)];
         (d, [scaled(d[0], -4.0), scaled(d[1], -4.0)])
     }
 );
@@ -281,8 +289,8 @@ block!(
     };
     |p, _n| {
         let bytes = _mm_loadu_si128(p.add(192).cast());
-        let (d, signed) = (half(p.add(208)), |b| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)));
-        let d = [scaled(signed(bytes), d), scaled(signed(_mm_srli_si128::<8>(bytes)), d)];
+        let d = half(p.add(208));
+        let d = [scaled(signed_floats(bytes), d), scaled(signed_floats(_mm_srli_si128::<8>(bytes)), d)];
         (d, [scaled(d[0], -32.0), scaled(d[1], -32.0)])
     }
 );
