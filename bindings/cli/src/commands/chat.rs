@@ -69,7 +69,7 @@ pub fn run(
         let text = line.trim();
         let done = match text.strip_prefix('/') {
             _ if text.is_empty() => continue,
-            Some(command) if matches!(command, "exit" | "quit" | "bye") => break,
+            Some("exit" | "quit" | "bye") => break,
             Some(command) => chat.command(command),
             None => chat.ask(text),
         };
