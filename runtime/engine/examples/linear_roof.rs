@@ -253,7 +253,7 @@ fn stream(data: &[u8]) -> u64 {
 }
 
 fn decode(o: &Options, ghz: f64) -> kinglet_engine::Result<()> {
-    println!("\ndecode, {} token(s): GB/s, plain read GB/s, share", o.tokens.unwrap_or(1));
+    println!("\ndecode, {} token(s): GB/s, plain read GB/s, share; bytes per cycle and thread", o.tokens.unwrap_or(1));
     for &dtype in &o.types {
         // Matrices of 64 MB: past the caches of small machines; give `size=` for others.
         let sizes = if o.sizes.is_empty() {
@@ -275,10 +275,11 @@ fn decode(o: &Options, ghz: f64) -> kinglet_engine::Result<()> {
                 }
                 let rate = |t: Duration| data.len() as f64 / t.as_secs_f64() / 1e9;
                 print!(
-                    "   {threads} thr {:6.1} {:6.1} {:4.0} %",
+                    "   {threads} thr {:6.1} {:6.1} {:4.0} % {:5.2} B/cycle",
                     rate(ours),
                     rate(plain),
-                    100.0 * rate(ours) / rate(plain)
+                    100.0 * rate(ours) / rate(plain),
+                    rate(ours) / ghz / threads as f64
                 );
             }
             println!();

@@ -2,6 +2,9 @@
 //! add and widen, so all bytes are made unsigned (`+ 128` where they are signed, which the minima take off again), and
 //! a vector holds two groups of 32 (matvec) or 16 rows (tile). Unpacking into tiles is the AVX2 code.
 
+// Registers are numbered: `for r in 0..R` says what happens better than zipped iterators do.
+#![allow(clippy::needless_range_loop)]
+
 use super::avx2::tile::unpack as unpack_tile;
 use super::avx2::unpack::{self, Block, Sixteen};
 use super::tile::Tile;

@@ -90,11 +90,11 @@ pub(super) mod avx2 {
                         let tokens = (to - t).min(4);
                         // SAFETY: features are enabled; `linear` checked the sizes.
                         unsafe {
-                            match (rows, tokens) {
-                                (4, 1) => product::<D, 4, 1>(task, row, t),
-                                (3, 4) => product::<D, 3, 4>(task, row, t),
-                                _ => (row..row + rows)
-                                    .for_each(|r| (t..t + tokens).for_each(|t| product::<D, 1, 1>(task, r, t))),
+                            match rows {
+                                4 => product::<D, 4, 1>(task, row, t),
+                                3 => some_tokens::<D, 3>(task, row, t, tokens),
+                                2 => some_tokens::<D, 2>(task, row, t, tokens),
+                                _ => some_tokens::<D, 1>(task, row, t, tokens),
                             }
                         }
                         t += tokens;
@@ -107,6 +107,20 @@ pub(super) mod avx2 {
         unsafe { inner::<D>(task) }
     }
 
+    /// Rows `row .. row + R` times one to four tokens.
+    #[inline(always)]
+    unsafe fn some_tokens<D: Dense, const R: usize>(task: &LinearTask<'_>, row: usize, t: usize, tokens: usize) {
+        // SAFETY: by the caller's contract.
+        unsafe {
+            match tokens {
+                1 => product::<D, R, 1>(task, row, t),
+                2 => product::<D, R, 2>(task, row, t),
+                3 => product::<D, R, 3>(task, row, t),
+                _ => product::<D, R, 4>(task, row, t),
+            }
+        }
+    }
+
     /// Rows `row .. row + R` times tokens `t .. t + T`.
     #[inline(always)]
     unsafe fn product<D: Dense, const R: usize, const T: usize>(task: &LinearTask<'_>, row: usize, t: usize) {
@@ -117,17 +131,20 @@ pub(super) mod avx2 {
             let x: [*const f32; T] = std::array::from_fn(|i| task.x.f32s.as_ptr().add((t + i) * task.x.stride));
             let mut acc = [[_mm256_setzero_ps(); T]; R];
             for i in (0..k - k % 8).step_by(8) {
-                let x: [__m256; T] = std::array::from_fn(|j| _mm256_loadu_ps(x[j].add(i)));
-                for r in 0..R {
-                    let w = D::load(w[r].add(i * D::BYTES));
-                    for j in 0..T {
-                        acc[r][j] = _mm256_fmadd_ps(w, x[j], acc[r][j]);
+                let mut v = [_mm256_setzero_ps(); T];
+                for (v, x) in v.iter_mut().zip(&x) {
+                    *v = _mm256_loadu_ps(x.add(i));
+                }
+                for (w, acc) in w.iter().zip(&mut acc) {
+                    let w = D::load(w.add(i * D::BYTES));
+                    for (v, acc) in v.iter().zip(acc) {
+                        *acc = _mm256_fmadd_ps(w, *v, *acc);
                     }
                 }
             }
-            for r in 0..R {
-                for j in 0..T {
-                    let mut sum = super::super::avx2::horizontal(acc[r][j]);
+            for (r, acc) in acc.iter().enumerate() {
+                for (j, acc) in acc.iter().enumerate() {
+                    let mut sum = super::super::avx2::horizontal(*acc);
                     for i in k - k % 8..k {
                         let at = ((row + r) * k + i) * D::BYTES;
                         sum += super::value(D::DTYPE, &task.weight[at..]) * *x[j].add(i);

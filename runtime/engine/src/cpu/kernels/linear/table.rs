@@ -131,8 +131,10 @@ pub static KERNELS: &[&[KernelInfo]] = &[
     &x86::DENSE,
 ];
 
-/// From how many tokens on a tile is faster than rows one by one.
-const TILE_FROM: usize = 4;
+/// From how many tokens on a tile is faster than rows one by one; earlier where unpacking costs more. Measured on AVX2.
+const fn tile_from(dtype: DType) -> usize {
+    if dtype.block_len() == 256 { 3 } else { 4 }
+}
 
 /// The kernel that [`linear`](super::linear) runs: of the CPU's best instruction set, by the number of tokens. Where an
 /// instruction set has no kernel of its own, the next one's serves.
@@ -142,7 +144,7 @@ pub fn pick(isa: Isa, dtype: DType, tokens: usize) -> &'static KernelInfo {
         each.map(|(isa, id, many)| find(isa, id as u32, many)).collect()
     });
     let row = ISAS.iter().position(|(name, _)| *name == isa.name()).unwrap_or(0);
-    PICKS[(row * TYPES + dtype.ggml() as usize % TYPES) * 2 + usize::from(tokens >= TILE_FROM)]
+    PICKS[(row * TYPES + dtype.ggml() as usize % TYPES) * 2 + usize::from(tokens >= tile_from(dtype))]
 }
 
 /// More than the largest of ggml's type numbers.

@@ -1,6 +1,8 @@
 //! Every kernel of the table against the decoded weights times the quantized activations in f64, over types × widths ×
 //! row counts × token counts; that results do not depend on the split; that bad sizes are refused.
 
+#![allow(clippy::single_range_in_vec_init)]
+
 use super::*;
 use crate::quant::dequantize;
 
@@ -62,7 +64,7 @@ impl Input {
         let mut q8 = vec![Line([f32::NAN; 16]); activation_bytes(tokens, k).div_ceil(64)];
         // SAFETY: the buffer is large enough and this test's own.
         let dst = unsafe { Q8Mut::new(q8.as_mut_ptr().cast(), tokens, k) };
-        if k % GROUP == 0 {
+        if k.is_multiple_of(GROUP) {
             quantize_rows(isa, &f32s, stride, 0..tokens, &dst).unwrap();
         }
         Input { f32s, q8, tokens, k, stride }
@@ -85,7 +87,7 @@ impl Input {
     }
 
     fn activations(&self) -> Activations<'_> {
-        let q8 = (self.k % GROUP == 0).then(|| self.q8());
+        let q8 = self.k.is_multiple_of(GROUP).then(|| self.q8());
         Activations { f32s: &self.f32s, q8, tokens: self.tokens, k: self.k, stride: self.stride }
     }
 

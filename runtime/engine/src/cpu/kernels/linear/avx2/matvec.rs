@@ -5,6 +5,9 @@
 //! lie one after the other, so a thread's share is one stream, which is prefetched `AHEAD` bytes before its use, over
 //! page ends that stop the hardware's prefetcher. Every row is computed alone: results do not depend on the split.
 
+// Registers are numbered: `for r in 0..R` says what happens better than zipped iterators do.
+#![allow(clippy::needless_range_loop)]
+
 use super::super::XRow;
 use super::unpack::Block;
 use std::arch::x86_64::*;

@@ -6,6 +6,9 @@
 //! bits as long as they fit, then widened; per group one conversion, then `d·dₓ` and `m·sₓ` in f32. Rows are lanes:
 //! no sum crosses them, so a row's result does not depend on its neighbours.
 
+// Registers are numbered: `for r in 0..R` says what happens better than zipped iterators do.
+#![allow(clippy::needless_range_loop)]
+
 use super::super::tile::Tile;
 use super::super::{TileMemory, XRow};
 use super::unpack::Block;
