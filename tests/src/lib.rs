@@ -11,7 +11,6 @@
 //! * [`process`]: the `kinglet` program, as a user runs it.
 //! * [`strings`]: seeded strings of every kind for the tokenizers.
 //! * [`source`]: the repository as text, for the tests that hold its structure.
-//! * [`strings`]: seeded texts that trip tokenizers.
 
 pub mod compare;
 pub mod data;

@@ -23,3 +23,5 @@ mod perplexity;
 mod quant_parity;
 #[cfg(feature = "oracle")]
 mod tiny_parity;
+#[cfg(feature = "oracle")]
+mod tokenizer_parity;
