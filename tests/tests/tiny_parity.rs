@@ -6,6 +6,7 @@
 
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Session, SessionOptions};
+use kinglet_models::families;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::data::{Random, Scratch};
 use kinglet_tests::oracle::{self, ContextOptions};
@@ -14,10 +15,11 @@ use kinglet_tests::oracle::{self, ContextOptions};
 const TOKENS: usize = 29;
 
 /// How far apart the engines may be. llama.cpp multiplies `F16` and `BF16` weights with activations rounded to the same
-/// type, and quantized ones with activations rounded to 8 bits.
-fn bound(dtype: DType) -> f64 {
+/// type, and quantized ones with activations rounded to 8 bits. It takes GELU from a table of 16-bit values.
+fn bound(arch: &str, dtype: DType) -> f64 {
     match dtype {
-        DType::F32 => 1e-4,
+        DType::F32 if arch.starts_with("gemma") => 2e-3,
+        DType::F32 => 1e-5,
         DType::F16 => 5e-3,
         DType::BF16 => 2e-2,
         _ => 5e-2,
@@ -65,24 +67,40 @@ fn check(configs: impl Iterator<Item = TinyConfig>, name: &str) {
     for config in configs {
         let (arch, dtype) = (&config.arch, config.dtype);
         match worst_distance(&config, &scratch) {
-            Ok(distance) if distance <= bound(dtype) => println!("{arch} {dtype}: {distance:.1e}"),
-            Ok(distance) => broken.push(format!("{arch} {dtype}: {distance:.1e}, more than {:.0e}", bound(dtype))),
+            Ok(distance) if distance <= bound(arch, dtype) => println!("{arch} {dtype}: {distance:.1e}"),
+            Ok(distance) => {
+                broken.push(format!("{arch} {dtype}: {distance:.1e}, more than {:.0e}", bound(arch, dtype)))
+            }
             Err(error) => broken.push(format!("{arch} {dtype}: {error}")),
         }
     }
     assert!(broken.is_empty(), "\n{}\n", broken.join("\n"));
 }
 
+/// Architectures that run. A family that is added is tested from then on.
+fn architectures() -> impl Iterator<Item = &'static str> {
+    let known = families::known();
+    TinyConfig::architectures().filter(move |arch| known.contains(arch))
+}
+
+#[test]
+fn every_family_has_a_tiny_model() {
+    let written: Vec<_> = TinyConfig::architectures().collect();
+    for arch in families::known() {
+        assert!(written.contains(&arch), "no tiny model of {arch}: nothing compares it with llama.cpp");
+    }
+}
+
 #[test]
 fn every_architecture_in_f32() {
-    check(TinyConfig::architectures().map(TinyConfig::new), "architectures");
+    check(architectures().map(TinyConfig::new), "architectures");
 }
 
 #[test]
 fn every_architecture_in_every_type() {
     // Q8_K is a type of activations; llama.cpp takes it for no weight.
     let types = || DType::WEIGHTS.into_iter().filter(|t| *t != DType::Q8_K && *t != DType::F32);
-    check(TinyConfig::architectures().flat_map(|a| types().map(move |t| TinyConfig::new(a).with_dtype(t))), "types");
+    check(architectures().flat_map(|a| types().map(move |t| TinyConfig::new(a).with_dtype(t))), "types");
 }
 
 #[test]
