@@ -11,6 +11,7 @@ use kinglet_engine::session::{EndReason, GenerateOptions, GenerationStats, Model
 use kinglet_engine::text::{EncodeOptions, Message};
 use serde_json::json;
 use std::io::Write;
+use std::time::Duration;
 
 /// Chat with a model, or let it answer one prompt
 #[derive(Args, Debug)]
@@ -169,7 +170,7 @@ pub fn generate(
 
 /// One line of counts and speeds.
 pub fn summary(stats: &GenerationStats) -> String {
-    let rate = |tokens: usize, time: std::time::Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+    let rate = |tokens: usize, time: Duration| if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() };
     let computed = stats.prompt_tokens - stats.reused_tokens.min(stats.prompt_tokens);
     let decoded = stats.output_tokens.saturating_sub(1);
     format!(
