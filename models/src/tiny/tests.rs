@@ -1,3 +1,5 @@
+//! Tiny models: shapes, types, determinism and refusals.
+
 use std::path::PathBuf;
 
 use kinglet_engine::gguf::{Gguf, OpenOptions};

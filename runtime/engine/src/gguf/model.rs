@@ -196,7 +196,7 @@ impl Gguf {
             Some(split) => Err(shard.header.metadata.error(
                 "split.count",
                 format!(
-                    "this is part {} of a model in {} files; open such a model by its path, or merge it with llama-gguf-split",
+                    "this is part {} of a model in {} files; open such a model by its path, or merge its files into one first",
                     split.no.saturating_add(1),
                     split.count
                 ),
