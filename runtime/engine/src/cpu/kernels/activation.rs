@@ -85,6 +85,18 @@ by_isa! {
     }
 }
 
+by_isa! {
+    /// The gradient of [`softcap`] in place: d ← d ⊙ (1 − (y / c)²), where `y` is what the forward pass gave.
+    pub fn softcap_backward(y: &[f32], c: f32, d: &mut [f32]) {
+        debug_assert_eq!(y.len(), d.len());
+        let inverse = 1.0 / c;
+        for (d, y) in d.iter_mut().zip(y) {
+            let t = y * inverse;
+            *d *= (1.0 - t) * (1.0 + t);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,6 +165,23 @@ mod tests {
             let want: Vec<f64> = x.iter().map(|&x| 30.0 * (f64::from(x) / 30.0).tanh()).collect();
             softcap(isa, &mut x, 30.0);
             assert!(x.iter().zip(&want).all(|(x, w)| (f64::from(*x) - w).abs() < 1e-5));
+        }
+    }
+
+    #[test]
+    fn softcap_backward_agrees_with_central_differences() {
+        for isa in Isa::available() {
+            let x: Vec<f32> = (0..101).map(|i| (i as f32 - 50.0) * 2.0).collect();
+            let mut y = x.clone();
+            softcap(isa, &mut y, 30.0);
+            let mut d: Vec<f32> = (0..101).map(|i| 0.5 + (i % 7) as f32).collect();
+            let before = d.clone();
+            softcap_backward(isa, &y, 30.0, &mut d);
+            let cap = |x: f64| 30.0 * (x / 30.0).tanh();
+            for ((d, b), &x) in d.iter().zip(before).zip(&x) {
+                let slope = (cap(f64::from(x) + 1e-4) - cap(f64::from(x) - 1e-4)) / 2e-4 * f64::from(b);
+                assert!((f64::from(*d) - slope).abs() < 3e-6 * (1.0 + slope.abs()), "{x}: {d} {slope}");
+            }
         }
     }
 }

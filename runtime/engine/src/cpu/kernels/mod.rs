@@ -4,6 +4,7 @@
 pub mod activation;
 pub mod attention;
 pub mod embed;
+pub mod gemm;
 pub mod linear;
 pub mod norm;
 pub mod rope;

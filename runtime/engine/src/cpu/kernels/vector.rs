@@ -192,6 +192,20 @@ by_isa! {
     }
 }
 
+by_isa! {
+    /// The gradient of g·(lse − z[target]), the weighted cross-entropy of a row of logits, for a chunk of them in place:
+    /// z ← g·(exp(z − lse) − onehot). `target` is the target's place in this chunk, if it lies in it; `lse` is that of the
+    /// whole row.
+    pub fn cross_entropy_backward(z: &mut [f32], lse: f32, target: Option<usize>, g: f32) {
+        for z in z.iter_mut() {
+            *z = g * exp(*z - lse);
+        }
+        if let Some(z) = target.and_then(|t| z.get_mut(t)) {
+            *z -= g;
+        }
+    }
+}
+
 /// f16 bits to f32.
 #[inline(always)]
 pub(crate) fn f16_to_f32(bits: u16) -> f32 {
@@ -338,6 +352,33 @@ mod tests {
             let x = i as f32 * 5e-4;
             let want = f64::from(x).tanh();
             assert!((f64::from(tanh(x)) - want).abs() <= 5e-7 * want.abs(), "tanh {x}");
+        }
+    }
+
+    #[test]
+    fn cross_entropy_backward_agrees_with_central_differences() {
+        for n in [1usize, 8, 37, 1030] {
+            let z: Vec<f32> = (0..n).map(|i| ((i * 7919 % 1009) as f32 - 504.0) * 0.02).collect();
+            let lse = |z: &[f64]| z.iter().map(|z| z.exp()).sum::<f64>().ln();
+            let exact: Vec<f64> = z.iter().map(|&z| f64::from(z)).collect();
+            let (target, g) = (n / 3, 0.4);
+            let loss = |i: usize, by: f64| {
+                let mut z = exact.clone();
+                z[i] += by;
+                g * (lse(&z) - z[target])
+            };
+            for isa in Isa::available() {
+                // Two chunks, the target in one of them.
+                let (mut p, cut) = (z.clone(), n / 2);
+                let (low, high) = p.split_at_mut(cut);
+                let total = lse(&exact) as f32;
+                cross_entropy_backward(isa, low, total, (target < cut).then_some(target), g as f32);
+                cross_entropy_backward(isa, high, total, target.checked_sub(cut), g as f32);
+                for i in (0..n).step_by(1 + n / 40).chain([target]) {
+                    let slope = (loss(i, 1e-5) - loss(i, -1e-5)) / 2e-5;
+                    assert!((f64::from(p[i]) - slope).abs() < 1e-6, "n = {n} [{i}]: {} {slope}", p[i]);
+                }
+            }
         }
     }
 

@@ -81,11 +81,13 @@ pub(super) struct Bend {
 
 impl Bend {
     pub fn new(task: &AttentionTask<'_>) -> Bend {
-        match task.softcap {
-            Some(c) => {
-                Bend { q_scale: task.scale * LOG2_E * 2.0 / c, cap: Some(c * LOG2_E), alibi: task.alibi.is_some() }
-            }
-            None => Bend { q_scale: task.scale * LOG2_E, cap: None, alibi: task.alibi.is_some() },
+        Bend::of(task.scale, task.softcap, task.alibi.is_some())
+    }
+
+    pub fn of(scale: f32, softcap: Option<f32>, alibi: bool) -> Bend {
+        match softcap {
+            Some(c) => Bend { q_scale: scale * LOG2_E * 2.0 / c, cap: Some(c * LOG2_E), alibi },
+            None => Bend { q_scale: scale * LOG2_E, cap: None, alibi },
         }
     }
 }

@@ -16,6 +16,7 @@
 //! row's arithmetic depends on absolute positions alone (blocks are aligned to multiples of [`BLOCK`]), so any split of
 //! rows and heads over tasks and threads gives the same bits.
 
+mod backward;
 #[cfg(target_arch = "x86_64")]
 mod block;
 mod kv;
@@ -25,6 +26,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use backward::{AttentionBackwardTask, attention_backward, attention_backward_scratch_len};
 pub use kv::{kv_row_bytes, store_kv};
 
 use crate::cpu::isa::Isa;

@@ -16,6 +16,7 @@
 //! | `scalar` | the specification of the products |
 //! | `dense` | F32, F16, BF16 |
 //! | `tile` | the loops around an instruction set's tile kernel |
+//! | `transpose` | the gradient with respect to the input, and the map with exact activations |
 //! | `avx2/`, `avx512`, `neon` | the instruction sets |
 //! | `table` | all kernels as data |
 
@@ -29,12 +30,14 @@ mod dense;
 mod scalar;
 mod table;
 mod tile;
+mod transpose;
 
 #[cfg(test)]
 mod tests;
 
 pub use activations::{Activations, GROUP, Q8, Q8Layout, Q8Mut, activation_bytes, quantize_rows};
 pub use table::{KERNELS, KernelInfo, Shape, pick};
+pub use transpose::{LinearBackwardTask, linear_backward, linear_exact};
 
 use crate::cpu::isa::Isa;
 use crate::quant::DType;
@@ -50,9 +53,9 @@ pub const fn needs_q8(dtype: DType) -> bool {
 /// address, so that threads can write disjoint rows of one output.
 #[derive(Clone, Copy, Debug)]
 pub struct OutMut {
-    base: *mut f32,
-    stride: usize,
-    len: usize,
+    pub(in crate::cpu::kernels) base: *mut f32,
+    pub(in crate::cpu::kernels) stride: usize,
+    pub(in crate::cpu::kernels) len: usize,
 }
 
 // SAFETY: a plain address; `OutMut::new` makes the caller vouch for the memory and for disjoint rows.
@@ -206,6 +209,11 @@ pub fn linear(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> Result<
 }
 
 fn check(task: &LinearTask<'_>) -> Result<()> {
+    check_sizes(task, !needs_q8(task.dtype))
+}
+
+/// Whether all sizes fit; `reads_f32` says which form of the input is read.
+fn check_sizes(task: &LinearTask<'_>, reads_f32: bool) -> Result<()> {
     let LinearTask { dtype, weight, k, rows, x, out, .. } = task;
     let misfit = |what: String| {
         Err(Error::argument(format!("linear map, {dtype} rows {rows:?} of {k} values, {} tokens: {what}", x.tokens)))
@@ -230,7 +238,7 @@ fn check(task: &LinearTask<'_>) -> Result<()> {
         return misfit(format!("the output has {} values at stride {}", out.len, out.stride));
     }
     match x.q8 {
-        _ if !needs_q8(*dtype) => match reach(x.stride, *k) {
+        _ if reads_f32 => match reach(x.stride, *k) {
             Some(n) if n <= x.f32s.len() => Ok(()),
             _ => misfit(format!("the input has {} values at stride {}", x.f32s.len(), x.stride)),
         },

@@ -6,7 +6,7 @@
 use super::*;
 use crate::quant::dequantize;
 
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -16,13 +16,13 @@ impl Random {
         self.0
     }
 
-    fn unit(&mut self) -> f32 {
+    pub fn unit(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 }
 
 /// Random blocks, every code included; scales are positive or negative, of a size between 2⁻⁷ and 2⁻⁶.
-fn random_weights(dtype: DType, bytes: usize, random: &mut Random) -> Vec<u8> {
+pub(super) fn random_weights(dtype: DType, bytes: usize, random: &mut Random) -> Vec<u8> {
     let mut data: Vec<u8> = (0..bytes).map(|_| (random.next() >> 32) as u8).collect();
     sane_scales(dtype, &mut data);
     data
