@@ -41,6 +41,9 @@ pub fn divergence(reference: &[f32], ours: &[f32]) -> f64 {
     p.iter().zip(&q).map(|(p, q)| if *p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - q) }).sum()
 }
 
+/// A lead of the most probable token over the second, in logits, below which rounding may decide.
+pub const UNDECIDED: f32 = 0.1;
+
 /// Agreement over many positions.
 #[derive(Clone, Debug, Default)]
 pub struct Agreement {
@@ -48,6 +51,10 @@ pub struct Agreement {
     pub positions: usize,
     /// Positions at which both find the same token most probable.
     pub same_top: usize,
+    /// Positions at which the reference's choice leads by more than [`UNDECIDED`].
+    pub decided: usize,
+    /// Those among them at which both find the same token most probable.
+    pub same_decided: usize,
     /// Sum of the divergences.
     pub divergence: f64,
     /// Largest divergence of one position.
@@ -60,8 +67,13 @@ impl Agreement {
         assert_eq!(reference.len(), ours.len(), "vocabularies of different sizes");
         assert!(ours.iter().all(|x| !x.is_nan()), "a logit is NaN");
         let divergence = divergence(reference, ours);
+        let same = argmax(reference) == argmax(ours);
         self.positions += 1;
-        self.same_top += usize::from(argmax(reference) == argmax(ours));
+        self.same_top += usize::from(same);
+        if top_gap(reference) > UNDECIDED {
+            self.decided += 1;
+            self.same_decided += usize::from(same);
+        }
         self.divergence += divergence;
         self.worst = self.worst.max(divergence);
     }
@@ -81,9 +93,11 @@ impl std::fmt::Display for Agreement {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} positions: same top token {:.2} %, mean KL {:.2e}, worst KL {:.2e}",
+            "{} positions: same top token {:.2} % ({} of {} decided differ), mean KL {:.2e}, worst KL {:.2e}",
             self.positions,
             100.0 * self.top(),
+            self.decided - self.same_decided,
+            self.decided,
             self.mean_divergence(),
             self.worst
         )

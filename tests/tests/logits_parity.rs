@@ -4,8 +4,9 @@
 //! ("teacher forcing"). Ours reads token by token, as in decoding, and once in chunks, as in prefill. Then both generate
 //! greedily on their own: the text must be the same until a place where llama.cpp itself is undecided.
 //!
-//! llama.cpp rounds activations to 8 bits, so exact equality is not to be had; the bounds are what its own settings
-//! differ by among themselves.
+//! llama.cpp rounds activations to 8 bits, and so do we, each in its own way: neither is the truth. The truth is the same
+//! weights in `F32` with exact activations, and a second set of tests asks that ours is no farther from it than
+//! llama.cpp's own run.
 
 use std::path::Path;
 
@@ -13,7 +14,7 @@ use kinglet_engine::gguf::{Gguf, Writer};
 use kinglet_engine::quant::{DType, dequantize};
 use kinglet_engine::session::{Model, Session, SessionOptions};
 use kinglet_engine::text::EncodeOptions;
-use kinglet_tests::compare::{Agreement, argmax, top_gap};
+use kinglet_tests::compare::{Agreement, UNDECIDED, argmax, top_gap};
 use kinglet_tests::data::{Scratch, alone, heavy, model};
 use kinglet_tests::oracle::{self, ContextOptions};
 use kinglet_tests::prompts::PROMPTS;
@@ -22,8 +23,6 @@ use kinglet_tests::prompts::PROMPTS;
 const LENGTH: usize = 96;
 /// Tokens both engines generate on their own.
 const GREEDY: usize = 32;
-/// A lead of the first token over the second below which rounding may decide.
-const UNDECIDED: f32 = 0.1;
 /// Share of positions with the same most probable token, at least.
 const SAME_TOP: f64 = 0.99;
 /// Mean Kullback–Leibler divergence in nats, at most.
@@ -112,8 +111,9 @@ fn parity(id: &str) {
     println!("{id}, in chunks:      {chunked}");
     println!("{id}: {same_text} of {} greedy texts are the same to the {GREEDY}th token", PROMPTS.len());
     for (how, agreement) in [("token by token", &stepwise), ("in chunks", &chunked)] {
-        assert!(agreement.mean_divergence() < DIVERGENCE, "{id}, {how}: {agreement}");
-        assert!(agreement.top() >= SAME_TOP, "{id}, {how}: {agreement}");
+        if agreement.mean_divergence() >= DIVERGENCE || agreement.top() < SAME_TOP {
+            failures.push(format!("{how}: {agreement}"));
+        }
     }
     assert!(failures.is_empty(), "{id}:\n{}", failures.join("\n"));
 }
@@ -136,7 +136,10 @@ fn gemma3() {
 /// Writes the model at `from` with every tensor in `F32`: what its weights mean, nothing rounded on the way.
 fn write_exact(from: &Path, to: &Path) {
     let gguf = Gguf::open(from).expect("the model opens");
-    let mut writer = Writer::like(&gguf);
+    let mut writer = Writer::new();
+    for (key, value) in gguf.metadata().iter() {
+        writer.set(key, value.clone());
+    }
     for tensor in gguf.tensors() {
         writer.tensor(&tensor.name, DType::F32, &tensor.shape).expect("a tensor");
     }
