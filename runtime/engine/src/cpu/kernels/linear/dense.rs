@@ -82,7 +82,8 @@ pub(super) mod avx2 {
             for from in (0..task.x.tokens).step_by(block) {
                 let to = (from + block).min(task.x.tokens);
                 let mut row = task.rows.start;
-                let step = if to - from == 1 { 4 } else { 3 };
+                // Eight sums, which keep both multipliers busy and fit the registers with their operands.
+                let step = if to - from == 1 { 4 } else { 2 };
                 while row < task.rows.end {
                     let rows = (task.rows.end - row).min(step);
                     let mut t = from;
@@ -92,7 +93,7 @@ pub(super) mod avx2 {
                         unsafe {
                             match rows {
                                 4 => product::<D, 4, 1>(task, row, t),
-                                3 => some_tokens::<D, 3>(task, row, t, tokens),
+                                3 => product::<D, 3, 1>(task, row, t),
                                 2 => some_tokens::<D, 2>(task, row, t, tokens),
                                 _ => some_tokens::<D, 1>(task, row, t, tokens),
                             }
