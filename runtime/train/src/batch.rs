@@ -367,7 +367,11 @@ mod tests {
                 let text = serde_json::to_string(&run[at].0).unwrap();
                 let mut resumed = Loader::new(examples(40), options(packing)).unwrap();
                 resumed.seek(serde_json::from_str(&text).unwrap()).unwrap();
-                assert!(run[at..].iter().all(|(cursor, batch)| resumed.cursor() == *cursor && resumed.next_batch() == *batch));
+                assert!(
+                    run[at..]
+                        .iter()
+                        .all(|(cursor, batch)| resumed.cursor() == *cursor && resumed.next_batch() == *batch)
+                );
             }
             assert!(loader.seek(Cursor { epoch: 0, row: 1000 }).is_err());
         }

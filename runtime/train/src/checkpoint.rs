@@ -102,7 +102,9 @@ pub fn decode_tensors(bytes: &[u8], file: &str) -> Result<Vec<Tensor>> {
         .map_err(|error| format("header".into(), format!("not a whole safetensors file: {error}")))?;
     let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
         let values = match view.dtype() {
-            Dtype::F32 => Values::F32(view.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
+            Dtype::F32 => {
+                Values::F32(view.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+            }
             Dtype::U8 => Values::U8(view.data().to_vec()),
             other => return Err(Error::Unsupported(format!("{file}: tensor {name} of type {other:?}"))),
         };
@@ -182,9 +184,8 @@ impl Checkpoints {
         files: &[(&str, &[u8])],
         write: impl Fn(&Path, &[u8]) -> std::io::Result<()>,
     ) -> Result<PathBuf> {
-        let plain = |name: &str| {
-            !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']) && name != MANIFEST
-        };
+        let plain =
+            |name: &str| !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']) && name != MANIFEST;
         if let Some((name, _)) = files.iter().find(|(name, _)| !plain(name)) {
             return Err(Error::argument(format!("{name:?} is not a name for a file of a checkpoint")));
         }
@@ -252,8 +253,8 @@ impl Checkpoints {
             let file = path.join(name);
             fs::read(&file).map_err(Error::io(file))
         };
-        let manifest: Manifest = serde_json::from_slice(&read(MANIFEST)?)
-            .map_err(|error| damaged(&path, MANIFEST, &error.to_string()))?;
+        let manifest: Manifest =
+            serde_json::from_slice(&read(MANIFEST)?).map_err(|error| damaged(&path, MANIFEST, &error.to_string()))?;
         if manifest.step != step {
             return Err(damaged(&path, MANIFEST, &format!("it is the manifest of step {}", manifest.step)));
         }
@@ -309,7 +310,11 @@ impl Checkpoints {
 }
 
 fn damaged(path: &Path, name: &str, what: &str) -> Error {
-    Error::Format { file: path.display().to_string(), at: name.into(), what: format!("{what}; the checkpoint is damaged") }
+    Error::Format {
+        file: path.display().to_string(),
+        at: name.into(),
+        what: format!("{what}; the checkpoint is damaged"),
+    }
 }
 
 /// Deletes a checkpoint, manifest first: what remains if this is interrupted is seen not to be whole.

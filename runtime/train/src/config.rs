@@ -38,8 +38,7 @@ pub enum Target {
 
 impl Target {
     /// The seven linear maps of a layer.
-    pub const LAYER: [Target; 7] =
-        [Target::Q, Target::K, Target::V, Target::O, Target::Gate, Target::Up, Target::Down];
+    pub const LAYER: [Target; 7] = [Target::Q, Target::K, Target::V, Target::O, Target::Gate, Target::Up, Target::Down];
 }
 
 /// The settings of a training run.
@@ -233,7 +232,8 @@ mod tests {
         let config = TrainConfig { rank: 16, loss: Loss::dpo(), early_stop: Some(3), ..TrainConfig::default() };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(TrainConfig::from_json(&text, "c").unwrap(), config);
-        let config = TrainConfig::from_json(r#"{"rank": 4, "targets": ["q", "down"], "loss": {"dpo": {}}}"#, "c").unwrap();
+        let config =
+            TrainConfig::from_json(r#"{"rank": 4, "targets": ["q", "down"], "loss": {"dpo": {}}}"#, "c").unwrap();
         assert_eq!((config.rank, config.seq, config.loss), (4, 256, Loss::dpo()));
         assert_eq!(config.targets, [Target::Q, Target::Down]);
     }

@@ -110,7 +110,15 @@ mod tests {
 
     fn line(step: u64) -> StepMetrics {
         let val_loss = step.is_multiple_of(2).then_some(1.5);
-        StepMetrics { step, loss: 1.0 / step as f64, lr: 1e-4, grad_norm: 0.5, tokens_per_second: 9.5, val_loss, ..Default::default() }
+        StepMetrics {
+            step,
+            loss: 1.0 / step as f64,
+            lr: 1e-4,
+            grad_norm: 0.5,
+            tokens_per_second: 9.5,
+            val_loss,
+            ..Default::default()
+        }
     }
 
     #[test]

@@ -190,7 +190,8 @@ impl Loss {
             (scores.tokens_chosen.max(1) as f64, scores.tokens_rejected.max(1) as f64);
         let gain_chosen = scores.policy_chosen - scores.reference_chosen;
         let gain_rejected = scores.policy_rejected - scores.reference_rejected;
-        let (mean_chosen, mean_rejected) = (scores.policy_chosen / tokens_chosen, scores.policy_rejected / tokens_rejected);
+        let (mean_chosen, mean_rejected) =
+            (scores.policy_chosen / tokens_chosen, scores.policy_rejected / tokens_rejected);
         // A loss of the difference of two gains: the derivatives differ in sign only.
         let of_gains = |beta: f64, loss: f64, slope: f64| PairLoss {
             loss,
@@ -457,7 +458,10 @@ mod tests {
                     tokens_rejected: 0,
                 };
                 let got = loss.pair(&scores).unwrap();
-                assert!(got.loss.is_finite() && got.d_chosen.is_finite() && got.d_rejected.is_finite(), "{loss:?} {got:?}");
+                assert!(
+                    got.loss.is_finite() && got.d_chosen.is_finite() && got.d_rejected.is_finite(),
+                    "{loss:?} {got:?}"
+                );
             }
         }
         assert!(Loss::CrossEntropy.pair(&PairScores::default()).is_none());

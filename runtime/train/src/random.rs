@@ -49,7 +49,10 @@ mod tests {
     fn follows_the_published_sequences() {
         let got: Vec<u64> = (0..3).map(|index| splitmix64(1234567, index)).collect();
         assert_eq!(got, [6457827717110365317, 3203168211198807973, 9817491932198370423]);
-        assert_eq!((fnv1a(b""), fnv1a(b"a"), fnv1a(b"foobar")), (0xcbf29ce484222325, 0xaf63dc4c8601ec8c, 0x85944171f73967e8));
+        assert_eq!(
+            (fnv1a(b""), fnv1a(b"a"), fnv1a(b"foobar")),
+            (0xcbf29ce484222325, 0xaf63dc4c8601ec8c, 0x85944171f73967e8)
+        );
     }
 
     #[test]

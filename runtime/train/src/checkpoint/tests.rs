@@ -22,7 +22,11 @@ impl Drop for Folder {
 
 fn contents(step: u64) -> Vec<(&'static str, Vec<u8>)> {
     let bytes = |count: u64, stream: u64| (0..count).map(|i| splitmix64(stream + step, i) as u8).collect();
-    vec![("adapter.safetensors", bytes(3000, 10)), ("optimizer.safetensors", bytes(900, 20)), ("state.json", bytes(40, 30))]
+    vec![
+        ("adapter.safetensors", bytes(3000, 10)),
+        ("optimizer.safetensors", bytes(900, 20)),
+        ("state.json", bytes(40, 30)),
+    ]
 }
 
 fn save(checkpoints: &Checkpoints, step: u64) -> Result<PathBuf> {
@@ -158,7 +162,9 @@ fn tensors_come_back() {
     let mut back = decode_tensors(&bytes, "x").unwrap();
     back.sort_by(|a, b| a.name.cmp(&b.name));
     assert_eq!(back, tensors);
-    assert!(decode_tensors(&bytes[..bytes.len() - 1], "x.safetensors").unwrap_err().to_string().contains("x.safetensors"));
+    assert!(
+        decode_tensors(&bytes[..bytes.len() - 1], "x.safetensors").unwrap_err().to_string().contains("x.safetensors")
+    );
     let wrong = Tensor { shape: vec![3], ..tensors[0].clone() };
     assert!(encode_tensors(&[wrong], &[]).is_err());
 }

@@ -129,7 +129,10 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Vec<Record>> {
             let record = |(index, line): (usize, &str)| {
                 let place = Place { file: &name, line: index + 1 };
                 let value = serde_json::from_str(line).map_err(|error| {
-                    place.error("line", &format!("not a JSON object ({error}); each line must be one, with keys {KINDS}"))
+                    place.error(
+                        "line",
+                        &format!("not a JSON object ({error}); each line must be one, with keys {KINDS}"),
+                    )
                 })?;
                 record(place, value)
             };
@@ -244,7 +247,8 @@ impl Fields<'_> {
 
     /// Chosen and rejected answers; without a `prompt` they are whole conversations that begin alike.
     fn pair(&self) -> Result<Sample> {
-        let (mut chosen, mut rejected) = (self.messages("chosen", "assistant")?, self.messages("rejected", "assistant")?);
+        let (mut chosen, mut rejected) =
+            (self.messages("chosen", "assistant")?, self.messages("rejected", "assistant")?);
         let mut prompt = if self.has("prompt") { self.messages("prompt", "user")? } else { Vec::new() };
         // Many files repeat the prompt in both answers, with or without a `prompt`.
         let alike = std::iter::zip(&chosen, &rejected).take_while(|(a, b)| a == b).count();
@@ -257,7 +261,9 @@ impl Fields<'_> {
             prompt.extend(shared);
         }
         if prompt.is_empty() {
-            return Err(self.place.error("prompt", "missing, and chosen and rejected do not begin with the same messages"));
+            return Err(self
+                .place
+                .error("prompt", "missing, and chosen and rejected do not begin with the same messages"));
         }
         Ok(Sample::Pair { prompt: [self.system()?, prompt].concat(), chosen, rejected })
     }

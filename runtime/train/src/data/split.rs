@@ -33,9 +33,9 @@ pub fn split(records: Vec<Record>, fraction: f64) -> (Vec<Record>, Vec<Record>) 
         }
     }
     let mut least = prompts.clone();
-    for index in 0..records.len() {
+    for (index, prompt) in prompts.into_iter().enumerate() {
         let group = root(&mut parents, index);
-        least[group] = least[group].min(prompts[index]);
+        least[group] = least[group].min(prompt);
     }
     let (mut train, mut validation) = (Vec::new(), Vec::new());
     for (index, record) in records.into_iter().enumerate() {
@@ -126,10 +126,12 @@ mod tests {
         }
         let (train, validation) = split(records(&pairs), 0.3);
         let side = |wanted: &str| {
-            let has = |records: &[Record]| records.iter().any(|record| match &record.sample {
-                Sample::Chat { messages, .. } => messages[0].content == wanted,
-                _ => false,
-            });
+            let has = |records: &[Record]| {
+                records.iter().any(|record| match &record.sample {
+                    Sample::Chat { messages, .. } => messages[0].content == wanted,
+                    _ => false,
+                })
+            };
             assert!(has(&train) != has(&validation));
             has(&validation)
         };

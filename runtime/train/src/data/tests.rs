@@ -56,7 +56,10 @@ fn every_format_is_told_by_its_keys() {
         tools: None,
     };
     for (line, wanted) in [
-        (json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}), chat("a", "b")),
+        (
+            json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+            chat("a", "b"),
+        ),
         (json!({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}), chat("a", "b")),
         (json!({"instruction": "a", "input": "x", "output": "b"}), chat("a\nx", "b")),
         (json!({"instruction": "a", "input": "", "output": "b", "id": 3}), chat("a", "b")),
@@ -176,15 +179,16 @@ fn trained_tokens_are_served_tokens() {
             let examples = encoder.conversation(&messages, None, &record).unwrap();
             let full = template.render(&messages, None, false).unwrap();
             let answers: Vec<usize> = (0..messages.len()).filter(|i| messages[*i].role == "assistant").collect();
-            match examples.len() {
-                1 => whole += 1,
-                count => {
-                    apart += 1;
-                    assert_eq!(count, answers.len());
-                }
+            let in_one = examples[0].tokens == tokenizer.encode_prompt(&full);
+            if in_one {
+                whole += 1;
+                assert_eq!((examples.len(), trained(&examples[0]).len()), (1, answers.len()));
+            } else {
+                apart += 1;
+                assert_eq!(examples.len(), answers.len());
             }
             for (number, &index) in answers.iter().enumerate() {
-                let example = &examples[if examples.len() == 1 { 0 } else { number }];
+                let example = &examples[if in_one { 0 } else { number }];
                 let served = tokenizer.encode_prompt(&template.render(&messages[..index], None, true).unwrap());
                 assert!(example.tokens.starts_with(&served), "case {case}: {messages:?}");
                 assert!(example.trained[served.len()] && !example.trained[served.len() - 1]);
@@ -192,10 +196,6 @@ fn trained_tokens_are_served_tokens() {
                 let learned = text(&example.tokens[served.len()..served.len() + stretch]);
                 let content = &messages[index].content;
                 assert!(learned.starts_with(content), "case {case}: {learned:?} for {content:?}");
-            }
-            if examples.len() == 1 {
-                assert_eq!(examples[0].tokens, tokenizer.encode_prompt(&full));
-                assert_eq!(trained(&examples[0]).len(), answers.len());
             }
         }
     }
@@ -247,7 +247,9 @@ fn preferences_train_the_last_answer_alone() {
     assert_eq!(trained(&pairs[0].chosen), ["hello<|im_end|>"]);
     assert_eq!(trained(&pairs[0].rejected), ["and<|im_end|>"]);
     let kto = Loss::Kto { beta: 0.1, good: 1.0, bad: 1.0 };
-    let Examples::Rated(rated) = encoder(512, Truncation::End).examples(&records, &kto, &mut summary).unwrap() else { panic!() };
+    let Examples::Rated(rated) = encoder(512, Truncation::End).examples(&records, &kto, &mut summary).unwrap() else {
+        panic!()
+    };
     assert_eq!((rated[0].good, rated[1].good, rated[0].prompt), (true, false, rated[1].prompt));
     assert_eq!(trained(&rated[1].example), ["and<|im_end|>"]);
     let message = encoder(512, Truncation::End).examples(&records, &Loss::CrossEntropy, &mut summary).unwrap_err();
@@ -264,14 +266,17 @@ fn loads_and_splits() {
         path
     };
     let config = TrainConfig { seq: 64, val_fraction: 0.2, ..TrainConfig::default() };
-    let line = |i: u32| json!({ "question": format!("What about {i}?"), "answer": format!("hello {i}") }).to_string() + "\n";
+    let line =
+        |i: u32| json!({ "question": format!("What about {i}?"), "answer": format!("hello {i}") }).to_string() + "\n";
     let (a, b) = (write("a.jsonl", (0..60).map(line).collect()), write("b.jsonl", (60..100).map(line).collect()));
     let data = load(&[&a, &b], &MODEL, &config).unwrap();
     assert_eq!((data.summary.records, data.train.len() + data.validation.len()), (100, 100));
     assert!((8..35).contains(&data.validation.len()), "{}", data.validation.len());
     let text = write("c.txt", "hello and the user ".repeat(400));
     let data = load(&[&text], &MODEL, &config).unwrap();
-    assert!(data.validation.len() * 4 == data.train.len() || data.validation.len().abs_diff(data.summary.examples / 5) <= 1);
+    assert!(
+        data.validation.len() * 4 == data.train.len() || data.validation.len().abs_diff(data.summary.examples / 5) <= 1
+    );
     let message = load(&[&write("d.jsonl", String::new())], &MODEL, &config).unwrap_err().to_string();
     assert!(message.contains("nothing to train on"), "{message}");
     std::fs::remove_dir_all(&folder).unwrap();

@@ -158,9 +158,8 @@ mod tests {
     #[test]
     fn blocks_keep_their_scale_and_the_tail_its_length() {
         let len = BLOCK + 44;
-        let values: Vec<f32> = (0..len)
-            .map(|i| (2.0 * uniform(5, i as u64) as f32 - 1.0) * if i < BLOCK { 1e-3 } else { 1e3 })
-            .collect();
+        let values: Vec<f32> =
+            (0..len).map(|i| (2.0 * uniform(5, i as u64) as f32 - 1.0) * if i < BLOCK { 1e-3 } else { 1e3 }).collect();
         let mut quantized = Quantized::zeros(Code::Signed, len);
         let mut out = vec![1.0; len];
         quantized.read(1, &mut out[BLOCK..]);

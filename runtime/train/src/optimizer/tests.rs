@@ -50,8 +50,9 @@ fn decay_spares_what_it_should() {
 #[test]
 fn eight_bits_track_thirty_two() {
     let len = SMALLEST_QUANTIZED + 100;
-    let target: Vec<f32> =
-        (0..len).map(|i| (uniform(1, i as u64) as f32 - 0.5) * 10f32.powi(-((splitmix64(2, i as u64) % 4) as i32))).collect();
+    let target: Vec<f32> = (0..len)
+        .map(|i| (uniform(1, i as u64) as f32 - 0.5) * 10f32.powi(-((splitmix64(2, i as u64) % 4) as i32)))
+        .collect();
     let train = |state_8bit: bool| {
         let mut optimizer = AdamW::new(Options { state_8bit, ..Options::default() }, &[parameter("p", len, true)]);
         let mut values = vec![0.0f32; len];
@@ -79,7 +80,8 @@ fn a_state_goes_on_where_it_was() {
     for state_8bit in [false, true] {
         let options = Options { state_8bit, weight_decay: 0.01, ..Options::default() };
         let parameters = [parameter("a", 5000, true), parameter("b", 7, false)];
-        let gradients = |step: u64, len: usize| (0..len).map(|i| uniform(step, i as u64) as f32 - 0.5).collect::<Vec<_>>();
+        let gradients =
+            |step: u64, len: usize| (0..len).map(|i| uniform(step, i as u64) as f32 - 0.5).collect::<Vec<_>>();
         let run = |optimizer: &mut AdamW, values: &mut [Vec<f32>; 2], steps: std::ops::Range<u64>| {
             for step in steps {
                 let (a, b) = (gradients(step, 5000), gradients(step, 7));

@@ -260,7 +260,9 @@ mod tests {
             lr: 2e-4 * (step as f64 / 20.0).min(1.0) * (1.0 - step as f64 / 400.0).max(0.0),
             grad_norm: 0.4 + 0.2 * uniform(2, step) + if step == 130 { 3.0 } else { 0.0 },
             tokens_per_second: 1000.0 + 50.0 * uniform(3, step),
-            val_loss: step.is_multiple_of(25).then_some(1.35 + 2.3 * (-(step as f64) / 80.0).exp() + step as f64 / 3000.0),
+            val_loss: step
+                .is_multiple_of(25)
+                .then_some(1.35 + 2.3 * (-(step as f64) / 80.0).exp() + step as f64 / 3000.0),
             ..StepMetrics::default()
         };
         (1..=steps).map(line).collect()
@@ -275,17 +277,21 @@ mod tests {
     #[test]
     fn shows_the_run_in_one_file() {
         let html = page(&run(400), "smollm2 on <chats> & more");
+        // To look at it: KINGLET_REPORT=page.html cargo test -p kinglet-train report
         if let Some(path) = std::env::var_os("KINGLET_REPORT") {
             std::fs::write(path, &html).unwrap();
         }
-        for wanted in ["smollm2 on &lt;chats&gt; &amp; more", "best validation, step", "rolled back", "<td>rank</td><td>8</td>"] {
+        for wanted in
+            ["smollm2 on &lt;chats&gt; &amp; more", "best validation, step", "rolled back", "<td>rank</td><td>8</td>"]
+        {
             assert!(html.contains(wanted), "{wanted}");
         }
         for forbidden in ["http", "src=", "href=", "url(", "@import", "<script", "NaN", "inf"] {
             let found = html.replace("was NaN", "").replace("http://www.w3.org/2000/svg", "");
             assert!(!found.contains(forbidden), "{forbidden}");
         }
-        assert_eq!(html.matches("<svg").count(), 3);
+        // A picture and its plot area each.
+        assert_eq!(html.matches("<svg").count(), 6);
         for tag in ["section", "div", "svg", "table", "g", "span"] {
             let opened = html.matches(&format!("<{tag} ")).count() + html.matches(&format!("<{tag}>")).count();
             assert_eq!(opened, html.matches(&format!("</{tag}>")).count(), "{tag}");

@@ -56,7 +56,12 @@ impl Chart<'_> {
         let steps = series.iter().flat_map(|series| finite(series.points)).map(|(step, _)| step);
         let (first, last) = steps.fold((f64::MAX, f64::MIN), |(a, b), step| (a.min(step), b.max(step)));
         if first > last {
-            writeln!(out, "<text class=\"axis\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">no steps yet</text>\n</svg>", width / 2.0, height / 2.0)?;
+            writeln!(
+                out,
+                "<text class=\"axis\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">no steps yet</text>\n</svg>",
+                width / 2.0,
+                height / 2.0
+            )?;
             return Ok(());
         }
         let right = if last > first { last } else { first + 1.0 };
@@ -84,13 +89,16 @@ impl Chart<'_> {
             )?;
         }
         // Nested, so that what leaves the plot is cut off without names for clip paths.
-        writeln!(out, "<svg x=\"0\" y=\"{TOP}\" width=\"{width}\" height=\"{plot_height}\" style=\"overflow: hidden\">")?;
+        writeln!(
+            out,
+            "<svg x=\"0\" y=\"{TOP}\" width=\"{width}\" height=\"{plot_height}\" style=\"overflow: hidden\">"
+        )?;
         for series in series.iter().filter(|series| series.style == Style::Faint) {
-            curve(out, series, |step| x(step), |value| y(value) - TOP)?;
+            curve(out, series, &x, |value| y(value) - TOP)?;
         }
         out.push_str("</svg>\n");
         for series in series.iter().filter(|series| series.style != Style::Faint) {
-            curve(out, series, |step| x(step), |value| y(value).clamp(TOP, TOP + plot_height))?;
+            curve(out, series, &x, |value| y(value).clamp(TOP, TOP + plot_height))?;
             if series.style == Style::Dots {
                 for (step, value) in thin(series.points) {
                     writeln!(
@@ -215,9 +223,16 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        for (value, text) in
-            [(0.0, "0"), (2e-4, "2e-4"), (1.5, "1.5"), (0.25, "0.25"), (1234.0, "1234"), (-3.0, "-3"), (2.5e7, "2.5e7"), (100.0, "100")]
-        {
+        for (value, text) in [
+            (0.0, "0"),
+            (2e-4, "2e-4"),
+            (1.5, "1.5"),
+            (0.25, "0.25"),
+            (1234.0, "1234"),
+            (-3.0, "-3"),
+            (2.5e7, "2.5e7"),
+            (100.0, "100"),
+        ] {
             assert_eq!(short(value), text);
         }
     }
