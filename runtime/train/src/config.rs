@@ -238,6 +238,17 @@ mod tests {
         assert_eq!(config.targets, [Target::Q, Target::Down]);
     }
 
+    /// A learning rate that comes back from a checkpoint differing in its last bit would change the run.
+    #[test]
+    fn every_float_comes_back_exactly() {
+        for index in 0..2000 {
+            let lr = crate::random::uniform(3, index) / 7.0 + 1e-7;
+            let config = TrainConfig { lr, alpha: 1.0 / lr, ..TrainConfig::default() };
+            let text = serde_json::to_string(&config).unwrap();
+            assert_eq!(TrainConfig::from_json(&text, "c").unwrap(), config);
+        }
+    }
+
     #[test]
     fn names_the_field_and_the_range() {
         let message = |text: &str| TrainConfig::from_json(text, "train.json").unwrap_err().to_string();

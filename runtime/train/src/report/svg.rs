@@ -94,11 +94,11 @@ impl Chart<'_> {
             "<svg x=\"0\" y=\"{TOP}\" width=\"{width}\" height=\"{plot_height}\" style=\"overflow: hidden\">"
         )?;
         for series in series.iter().filter(|series| series.style == Style::Faint) {
-            curve(out, series, &x, |value| y(value) - TOP)?;
+            curve(out, series, x, |value| y(value) - TOP)?;
         }
         out.push_str("</svg>\n");
         for series in series.iter().filter(|series| series.style != Style::Faint) {
-            curve(out, series, &x, |value| y(value).clamp(TOP, TOP + plot_height))?;
+            curve(out, series, x, |value| y(value).clamp(TOP, TOP + plot_height))?;
             if series.style == Style::Dots {
                 for (step, value) in thin(series.points) {
                     writeln!(
