@@ -5,6 +5,7 @@
 
 pub mod catalogue;
 pub mod families;
+pub mod peft;
 #[cfg(feature = "pull")]
 pub mod pull;
 pub mod tiny;

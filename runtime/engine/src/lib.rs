@@ -9,11 +9,13 @@
 //! | [`text`] | tokenizer and chat template, both from the GGUF | `gguf` |
 //! | [`tape`] | values, ops, the builder, the planner | `quant` |
 //! | [`cpu`] | kernels by instruction set, the thread pool, the tape's executor | `tape`, `quant` |
+//! | [`adapter`] | LoRA and DoRA: files, checks, merging | `gguf`, `quant` |
 //! | [`session`] | model, KV cache, prefill and decode, generation | all above |
 //! | [`sampling`] | from logits to a token | `error` |
 //!
 //! No architecture is known here by name: a family is a [`tape`] made by `kinglet-models`.
 
+pub mod adapter;
 pub mod cpu;
 pub mod error;
 pub mod gguf;

@@ -13,6 +13,7 @@ use super::isa::Isa;
 use super::kernels::{attention, linear};
 use super::kv::{KvCache, KvLayout};
 use super::ops;
+use super::patch::{Correction, Patches};
 use super::pool::{Pool, Team};
 use super::timing::{Timing, Timings};
 use crate::tape::{Frequencies, Op, Plan, PlanLimits, Purpose, Spec, Tape, Weights, decoder};
@@ -128,6 +129,7 @@ pub struct Executor {
     /// Angles per position of each kind of rotation.
     frequencies: Vec<Frequencies>,
     timings: Timings,
+    patches: Option<Patches>,
 }
 
 /// A thread's own memory.
@@ -163,6 +165,8 @@ pub(super) struct Context<'a> {
     pub sequences: &'a [SequenceView],
     pub kv: KvLayout,
     pub frequencies: &'a [Frequencies],
+    /// Corrections of the maps' results.
+    pub patches: Option<&'a Patches>,
 }
 
 // SAFETY: `arena` points to memory that outlives the run; the ops divide what they write among the threads.
@@ -196,6 +200,7 @@ impl Executor {
             scratch: Vec::new(),
             frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
             timings: Timings::default(),
+            patches: None,
         };
         executor.program(Purpose::Generate)?;
         Ok(executor)
@@ -276,6 +281,7 @@ impl Executor {
             sequences: &sequences,
             kv,
             frequencies: &self.frequencies,
+            patches: self.patches.as_ref(),
         };
         let done = walk(&context, &mut self.pool, &self.scratch, &mut self.timings, cancel);
         if !done {
@@ -289,6 +295,21 @@ impl Executor {
         let start = program.plan.place(program.tape.result).offset;
         let bytes = &self.arena.bytes()[start..start + batch.outputs.len() * info.width * 4];
         Ok(bytemuck::cast_slice(bytes))
+    }
+
+    /// Prepares corrections of the maps, for this executor's limits; nothing changes yet.
+    ///
+    /// # Errors
+    /// A matrix that no op multiplies with, [`Error::Memory`].
+    pub fn patches(&mut self, corrections: Vec<Correction>) -> Result<Patches> {
+        let program = self.program(Purpose::Generate)?;
+        let tape = &self.programs[program].tape;
+        Patches::new(corrections, tape, &self.weights, self.limits.tokens, self.pool.threads())
+    }
+
+    /// Puts corrections in force from the next run on, in place of those before; `None` for the base alone.
+    pub fn set_patches(&mut self, patches: Option<Patches>) {
+        self.patches = patches;
     }
 
     pub(crate) fn set_timing(&mut self, on: bool) {

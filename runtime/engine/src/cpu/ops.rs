@@ -7,9 +7,10 @@
 use std::ops::Range;
 
 use super::executor::{Context, Scratch, SequenceView, VOCAB_CHUNK};
-use super::kernels::{activation, attention, embed, linear, norm, rope, vector};
+use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
 use super::kv::PAGE;
 use super::matrix::Matrix;
+use super::patch::{GAIN_COLUMNS, PartPatch, Patch};
 use super::pool::Team;
 use crate::tape::{Attention, Epilogue, Linear, Op, Part, Rope, Value, WeightId};
 
@@ -143,6 +144,93 @@ impl Context<'_> {
             unreachable!("{}: {e}", self.weights.get(weight).name);
         }
     }
+
+    /// The corrections of the op whose first matrix is `weight`.
+    fn patch(&self, weight: WeightId) -> Option<&Patch> {
+        self.patches.and_then(|p| p.get(weight))
+    }
+
+    /// `h` of a patch, for `rows` rows.
+    fn hidden(&self, patch: &Patch, rows: usize) -> Matrix {
+        let base = self.patches.map_or(std::ptr::dangling_mut(), |p| p.hidden());
+        // SAFETY: the patches reserved the largest rank for as many rows as a run may have.
+        unsafe { Matrix::new(base, rows, patch.rank) }
+    }
+
+    /// This thread's share of a patch's `h = x·Aᵀ`; to be read behind a barrier.
+    fn patch_first_half(
+        &self,
+        patch: &Patch,
+        x: &linear::Activations<'_>,
+        team: &Team<'_>,
+        scratch: &mut linear::Scratch,
+    ) {
+        let h = self.hidden(patch, x.tokens);
+        // SAFETY: the memory of `h`; threads have disjoint rows of `A`.
+        let out = unsafe { linear::OutMut::new(h.row_ptr(0), h.width, h.rows * h.width) };
+        let task = patch.first_half(team.share(patch.rank, 4), x, out);
+        // The sizes were checked when the patch was made.
+        if let Err(e) = linear::linear(self.isa, &task, scratch) {
+            unreachable!("{e}");
+        }
+    }
+
+    /// Adds `h·Bᵀ` to columns `columns` of a map's results, which lie from column `at` of `out` on.
+    ///
+    /// # Safety
+    /// `h` is complete; this thread alone uses those columns of `out`.
+    unsafe fn patch_second_half(
+        &self,
+        patch: &Patch,
+        part: &PartPatch,
+        columns: Range<usize>,
+        out: &Matrix,
+        at: usize,
+    ) {
+        let h = self.hidden(patch, out.rows);
+        // SAFETY: complete by the caller's promise.
+        let hidden = unsafe { h.all(0..h.rows) };
+        let task = lora::LowRankTask {
+            tiles: &part.tiles,
+            hidden: &hidden[part.hidden.start..],
+            stride: h.width,
+            rows: out.rows,
+            columns: columns.clone(),
+            out: out.row_ptr(0).wrapping_add(at),
+            out_stride: out.width,
+        };
+        debug_assert!(at + columns.len() <= out.width);
+        // SAFETY: by the caller's promise.
+        unsafe { lora::add_low_rank(self.isa, &task) };
+    }
+
+    /// A map whose results get a gain before they are added to what `out` holds.
+    ///
+    /// # Safety
+    /// This thread alone uses those columns of `out`, and its block of the patches' scratch.
+    unsafe fn linear_add_with_gain(
+        &self,
+        weight: WeightId,
+        columns: Range<usize>,
+        x: &linear::Activations<'_>,
+        out: &Matrix,
+        gain: &[f32],
+        thread: usize,
+        scratch: &mut linear::Scratch,
+    ) {
+        let Some(patches) = self.patches else { return };
+        // SAFETY: reserved for every thread when there are gains.
+        let apart = unsafe { Matrix::new(patches.apart(thread), out.rows, GAIN_COLUMNS) };
+        for first in columns.clone().step_by(GAIN_COLUMNS) {
+            let some = first..(first + GAIN_COLUMNS).min(columns.end);
+            self.linear_chunk(weight, some.clone(), x, &apart, scratch);
+            for row in 0..out.rows {
+                // SAFETY: by the caller's promise.
+                let (from, to) = unsafe { (apart.row(row), out.columns_mut(row, some.clone())) };
+                to.iter_mut().zip(from).zip(&gain[some.clone()]).for_each(|((to, from), gain)| *to += gain * from);
+            }
+        }
+    }
 }
 
 /// Executes this thread's part of `op`.
@@ -195,7 +283,15 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 }
                 let columns = team.share(y.width, ROW_UNIT);
                 let x = c.activations(*x);
+                let patch = c.patch(*weight);
+                if let Some(patch) = patch {
+                    c.patch_first_half(patch, &x, team, &mut scratch.linear);
+                }
                 c.linear_kernel(*weight, columns.clone(), &x, &y, false, &mut scratch.linear);
+                if let Some(patch) = patch {
+                    team.wait();
+                    correct(c, patch, 0, columns.clone(), &y, columns.start, false);
+                }
                 if let Some(cap) = c.tape.spec.logit_softcap {
                     for row in 0..y.rows {
                         activation::softcap(c.isa, y.columns_mut(row, columns.clone()), cap);
@@ -216,7 +312,42 @@ unsafe fn embed_rows(c: &Context<'_>, table: WeightId, scale: f32, out: Value, t
         if let Err(e) = embed::embed(c.isa, info.dtype, data, c.tokens[row], scale, y) {
             unreachable!("{}: {e}", info.name);
         }
+        if let Some(patch) = c.patches.and_then(|p| p.embedding.as_ref()) {
+            let token = c.tokens[row] as usize;
+            if let Some(gain) = &patch.gain {
+                y.iter_mut().for_each(|v| *v *= gain[token]);
+            }
+            let b = &patch.b[token * patch.rank..][..patch.rank];
+            for (b, a) in b.iter().zip(patch.a.chunks_exact(y.len())) {
+                y.iter_mut().zip(a).for_each(|(y, a)| *y += scale * b * a);
+            }
+        }
     }
+}
+
+/// Applies a patch to what a part's kernel has written: the gain (unless the kernel was told of it), then `h·Bᵀ`.
+///
+/// # Safety
+/// `h` is complete; this thread alone uses those columns of `out`, which begin at its column `at`.
+unsafe fn correct(
+    c: &Context<'_>,
+    patch: &Patch,
+    index: usize,
+    columns: Range<usize>,
+    out: &Matrix,
+    at: usize,
+    gain_is_done: bool,
+) {
+    let Some(part) = &patch.parts[index] else { return };
+    if let (Some(gain), false) = (&part.gain, gain_is_done) {
+        for row in 0..out.rows {
+            // SAFETY: by the caller's promise.
+            let y = unsafe { out.columns_mut(row, at..at + columns.len()) };
+            y.iter_mut().zip(&gain[columns.clone()]).for_each(|(y, gain)| *y *= gain);
+        }
+    }
+    // SAFETY: by the caller's promise.
+    unsafe { c.patch_second_half(patch, part, columns, out, at) };
 }
 
 unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut Scratch) {
@@ -231,7 +362,11 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
         Epilogue::Gated(..) => vec![team.share(c.tape.info(op.parts[0].out).width, ROW_UNIT); op.parts.len()],
         _ => (0..op.parts.len()).map(|i| share_by_bytes(c, &op.parts, i, team)).collect(),
     };
-    for (part, columns) in op.parts.iter().zip(&mine) {
+    let patch = op.parts.first().and_then(|p| c.patch(p.weight));
+    if let Some(patch) = patch {
+        c.patch_first_half(patch, &x, team, &mut scratch.linear);
+    }
+    for (index, (part, columns)) in op.parts.iter().zip(&mine).enumerate() {
         let y = c.matrix(part.out);
         let mut accumulate = false;
         if let Epilogue::Add(residual) = op.epilogue {
@@ -246,7 +381,22 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
                 }
             }
         }
-        c.linear_kernel(part.weight, columns.clone(), &x, &y, accumulate, &mut scratch.linear);
+        let gain = patch.and_then(|p| p.parts[index].as_ref()).and_then(|p| p.gain.as_deref()).filter(|_| accumulate);
+        match gain {
+            // SAFETY: this thread's columns and its scratch.
+            Some(gain) => unsafe {
+                let scratch = &mut scratch.linear;
+                c.linear_add_with_gain(part.weight, columns.clone(), &x, &y, gain, team.index, scratch);
+            },
+            None => c.linear_kernel(part.weight, columns.clone(), &x, &y, accumulate, &mut scratch.linear),
+        }
+        if let Some(patch) = patch {
+            if index == 0 {
+                team.wait();
+            }
+            // SAFETY: `h` is complete behind the barrier; this thread's columns.
+            unsafe { correct(c, patch, index, columns.clone(), &y, columns.start, gain.is_some()) };
+        }
         if let Some(bias) = part.bias {
             let bias = &c.weights.get(bias).vector()[columns.clone()];
             for row in 0..rows {
@@ -442,11 +592,20 @@ unsafe fn cross_entropy(
         (base, base.add(2 * chunks * rows))
     };
     let Scratch { linear, floats } = scratch;
+    let patch = c.patch(weight);
+    if let Some(patch) = patch {
+        c.patch_first_half(patch, &x, team, linear);
+        team.wait();
+    }
     // SAFETY: this thread's scratch was reserved for a chunk of logits of every row.
     let logits = unsafe { Matrix::new(floats.as_ptr().cast(), rows, VOCAB_CHUNK) };
     team.claim(round, chunks, |chunk| {
         let columns = chunk * VOCAB_CHUNK..((chunk + 1) * VOCAB_CHUNK).min(vocab);
         c.linear_chunk(weight, columns.clone(), &x, &logits, linear);
+        if let Some(patch) = patch {
+            // SAFETY: `h` is complete behind the barrier; this thread's scratch.
+            unsafe { correct(c, patch, 0, columns.clone(), &logits, 0, false) };
+        }
         for row in 0..rows {
             // SAFETY: this thread's scratch; `[chunk][row]` is written by whoever claimed the chunk.
             unsafe {

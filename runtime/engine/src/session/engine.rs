@@ -1,7 +1,9 @@
 //! Runs rows of any number of sequences through a model's tape.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use super::adapters::{self, AdapterReport, ScaledAdapter};
 use super::{Estimate, Model};
 use crate::cpu::{Batch, Executor, ExecutorOptions, KvCache, KvLayout, Segment, Timing};
 use crate::quant::DType;
@@ -36,6 +38,8 @@ impl Default for SessionOptions {
 pub struct Sequence {
     pub(super) cache: KvCache,
     pub(super) tokens: Vec<u32>,
+    /// The adapters its keys and values were computed with.
+    adapters: Arc<[ScaledAdapter]>,
 }
 
 impl Sequence {
@@ -63,6 +67,7 @@ pub struct Engine {
     options: SessionOptions,
     layout: KvLayout,
     executor: Executor,
+    adapters: Arc<[ScaledAdapter]>,
 }
 
 impl Engine {
@@ -75,7 +80,7 @@ impl Engine {
         let layout = KvLayout::new(model.spec(), options.kv_type)?;
         Engine::estimate(model, &options)?.check(options.memory_budget)?;
         let executor = Executor::new(model.spec(), model.weights().clone(), &executor_options(&options))?;
-        Ok(Engine { model: model.clone(), options, layout, executor })
+        Ok(Engine { model: model.clone(), options, layout, executor, adapters: Arc::new([]) })
     }
 
     /// What [`Engine::new`] with the same arguments will come to need, with one sequence of the full context.
@@ -91,6 +96,7 @@ impl Engine {
             kv_cache: layout.bytes(options.context) as u64,
             arena: needs.arena as u64,
             scratch: needs.scratch as u64,
+            adapters: 0,
         })
     }
 
@@ -106,7 +112,7 @@ impl Engine {
 
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence {
-        Sequence { cache: KvCache::new(self.layout), tokens: Vec::new() }
+        Sequence { cache: KvCache::new(self.layout), tokens: Vec::new(), adapters: self.adapters.clone() }
     }
 
     /// Feeds each sequence its tokens, all in one run, and gives the logits after the last token of each:
@@ -146,15 +152,49 @@ impl Engine {
             if used + feed.len() > self.options.context {
                 return Err(Error::ContextFull { window: self.options.context, used, asked: feed.len() });
             }
+            if used > 0 && !adapters::same(&sequence.adapters, &self.adapters) {
+                return Err(Error::argument(
+                    "the sequence holds keys and values of other adapters; set those again or truncate it to 0",
+                ));
+            }
             tokens.extend_from_slice(feed);
         }
         let segments =
             feeds.iter_mut().map(|(sequence, feed)| Segment { cache: &mut sequence.cache, rows: feed.len() }).collect();
         let result = self.executor.run(purpose, Batch { tokens: &tokens, segments, outputs, targets }, cancel)?;
         for (sequence, feed) in feeds {
+            if sequence.tokens.is_empty() {
+                sequence.adapters = self.adapters.clone();
+            }
             sequence.tokens.extend_from_slice(feed);
         }
         Ok(result)
+    }
+
+    /// Puts `adapters`, each times its factor, in force from the next run on, in place of those before; none for the base
+    /// model. Their corrections add up. Sequences that hold tokens belong to the set they were fed under and can go on
+    /// when it is set again.
+    ///
+    /// # Errors
+    /// An adapter that does not match the model ([`Adapter::matches`](crate::adapter::Adapter::matches)), a factor that
+    /// is no number, [`Error::Memory`] when the memory budget does not hold it. The set before stays in force then.
+    pub fn set_adapters(&mut self, adapters: &[ScaledAdapter]) -> Result<AdapterReport> {
+        let (tensors, corrections) = adapters::corrections(&self.model, adapters)?;
+        let patches = match corrections.is_empty() {
+            true => None,
+            false => Some(self.executor.patches(corrections)?),
+        };
+        let bytes = patches.as_ref().map_or(0, |p| p.bytes());
+        let estimate = Engine::estimate(&self.model, &self.options)?;
+        Estimate { adapters: bytes as u64, ..estimate }.check(self.options.memory_budget)?;
+        self.executor.set_patches(patches);
+        self.adapters = adapters.into();
+        Ok(AdapterReport { tensors, bytes })
+    }
+
+    /// The adapters in force.
+    pub fn adapters(&self) -> &[ScaledAdapter] {
+        &self.adapters
     }
 
     /// Time spent by kind of op since the last call; empty unless [`Engine::set_timing`] turned it on.

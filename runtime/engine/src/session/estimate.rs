@@ -15,12 +15,14 @@ pub struct Estimate {
     pub arena: u64,
     /// Scratch of all threads.
     pub scratch: u64,
+    /// Adapters in force; 0 before any is set.
+    pub adapters: u64,
 }
 
 impl Estimate {
     /// Everything that is allocated: the mapped weights are not.
     pub fn allocated(&self) -> u64 {
-        self.kv_cache + self.arena + self.scratch
+        self.kv_cache + self.arena + self.scratch + self.adapters
     }
 
     /// Everything that is resident when all weights have been read.
@@ -35,9 +37,9 @@ impl Estimate {
                 needed: self.resident(),
                 available: budget,
                 what: format!(
-                    "mapped weights {}, KV cache {} at the full context, activations {}, thread scratch {}; ask for a \
+                    "mapped weights {}, KV cache {} at the full context, activations {}, thread scratch {}, adapters {}; ask for a \
                      smaller context, a Q8_0 KV cache or smaller prefill chunks",
-                    self.weights, self.kv_cache, self.arena, self.scratch
+                    self.weights, self.kv_cache, self.arena, self.scratch, self.adapters
                 ),
             }),
             _ => Ok(()),

@@ -8,6 +8,7 @@
 //! | [`Session`] | an engine with one sequence: feed, score, rewind, generate |
 //! | [`Generation`] | pulls text from a session, piece by piece |
 
+mod adapters;
 mod engine;
 mod estimate;
 mod generate;
@@ -15,6 +16,7 @@ mod model;
 #[allow(clippy::module_inception)]
 mod session;
 
+pub use adapters::{AdapterReport, ScaledAdapter};
 pub use engine::{Engine, Sequence, SessionOptions};
 pub use estimate::Estimate;
 pub use generate::{EndReason, GenerateOptions, Generation, GenerationStats, Piece};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Engine, Estimate, GenerateOptions, Generation, Model, Sequence, SessionOptions};
+use super::{AdapterReport, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence, SessionOptions};
 use crate::cpu::Timing;
 use crate::tape::Purpose;
 use crate::{Error, Result};
@@ -190,6 +190,25 @@ impl Session {
     /// Sampler parameters out of range, a prompt that is empty or longer than the window.
     pub fn generate(&mut self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
         Generation::new(self, prompt, options)
+    }
+
+    /// Puts `adapters`, each times its factor, in force in place of those before; none for the base model. When the set
+    /// differs from the one before, the window is emptied: its keys and values belong to the other weights.
+    ///
+    /// # Errors
+    /// As [`Engine::set_adapters`]; the set before stays in force then, and the window as it is.
+    pub fn set_adapters(&mut self, adapters: &[ScaledAdapter]) -> Result<AdapterReport> {
+        let changed = !super::adapters::same(adapters, self.engine.adapters());
+        let report = self.engine.set_adapters(adapters)?;
+        if changed {
+            self.reset();
+        }
+        Ok(report)
+    }
+
+    /// The adapters in force.
+    pub fn adapters(&self) -> &[ScaledAdapter] {
+        self.engine.adapters()
     }
 
     /// Time spent by kind of op since the last call.

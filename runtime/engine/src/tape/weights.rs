@@ -197,6 +197,14 @@ impl Weights {
         &self.tensor_data(weight.tensor)[weight.bytes.clone()]
     }
 
+    /// Where a weight lies: the tensor's name in the file, and which of its rows the weight is.
+    pub fn source(&self, id: WeightId) -> (&str, Range<usize>) {
+        let weight = self.get(id);
+        let row_bytes = (weight.bytes.len() / weight.rows.max(1)).max(1);
+        let first = weight.bytes.start / row_bytes;
+        (&self.gguf.tensors()[weight.tensor].name, first..first + weight.rows)
+    }
+
     /// All weights.
     pub fn iter(&self) -> impl Iterator<Item = (WeightId, &Weight)> {
         self.table.iter().enumerate().map(|(i, w)| (WeightId(i as u32), w))

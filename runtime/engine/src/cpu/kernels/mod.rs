@@ -6,6 +6,7 @@ pub mod attention;
 pub mod embed;
 pub mod gemm;
 pub mod linear;
+pub mod lora;
 pub mod norm;
 pub mod rope;
 pub mod vector;

@@ -1,0 +1,203 @@
+//! Low-rank corrections of linear maps while they run: the weights stay as they are in the file.
+//!
+//! A map with corrections is done in two steps around its usual kernel: all threads first compute `h = x·Aᵀ`, each some
+//! rows of `A`, where the `A` of all corrections of all matrices that share the input lie in one matrix; after a barrier
+//! each adds `h·Bᵀ` to the columns it has just computed. Any number of corrections of one matrix are one correction whose
+//! rank is the sum of theirs, their factors being multiplied into `B`.
+//!
+//! A *gain* `g` makes `y = g ∘ (x·Wᵀ)` of the base's share first, for corrections that rescale rows of `W`.
+//!
+//! Copies are f16 where the base matrix is not f32: a correction of rank 16 is then a few percent of the base's bytes.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::buffer::Buffer;
+use super::kernels::linear;
+use super::kernels::lora::{Tiles, fits_f16};
+use crate::quant::DType;
+use crate::tape::{Op, Tape, WeightId, Weights};
+use crate::{Error, Result};
+
+/// Columns of a map with a gain and a residual that are computed apart at a time.
+pub(super) const GAIN_COLUMNS: usize = 64;
+
+/// Corrections of one matrix, added up.
+#[derive(Clone, Debug)]
+pub struct Correction {
+    /// The matrix, `[out, in]`.
+    pub weight: WeightId,
+    /// `[r, in]`.
+    pub a: Vec<f32>,
+    /// `[out, r]`, factors multiplied in.
+    pub b: Vec<f32>,
+    /// `r`.
+    pub rank: usize,
+    /// `[out]`.
+    pub gain: Option<Vec<f32>>,
+}
+
+/// A dense matrix as the linear kernels read it.
+#[derive(Debug)]
+struct Dense {
+    dtype: DType,
+    bytes: Vec<u8>,
+}
+
+/// Corrections of the matrices of one op.
+#[derive(Debug)]
+pub(super) struct Patch {
+    a: Dense,
+    pub inputs: usize,
+    /// Rows of `A`: the ranks of all parts.
+    pub rank: usize,
+    /// By part; `None` for those without a correction.
+    pub parts: Vec<Option<PartPatch>>,
+}
+
+/// What is added to one matrix's results.
+#[derive(Debug)]
+pub(super) struct PartPatch {
+    /// Its share of `h`.
+    pub hidden: Range<usize>,
+    pub tiles: Tiles,
+    pub gain: Option<Vec<f32>>,
+}
+
+/// What is added to the embedded tokens: `out[t] = gain[t]·E[t] + B[t]·A`.
+#[derive(Debug)]
+pub(super) struct EmbeddingPatch {
+    pub rank: usize,
+    pub a: Vec<f32>,
+    pub b: Vec<f32>,
+    pub gain: Option<Vec<f32>>,
+}
+
+/// All corrections in force, and the memory they are applied in.
+#[derive(Debug)]
+pub struct Patches {
+    /// By the id of an op's first matrix.
+    ops: Vec<Option<Patch>>,
+    pub(super) embedding: Option<EmbeddingPatch>,
+    /// `h` of the op at hand, `[tokens][rank]`.
+    hidden: Buffer,
+    /// For each thread, `[tokens][GAIN_COLUMNS]`; empty without gains on maps that add to a residual.
+    apart: Buffer,
+    tokens: usize,
+}
+
+impl Patches {
+    /// Prepares corrections for the ops of `tape`, for runs of at most `tokens` rows on `threads` threads.
+    ///
+    /// # Errors
+    /// A matrix that no op multiplies with, [`Error::Memory`].
+    pub(super) fn new(
+        mut corrections: Vec<Correction>,
+        tape: &Tape,
+        weights: &Weights,
+        tokens: usize,
+        threads: usize,
+    ) -> Result<Patches> {
+        let mut ops: Vec<Option<Patch>> = Vec::new();
+        ops.resize_with(weights.iter().count(), || None);
+        let mut embedding = None;
+        let mut take = |weight: WeightId| {
+            corrections.iter().position(|c| c.weight == weight).map(|at| corrections.swap_remove(at))
+        };
+        for op in &tape.ops {
+            let parts: Vec<WeightId> = match op {
+                Op::Embed { table, .. } => {
+                    // Where the head is the same matrix, the correction is the embedding's: the head stays as it is.
+                    embedding =
+                        take(*table).map(|c| EmbeddingPatch { rank: c.rank, a: c.a, b: c.b, gain: c.gain });
+                    continue;
+                }
+                Op::Linear(linear) => linear.parts.iter().map(|p| p.weight).collect(),
+                Op::Head { weight, .. } | Op::CrossEntropy { weight, .. } => vec![*weight],
+                _ => continue,
+            };
+            let found: Vec<Option<Correction>> = parts.iter().map(|w| take(*w)).collect();
+            if let (Some(first), true) = (parts.first(), found.iter().any(Option::is_some)) {
+                let info = weights.get(*first);
+                ops[first.0 as usize] = Some(Patch::new(found, info.width, info.dtype != DType::F32));
+            }
+        }
+        if let Some(left) = corrections.first() {
+            let name = &weights.get(left.weight).name;
+            return Err(Error::Unsupported(format!("an adapter corrects {name}, which no linear map of the model is")));
+        }
+        let rank = ops.iter().flatten().map(|p| p.rank).max().unwrap_or(0);
+        let gains = ops.iter().flatten().flat_map(|p| p.parts.iter().flatten()).any(|p| p.gain.is_some());
+        let apart = if gains { threads * tokens * GAIN_COLUMNS * 4 } else { 0 };
+        Ok(Patches {
+            ops,
+            embedding,
+            hidden: Buffer::new(tokens * rank * 4, "the adapters' hidden values")?,
+            apart: Buffer::new(apart, "the adapters' scratch")?,
+            tokens,
+        })
+    }
+
+    /// Bytes of all copies and of the memory they are applied in.
+    pub fn bytes(&self) -> usize {
+        let part = |p: &PartPatch| p.tiles.bytes() + p.gain.as_ref().map_or(0, |g| g.len() * 4);
+        let op = |p: &Patch| p.a.bytes.len() + p.parts.iter().flatten().map(part).sum::<usize>();
+        let embedding = self.embedding.as_ref().map_or(0, |e| (e.a.len() + e.b.len()) * 4);
+        self.ops.iter().flatten().map(op).sum::<usize>() + embedding + self.hidden.len() + self.apart.len()
+    }
+
+    /// The patch of the op whose first matrix is `weight`.
+    pub(super) fn get(&self, weight: WeightId) -> Option<&Patch> {
+        self.ops.get(weight.0 as usize).and_then(Option::as_ref)
+    }
+
+    /// Where `h` lies.
+    pub(super) fn hidden(&self) -> *mut f32 {
+        self.hidden.as_ptr().cast()
+    }
+
+    /// A thread's `[tokens][GAIN_COLUMNS]`.
+    pub(super) fn apart(&self, thread: usize) -> *mut f32 {
+        // SAFETY: the buffer has one such block for each thread, if any map has a gain.
+        unsafe { self.apart.as_ptr().cast::<f32>().add(thread * self.tokens * GAIN_COLUMNS) }
+    }
+}
+
+impl Patch {
+    fn new(parts: Vec<Option<Correction>>, inputs: usize, half: bool) -> Patch {
+        let rank = parts.iter().flatten().map(|c| c.rank).sum();
+        let all_a: Vec<f32> = parts.iter().flatten().flat_map(|c| c.a.iter().copied()).collect();
+        let mut start = 0;
+        let mut part = |c: Correction| {
+            let hidden = start..start + c.rank;
+            start = hidden.end;
+            PartPatch { hidden, tiles: Tiles::new(&c.b, c.rank, half), gain: c.gain }
+        };
+        let parts = parts.into_iter().map(|c| c.map(&mut part)).collect();
+        Patch { a: Dense::new(&all_a, half), inputs, rank, parts }
+    }
+
+    /// The linear map `h = x·Aᵀ` for some of its rows.
+    pub fn first_half<'a>(
+        &'a self,
+        rows: Range<usize>,
+        x: &'a linear::Activations<'a>,
+        out: linear::OutMut,
+    ) -> linear::LinearTask<'a> {
+        let Dense { dtype, bytes } = &self.a;
+        linear::LinearTask { dtype: *dtype, weight: bytes, k: self.inputs, rows, x, out, accumulate: false }
+    }
+}
+
+impl Dense {
+    fn new(values: &[f32], half: bool) -> Dense {
+        match half && fits_f16(values) {
+            true => Dense {
+                dtype: DType::F16,
+                bytes: values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+            },
+            false => Dense { dtype: DType::F32, bytes: values.iter().flat_map(|v| v.to_le_bytes()).collect() },
+        }
+    }
+}
