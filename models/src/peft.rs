@@ -220,7 +220,9 @@ pub fn read(folder: impl AsRef<Path>, model: &Model) -> Result<Adapter> {
             return Err(refuse("lora_A and lora_B must be matrices"));
         };
         if rank != columns {
-            return Err(refuse(&format!("lora_A has {rank} rows and lora_B {columns} columns, which must be one rank")));
+            return Err(refuse(&format!(
+                "lora_A has {rank} rows and lora_B {columns} columns, which must be one rank"
+            )));
         }
         let factor = config.own_factor(module);
         let b: Vec<f32> = b.into_iter().map(|v| factor * v).collect();

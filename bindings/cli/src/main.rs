@@ -4,6 +4,7 @@
 //! produces goes to standard output, all else (bars, notes, errors) to standard error, so that output can be piped.
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. A closed pipe ends the program quietly.
 
+mod adapters;
 mod args;
 mod commands;
 mod interrupt;

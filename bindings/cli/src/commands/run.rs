@@ -4,7 +4,7 @@ use super::chat;
 use crate::args::{Global, MODEL_HELP, SessionArgs, Usage};
 use crate::interrupt::{self, Interrupted};
 use crate::sampling::SamplingArgs;
-use crate::{models, output};
+use crate::{adapters, models, output};
 use anyhow::{Context, bail};
 use clap::Args;
 use kinglet_engine::session::{EndReason, GenerateOptions, GenerationStats, Model, Session};
@@ -51,6 +51,9 @@ pub struct Arguments {
     /// Print counts and times on standard error
     #[arg(long)]
     stats: bool,
+    /// Apply a LoRA adapter, a .gguf file or a PEFT folder, with an optional factor; may be given again
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    adapter: Vec<String>,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -75,6 +78,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         special: arguments.special,
     };
     let mut session = Session::new(&model, &arguments.session.memory.options(arguments.session.context, global))?;
+    adapters::apply(&mut session, &arguments.adapter)?;
     let cancel = session.cancel_handle();
     interrupt::listen(move || cancel.cancel());
     match prompt {

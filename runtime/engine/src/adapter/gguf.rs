@@ -81,7 +81,8 @@ impl Adapter {
             };
             entries.insert(name.clone(), entry(file, &name, a, b, magnitude)?);
         }
-        let mut adapter = Adapter { name: file.name().into(), rank: 0, alpha: 0.0, rslora: false, entries, base: Some(base) };
+        let mut adapter =
+            Adapter { name: file.name().into(), rank: 0, alpha: 0.0, rslora: false, entries, base: Some(base) };
         adapter.rank = match meta.opt_u32(OWN_RANK)? {
             Some(rank) => rank as usize,
             None => adapter.entries.values().map(|e| e.rank).max().unwrap_or(0),
@@ -122,7 +123,9 @@ impl Adapter {
         let ranks: Vec<usize> = self.entries.values().map(|e| e.rank).collect();
         let rank = ranks.first().copied().unwrap_or(self.rank);
         if self.rslora && ranks.iter().any(|r| *r != rank) {
-            return Err(Error::argument("a rank-stabilised adapter with matrices of different ranks cannot be written"));
+            return Err(Error::argument(
+                "a rank-stabilised adapter with matrices of different ranks cannot be written",
+            ));
         }
         let common = if self.rslora { self.alpha * (rank as f32).sqrt() } else { self.alpha };
         let mut writer = Writer::new();
@@ -179,14 +182,7 @@ fn entry(file: &Gguf, name: &str, a: &TensorInfo, b: &TensorInfo, magnitude: Opt
     };
     let (a_values, b_values, magnitude) = (values(a)?, values(b)?, magnitude.map(values).transpose()?);
     Ok(match swapped {
-        false => LowRank {
-            rank: rank_of_a,
-            inputs: a.width(),
-            outputs: b.rows(),
-            a: a_values,
-            b: b_values,
-            magnitude,
-        },
+        false => LowRank { rank: rank_of_a, inputs: a.width(), outputs: b.rows(), a: a_values, b: b_values, magnitude },
         true => LowRank {
             rank: rank_of_a,
             inputs: b.rows(),

@@ -66,10 +66,14 @@ impl LowRank {
         let parts = [
             ("A", &self.a, self.rank.checked_mul(self.inputs)),
             ("B", &self.b, self.rank.checked_mul(self.outputs)),
-            ("the magnitude", self.magnitude.as_ref().unwrap_or(&self.b), match self.magnitude {
-                Some(_) => Some(self.outputs),
-                None => Some(self.b.len()),
-            }),
+            (
+                "the magnitude",
+                self.magnitude.as_ref().unwrap_or(&self.b),
+                match self.magnitude {
+                    Some(_) => Some(self.outputs),
+                    None => Some(self.b.len()),
+                },
+            ),
         ];
         for (name, values, wanted) in parts {
             if values.is_empty() || Some(values.len()) != wanted {
@@ -135,7 +139,9 @@ impl Adapter {
         if !self.alpha.is_finite() || self.alpha <= 0.0 {
             return Err(self.error("alpha", format!("is {}, but a positive number is needed", self.alpha)));
         }
-        self.entries.iter().try_for_each(|(name, e)| e.check().map_err(|what| self.error(&format!("tensor {name}"), what)))
+        self.entries
+            .iter()
+            .try_for_each(|(name, e)| e.check().map_err(|what| self.error(&format!("tensor {name}"), what)))
     }
 
     /// Whether it belongs to `model`: architecture, fingerprint (where it has one) and every shape. Gives the number of

@@ -33,7 +33,12 @@ pub struct Merged {
 /// # Errors
 /// An adapter that does not match ([`Adapter::matches`]); one that corrects an embedding which is the head as well (the
 /// two would both change); rows that are no whole number of blocks of `dtype`; [`Error::Io`].
-pub fn merge(base: &Gguf, adapters: &[(&Adapter, f32)], dtype: Option<DType>, path: impl AsRef<Path>) -> Result<Merged> {
+pub fn merge(
+    base: &Gguf,
+    adapters: &[(&Adapter, f32)],
+    dtype: Option<DType>,
+    path: impl AsRef<Path>,
+) -> Result<Merged> {
     for (adapter, factor) in adapters {
         adapter.matches(base)?;
         if !factor.is_finite() {

@@ -17,20 +17,16 @@
 //! without touching the weights ([`Session::set_adapters`](crate::session::Session::set_adapters)); the names and
 //! layouts of other programs' adapters are known in `kinglet-models`.
 
-#![cfg_attr(
-    not(test),
-    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
-)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod fingerprint;
 mod gguf;
 mod lora;
 mod merge;
-
-
-
+#[cfg(test)]
+mod tests;
 
 pub use fingerprint::fingerprint;
-pub use lora::{Adapter, BaseId, LowRank, MAX_RANK};
 pub(crate) use lora::RowDelta;
+pub use lora::{Adapter, BaseId, LowRank, MAX_RANK};
 pub use merge::{Merged, merge};

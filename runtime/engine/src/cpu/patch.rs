@@ -109,8 +109,7 @@ impl Patches {
             let parts: Vec<WeightId> = match op {
                 Op::Embed { table, .. } => {
                     // Where the head is the same matrix, the correction is the embedding's: the head stays as it is.
-                    embedding =
-                        take(*table).map(|c| EmbeddingPatch { rank: c.rank, a: c.a, b: c.b, gain: c.gain });
+                    embedding = take(*table).map(|c| EmbeddingPatch { rank: c.rank, a: c.a, b: c.b, gain: c.gain });
                     continue;
                 }
                 Op::Linear(linear) => linear.parts.iter().map(|p| p.weight).collect(),

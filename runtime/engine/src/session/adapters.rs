@@ -42,9 +42,13 @@ pub(super) fn corrections(model: &Model, adapters: &[ScaledAdapter]) -> Result<(
     }
     let weights = model.weights();
     for (adapter, _) in adapters {
-        if let Some(name) = adapter.entries.keys().find(|name| !weights.iter().any(|(id, _)| weights.source(id).0 == *name))
+        if let Some(name) =
+            adapter.entries.keys().find(|name| !weights.iter().any(|(id, _)| weights.source(id).0 == *name))
         {
-            return Err(Error::Unsupported(format!("{}: {name} is no matrix that the model computes with", adapter.name)));
+            return Err(Error::Unsupported(format!(
+                "{}: {name} is no matrix that the model computes with",
+                adapter.name
+            )));
         }
     }
     let mut all = Vec::new();

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{AdapterReport, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence, SessionOptions};
+use super::{
+    AdapterReport, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence, SessionOptions,
+};
 use crate::cpu::Timing;
 use crate::tape::Purpose;
 use crate::{Error, Result};
