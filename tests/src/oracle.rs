@@ -141,6 +141,18 @@ impl Model {
         unsafe { sys::llama_vocab_is_eog(self.vocab(), id as i32) }
     }
 
+    /// Loads the LoRA adapter in the GGUF file at `path`; it is freed with the model.
+    pub fn adapter(&self, path: impl AsRef<Path>) -> Result<Adapter<'_>, String> {
+        let path = path.as_ref();
+        let name = CString::new(path.to_string_lossy().as_bytes()).map_err(|e| e.to_string())?;
+        let _guard = construction();
+        // SAFETY: the model is alive, `name` lives until the call returns; the lock keeps changes of the model's list of
+        // adapters apart.
+        let adapter = unsafe { sys::llama_adapter_lora_init(self.model.as_ptr(), name.as_ptr()) };
+        let adapter = NonNull::new(adapter).ok_or_else(|| format!("llama.cpp cannot load {}", path.display()))?;
+        Ok(Adapter { adapter, model: PhantomData })
+    }
+
     /// A context for `options.context` tokens.
     pub fn context(&self, options: ContextOptions) -> Result<Context<'_>, String> {
         let _guard = construction();
@@ -171,6 +183,12 @@ impl Drop for Model {
     }
 }
 
+/// A LoRA adapter of a model.
+pub struct Adapter<'a> {
+    adapter: NonNull<sys::llama_adapter_lora>,
+    model: PhantomData<&'a Model>,
+}
+
 /// How a context computes.
 #[derive(Clone, Copy, Debug)]
 pub struct ContextOptions {
@@ -197,7 +215,20 @@ pub struct Context<'a> {
     model: PhantomData<&'a Model>,
 }
 
-impl Context<'_> {
+impl<'a> Context<'a> {
+    /// Applies `adapters`, each times its factor, in place of those before.
+    pub fn set_adapters(&mut self, adapters: &[(&Adapter<'a>, f32)]) -> Result<(), String> {
+        let mut pointers: Vec<_> = adapters.iter().map(|(a, _)| a.adapter.as_ptr()).collect();
+        let mut scales: Vec<f32> = adapters.iter().map(|(_, scale)| *scale).collect();
+        // SAFETY: both arrays have as many entries as is said; the adapters belong to the context's model by their
+        // lifetime and are freed with it.
+        let status = unsafe {
+            let (pointers, scales) = (pointers.as_mut_ptr(), scales.as_mut_ptr());
+            sys::llama_set_adapters_lora(self.context.as_ptr(), pointers, adapters.len(), scales)
+        };
+        if status == 0 { Ok(()) } else { Err(format!("llama_set_adapters_lora returned {status}")) }
+    }
+
     /// Empties the cache.
     pub fn clear(&mut self) {
         self.used = 0;

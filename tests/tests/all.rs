@@ -10,8 +10,11 @@
 //! | `tokenizer_parity` | token ids against llama.cpp | `oracle`, the three models |
 //! | `logits_parity` | logits and greedy text against llama.cpp | `oracle`, the three models |
 //! | `tiny_parity` | logits of random models of every architecture and type against llama.cpp | `oracle` |
+//! | `adapter_parity` | logits of models with adapters against llama.cpp | `oracle` |
 //! | `perplexity` | perplexity of the handbook | smollm2; the others with `KINGLET_HEAVY=1` |
 
+#[cfg(feature = "oracle")]
+mod adapter_parity;
 mod cli;
 mod docs;
 mod gguf_real;
