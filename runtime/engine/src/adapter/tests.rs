@@ -35,6 +35,13 @@ fn base(name: &str) -> (Gguf, File) {
     (Gguf::open(&file.0).unwrap(), file)
 }
 
+fn floats(model: &Gguf, name: &str) -> Vec<f32> {
+    let t = model.tensor(name).unwrap();
+    let mut out = vec![0.0; t.elements()];
+    crate::quant::dequantize(t.dtype, model.data(t), &mut out).unwrap();
+    out
+}
+
 fn entry(inputs: usize, outputs: usize, rank: usize) -> LowRank {
     LowRank {
         rank,
@@ -185,7 +192,7 @@ fn a_merge_is_base_plus_scaled_product() {
     assert_eq!(merge(&base, &[(&adapter, 0.5)], None, &out.0).unwrap().tensors, 1);
     let merged = Gguf::open(&out.0).unwrap();
     let (t, e) = (merged.tensor("blk.0.attn_q.weight").unwrap(), &adapter.entries["blk.0.attn_q.weight"]);
-    let values: Vec<f32> = bytemuck::pod_collect_to_vec(merged.data(t));
+    let values: Vec<f32> = floats(&merged, t.name.as_str());
     for (i, value) in values.iter().enumerate() {
         let (o, k) = (i / 4, i % 4);
         let product: f32 = (0..2).map(|j| e.b[o * 2 + j] * e.a[j * 4 + k]).sum();
@@ -198,7 +205,7 @@ fn a_merge_is_base_plus_scaled_product() {
     adapter.entries.get_mut("blk.0.attn_q.weight").unwrap().magnitude = Some(rows.into());
     merge(&base, &[(&adapter, 1.0)], None, &out.0).unwrap();
     let merged = Gguf::open(&out.0).unwrap();
-    let values: Vec<f32> = bytemuck::pod_collect_to_vec(merged.data(merged.tensor("blk.0.attn_q.weight").unwrap()));
+    let values: Vec<f32> = floats(&merged, "blk.0.attn_q.weight");
     for (row, norm) in values.chunks_exact(4).zip(rows) {
         assert!((row.iter().map(|v| v * v).sum::<f32>().sqrt() - norm).abs() < 1e-5);
     }
