@@ -16,19 +16,24 @@ use super::ops;
 use super::patch::{Correction, Patches};
 use super::pool::{Pool, Team};
 use super::timing::{Timing, Timings};
-use crate::tape::{Frequencies, Op, Plan, PlanLimits, Purpose, Spec, Tape, Weights, decoder};
+use crate::quant::DType;
+use crate::tape::{Frequencies, LoraSpec, Param, Plan, PlanLimits, Purpose, Spec, Tape, Weights, decoder};
 use crate::{Error, Result};
 
 /// Tokens per group of the vocabulary in which a cross-entropy is summed: 4 KiB of logits per row.
 pub(super) const VOCAB_CHUNK: usize = 1_024;
 
 /// How an executor is set up.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ExecutorOptions {
     /// Threads of the team.
     pub threads: usize,
     /// Most rows per run.
     pub limits: PlanLimits,
+    /// Adapters to train: the tapes are those of learning then.
+    pub lora: Option<LoraSpec>,
+    /// Layers, from the last, whose values are kept for the gradient instead of being computed again.
+    pub kept_layers: usize,
 }
 
 /// Memory an executor takes, in bytes.
@@ -43,8 +48,9 @@ pub struct ExecutorNeeds {
 /// Rows of a run that belong to one sequence.
 #[derive(Debug)]
 pub struct Segment<'a> {
-    /// The sequence's cache; its length is the position of the segment's first row.
-    pub cache: &'a mut KvCache,
+    /// The sequence's cache; its length is the position of the segment's first row. None in learning, where every
+    /// segment is a whole sequence.
+    pub cache: Option<&'a mut KvCache>,
     /// Number of rows.
     pub rows: usize,
 }
@@ -58,8 +64,21 @@ pub struct Batch<'a> {
     pub segments: Vec<Segment<'a>>,
     /// Rows whose result is wanted, increasing.
     pub outputs: &'a [u32],
-    /// The token to be predicted at each output row, for [`Purpose::Score`]; else empty.
+    /// The token to be predicted at each output row, for [`Purpose::Score`] and [`Purpose::Learn`]; else empty.
     pub targets: &'a [u32],
+    /// What is learned.
+    pub learning: Option<Learning<'a>>,
+}
+
+/// Trained parameters of a run.
+#[derive(Debug)]
+pub struct Learning<'a> {
+    /// All trained matrices, as the tape's table of parameters places them.
+    pub params: &'a [f32],
+    /// Where [`Purpose::Learn`] adds their gradients; as long as `params`.
+    pub gradients: &'a mut [f32],
+    /// Factor on the gradient of each output row's cross-entropy, for [`Purpose::Learn`].
+    pub row_weights: &'a [f32],
 }
 
 /// A tape with its plan.
@@ -73,20 +92,27 @@ struct Program {
 }
 
 impl Program {
-    fn new(spec: &Spec, weights: &Weights, purpose: Purpose, limits: PlanLimits) -> Program {
+    fn new(spec: &Spec, weights: &Weights, purpose: Purpose, options: &ExecutorOptions) -> Program {
         // A score needs a row for every token of a run, logits only for a few.
         let limits = match purpose {
-            Purpose::Generate => limits,
-            Purpose::Score => PlanLimits { outputs: limits.tokens, ..limits },
+            Purpose::Generate => options.limits,
+            Purpose::Score | Purpose::Learn => PlanLimits { outputs: options.limits.tokens, ..options.limits },
         };
-        let tape = decoder::build(spec, weights, purpose);
+        let tape = match &options.lora {
+            None => decoder::build(spec, weights, purpose),
+            Some(lora) => decoder::build_learning(spec, weights, lora, purpose, options.kept_layers),
+        };
         let plan = Plan::new(&tape, limits, linear::activation_bytes);
         let tables = Tables::new(spec, plan.arena_bytes, &limits, purpose);
         let logits = match purpose {
-            Purpose::Score => limits.outputs * VOCAB_CHUNK,
+            Purpose::Score | Purpose::Learn => limits.outputs * VOCAB_CHUNK,
             Purpose::Generate => 0,
         };
-        let scratch_floats = attention::attention_scratch_len(spec.head_dim).max(logits);
+        let attention = match purpose {
+            Purpose::Learn => attention::attention_backward_scratch_len(spec.head_dim),
+            _ => attention::attention_scratch_len(spec.head_dim),
+        };
+        let scratch_floats = attention.max(attention::attention_scratch_len(spec.head_dim)).max(logits);
         Program { purpose, tape, plan, arena_bytes: tables.end, scratch_floats }
     }
 }
@@ -97,6 +123,8 @@ pub(super) struct Tables {
     pub rope: usize,
     pub rope_row: usize,
     pub partial: usize,
+    /// `[outputs][VOCAB_CHUNK]`: gradients of a chunk of logits.
+    pub probabilities: usize,
     end: usize,
 }
 
@@ -107,11 +135,15 @@ impl Tables {
         let partial = start + (limits.tokens * rope_row * 4).next_multiple_of(64);
         let chunks = match purpose {
             Purpose::Generate => 0,
-            Purpose::Score => spec.vocab.div_ceil(VOCAB_CHUNK),
+            Purpose::Score | Purpose::Learn => spec.vocab.div_ceil(VOCAB_CHUNK),
         };
         // Per chunk and row: maximum and sum; behind them the logit of each row's target.
-        let end = partial + ((2 * chunks + 1) * limits.outputs * 4).next_multiple_of(64);
-        Tables { rope: start, rope_row, partial, end }
+        let probabilities = partial + ((2 * chunks + 1) * limits.outputs * 4).next_multiple_of(64);
+        let end = match purpose {
+            Purpose::Learn => probabilities + limits.outputs * VOCAB_CHUNK * 4,
+            _ => probabilities,
+        };
+        Tables { rope: start, rope_row, partial, probabilities, end }
     }
 }
 
@@ -121,7 +153,7 @@ pub struct Executor {
     spec: Spec,
     weights: Arc<Weights>,
     isa: Isa,
-    limits: PlanLimits,
+    options: ExecutorOptions,
     pool: Pool,
     programs: Vec<Program>,
     arena: Buffer,
@@ -157,6 +189,13 @@ pub(super) struct Context<'a> {
     pub weights: &'a Weights,
     pub tables: Tables,
     pub arena: *mut u8,
+    /// The arena as the one page of a cache: how attention reads keys and values of the run itself.
+    pub arena_page: [*const u8; 1],
+    /// Trained parameters and where their gradients are added up; null when nothing is trained.
+    pub params: *const f32,
+    pub gradients: *mut f32,
+    /// Factor on the gradient of each output row's cross-entropy.
+    pub row_weights: &'a [f32],
     pub tokens: &'a [u32],
     pub outputs: &'a [u32],
     pub targets: &'a [u32],
@@ -184,7 +223,7 @@ pub(super) struct SequenceView {
 }
 
 impl Executor {
-    /// Plans the generating tape, allocates, starts the threads.
+    /// Plans the tape for generating or, with adapters to train, for learning, allocates, starts the threads.
     ///
     /// # Errors
     /// [`Error::Memory`], or a thread the system refuses.
@@ -193,7 +232,7 @@ impl Executor {
             spec: spec.clone(),
             weights,
             isa: Isa::detect(),
-            limits: options.limits,
+            options: options.clone(),
             pool: Pool::new(options.threads)?,
             programs: Vec::new(),
             arena: Buffer::new(0, "the arena")?,
@@ -202,13 +241,14 @@ impl Executor {
             timings: Timings::default(),
             patches: None,
         };
-        executor.program(Purpose::Generate)?;
+        executor.program(if options.lora.is_some() { Purpose::Learn } else { Purpose::Generate })?;
         Ok(executor)
     }
 
-    /// What [`Executor::new`] comes to need for generating.
+    /// What [`Executor::new`] comes to need.
     pub fn needs(spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> ExecutorNeeds {
-        let program = Program::new(spec, weights, Purpose::Generate, options.limits);
+        let purpose = if options.lora.is_some() { Purpose::Learn } else { Purpose::Generate };
+        let program = Program::new(spec, weights, purpose, options);
         ExecutorNeeds {
             arena: program.arena_bytes,
             scratch: (program.scratch_floats * 4 + linear::scratch_bytes()) * options.threads,
@@ -220,7 +260,7 @@ impl Executor {
         if let Some(at) = self.programs.iter().position(|p| p.purpose == purpose) {
             return Ok(at);
         }
-        let program = Program::new(&self.spec, &self.weights, purpose, self.limits);
+        let program = Program::new(&self.spec, &self.weights, purpose, &self.options);
         if program.arena_bytes > self.arena.len() {
             // Nothing in the arena outlives a run: the old one can go first.
             self.arena = Buffer::new(0, "the arena")?;
@@ -249,23 +289,28 @@ impl Executor {
         let index = self.program(purpose)?;
         let program = &self.programs[index];
         check(&batch, &self.spec, &program.plan.limits, purpose)?;
+        check_learning(&batch, &program.tape, purpose)?;
         let mut positions = Vec::with_capacity(batch.tokens.len());
         let mut sequences = Vec::with_capacity(batch.segments.len());
         let mut kv = None;
         for segment in &mut batch.segments {
-            let position = segment.cache.len();
-            segment.cache.reserve(position + segment.rows)?;
-            kv = Some(segment.cache.layout());
-            sequences.push(SequenceView {
-                first_row: positions.len(),
-                rows: segment.rows,
-                position,
-                pages: segment.cache.page_pointers(),
-            });
+            let (mut position, mut pages) = (0, Vec::new());
+            if let Some(cache) = &mut segment.cache {
+                position = cache.len();
+                cache.reserve(position + segment.rows)?;
+                pages = cache.page_pointers();
+                kv = Some(cache.layout());
+            }
+            sequences.push(SequenceView { first_row: positions.len(), rows: segment.rows, position, pages });
             positions.extend((position..position + segment.rows).map(|p| p as u32));
         }
-        let Some(kv) = kv else {
-            return Err(Error::argument("a run needs at least one sequence"));
+        let kv = match kv {
+            Some(kv) => kv,
+            None => KvLayout::new(&self.spec, DType::F32)?,
+        };
+        let (params, gradients, row_weights) = match &mut batch.learning {
+            None => (std::ptr::null(), std::ptr::null_mut(), [].as_slice()),
+            Some(l) => (l.params.as_ptr(), l.gradients.as_mut_ptr(), l.row_weights),
         };
         let context = Context {
             isa: self.isa,
@@ -274,6 +319,10 @@ impl Executor {
             weights: &self.weights,
             tables: Tables::new(&self.spec, program.plan.arena_bytes, &program.plan.limits, purpose),
             arena: self.arena.as_ptr(),
+            arena_page: [self.arena.as_ptr().cast_const()],
+            params,
+            gradients,
+            row_weights,
             tokens: batch.tokens,
             outputs: batch.outputs,
             targets: batch.targets,
@@ -288,7 +337,9 @@ impl Executor {
             return Err(Error::Cancelled);
         }
         for segment in &mut batch.segments {
-            segment.cache.advance(segment.rows);
+            if let Some(cache) = &mut segment.cache {
+                cache.advance(segment.rows);
+            }
         }
         let program = &self.programs[index];
         let info = program.tape.info(program.tape.result);
@@ -304,12 +355,17 @@ impl Executor {
     pub fn patches(&mut self, corrections: Vec<Correction>) -> Result<Patches> {
         let program = self.program(Purpose::Generate)?;
         let tape = &self.programs[program].tape;
-        Patches::new(corrections, tape, &self.weights, self.limits.tokens, self.pool.threads())
+        Patches::new(corrections, tape, &self.weights, self.options.limits.tokens, self.pool.threads())
     }
 
     /// Puts corrections in force from the next run on, in place of those before; `None` for the base alone.
     pub fn set_patches(&mut self, patches: Option<Patches>) {
         self.patches = patches;
+    }
+
+    /// The trained matrices of a learning tape; empty otherwise.
+    pub fn params(&self) -> &[Param] {
+        self.programs.first().map_or(&[], |p| &p.tape.params)
     }
 
     pub(crate) fn set_timing(&mut self, on: bool) {
@@ -333,7 +389,7 @@ fn check(batch: &Batch<'_>, spec: &Spec, limits: &PlanLimits, purpose: Purpose) 
             batch.outputs.len()
         )));
     }
-    let wanted = if purpose == Purpose::Score { batch.outputs.len() } else { 0 };
+    let wanted = if purpose == Purpose::Generate { 0 } else { batch.outputs.len() };
     if batch.targets.len() != wanted {
         return Err(Error::argument(format!("{wanted} targets are needed, not {}", batch.targets.len())));
     }
@@ -341,6 +397,24 @@ fn check(batch: &Batch<'_>, spec: &Spec, limits: &PlanLimits, purpose: Purpose) 
         return Err(Error::argument(format!("token {token} is outside the vocabulary of {}", spec.vocab)));
     }
     Ok(())
+}
+
+/// Checks that what a tape learns, and what it needs for it, is there: keys and values in the cache or in the run.
+fn check_learning(batch: &Batch<'_>, tape: &Tape, purpose: Purpose) -> Result<()> {
+    let params = tape.params.last().map_or(0, |p| p.offset + p.rows * p.width);
+    let learning = !tape.params.is_empty();
+    if learning == batch.segments.iter().any(|s| s.cache.is_some()) {
+        return Err(Error::argument("sequences have a cache when generating and none when learning"));
+    }
+    let rows = if purpose == Purpose::Learn { batch.outputs.len() } else { 0 };
+    match &batch.learning {
+        None if !learning => Ok(()),
+        Some(l) if l.params.len() == params && l.row_weights.len() >= rows => match l.gradients.len() {
+            n if n == params || purpose != Purpose::Learn => Ok(()),
+            n => Err(Error::argument(format!("{n} gradients for {params} parameters"))),
+        },
+        _ => Err(Error::argument(format!("a run needs the {params} trained parameters and a weight per output row"))),
+    }
 }
 
 /// Walks the tape; false when it was cancelled.
@@ -363,7 +437,7 @@ fn walk(
         team.wait();
         for (index, op) in context.tape.ops.iter().enumerate() {
             let started = (timed && team.index == 0).then(Instant::now);
-            if matches!(op, Op::Attention(_) | Op::CrossEntropy { .. }) {
+            if op.is_claimed() {
                 round += 1;
                 if team.index == 0 {
                     team.reset_claims(round + 1);

@@ -7,13 +7,14 @@ pub mod kernels;
 mod kv;
 mod matrix;
 mod ops;
+mod ops_learn;
 mod patch;
 mod pool;
 pub mod roof;
 mod timing;
 
 pub use buffer::Buffer;
-pub use executor::{Batch, Executor, ExecutorNeeds, ExecutorOptions, Segment};
+pub use executor::{Batch, Executor, ExecutorNeeds, ExecutorOptions, Learning, Segment};
 pub use kv::{KV_TYPES, KvCache, KvLayout, PAGE};
 pub use patch::{Correction, Patches};
 pub use pool::{Pool, Team};

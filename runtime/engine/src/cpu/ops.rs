@@ -12,22 +12,22 @@ use super::kv::PAGE;
 use super::matrix::Matrix;
 use super::patch::{GAIN_COLUMNS, PartPatch, Patch};
 use super::pool::Team;
-use crate::tape::{Attention, Epilogue, Linear, Op, Part, Rope, Value, WeightId};
+use crate::tape::{Attention, Epilogue, KvSource, Linear, Op, Part, Rope, Value, WeightId};
 
 /// Rows of weights that stay with one thread: whole tiles of every kernel, whole groups of 32 for the 8-bit form.
-const ROW_UNIT: usize = 32;
+pub(super) const ROW_UNIT: usize = 32;
 /// Query rows of a piece of attention.
-const QUERY_ROWS: usize = 64;
+pub(super) const QUERY_ROWS: usize = 64;
 
 impl Context<'_> {
-    fn rows(&self, value: Value) -> usize {
+    pub(super) fn rows(&self, value: Value) -> usize {
         match self.tape.info(value).rows {
             crate::tape::Rows::Tokens => self.tokens.len(),
             crate::tape::Rows::Outputs => self.outputs.len(),
         }
     }
 
-    fn matrix(&self, value: Value) -> Matrix {
+    pub(super) fn matrix(&self, value: Value) -> Matrix {
         let offset = self.plan.place(value).offset;
         // SAFETY: the plan reserved `rows · width` floats there, for at least as many rows as this run has.
         unsafe { Matrix::new(self.arena.add(offset).cast(), self.rows(value), self.tape.info(value).width) }
@@ -43,7 +43,7 @@ impl Context<'_> {
     ///
     /// # Safety
     /// No thread may be writing to the value.
-    unsafe fn activations(&self, value: Value) -> linear::Activations<'_> {
+    pub(super) unsafe fn activations(&self, value: Value) -> linear::Activations<'_> {
         let matrix = self.matrix(value);
         let q8 = self.plan.place(value).quantized.and_then(|offset| {
             // SAFETY: reserved by the plan, written before the last barrier.
@@ -66,7 +66,7 @@ impl Context<'_> {
     ///
     /// # Safety
     /// The rows must be complete, and this thread the only one to quantize them.
-    unsafe fn quantize(&self, value: Value, rows: Range<usize>) {
+    pub(super) unsafe fn quantize(&self, value: Value, rows: Range<usize>) {
         if let Some(q8) = self.q8_mut(value) {
             let matrix = self.matrix(value);
             // SAFETY: by the caller's promise.
@@ -80,7 +80,7 @@ impl Context<'_> {
     ///
     /// # Safety
     /// All threads of the team must come here.
-    unsafe fn quantize_together(&self, value: Value, team: &Team<'_>) {
+    pub(super) unsafe fn quantize_together(&self, value: Value, team: &Team<'_>) {
         if self.plan.place(value).quantized.is_some() {
             team.wait();
             // SAFETY: complete behind the barrier; shares are disjoint.
@@ -113,10 +113,11 @@ impl Context<'_> {
         self.run_linear(&task, weight, scratch);
     }
 
-    /// As [`Context::linear_kernel`], into the first columns of `out`.
-    fn linear_chunk(
+    /// As [`Context::linear_kernel`], for `rows` counted from row `first`, into the columns from 0.
+    pub(super) fn linear_chunk(
         &self,
         weight: WeightId,
+        first: usize,
         rows: Range<usize>,
         x: &linear::Activations<'_>,
         out: &Matrix,
@@ -124,18 +125,45 @@ impl Context<'_> {
     ) {
         let (info, data) = (self.weights.get(weight), self.weights.data(weight));
         let row_bytes = data.len() / info.rows;
-        // SAFETY: this thread's own matrix.
+        // SAFETY: columns that are this thread's own.
         let out = unsafe { linear::OutMut::new(out.row_ptr(0), out.width, out.rows * out.width) };
         let task = linear::LinearTask {
             dtype: info.dtype,
-            weight: &data[rows.start * row_bytes..rows.end * row_bytes],
+            weight: &data[first * row_bytes..(first + rows.end) * row_bytes],
             k: info.width,
-            rows: 0..rows.len(),
+            rows,
             x,
             out,
             accumulate: false,
         };
         self.run_linear(&task, weight, scratch);
+    }
+
+    /// Keys and values of a sequence in the cache of a layer.
+    fn cached<'s>(&self, layer: usize, s: &'s SequenceView) -> attention::KvPages<'s> {
+        attention::KvPages {
+            pages: &s.pages,
+            k_offset: self.kv.k_offset(layer),
+            v_offset: self.kv.v_offset(layer),
+            head_stride: self.kv.head_stride(),
+            pos_stride: self.kv.row_bytes,
+            page_len: PAGE,
+            dtype: self.kv.dtype,
+        }
+    }
+
+    /// Keys and values of a sequence in the rows of the run: the arena is the one page, in which a row follows a row.
+    fn in_run(&self, k: Value, v: Value, s: &SequenceView) -> attention::KvPages<'_> {
+        let place = |value| self.plan.place(value).offset + s.first_row * self.tape.info(value).width * 4;
+        attention::KvPages {
+            pages: &self.arena_page,
+            k_offset: place(k),
+            v_offset: place(v),
+            head_stride: self.tape.spec.head_dim * 4,
+            pos_stride: self.tape.info(k).width * 4,
+            page_len: s.rows,
+            dtype: crate::quant::DType::F32,
+        }
     }
 
     fn run_linear(&self, task: &linear::LinearTask<'_>, weight: WeightId, scratch: &mut linear::Scratch) {
@@ -299,6 +327,19 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 }
             }
             Op::CrossEntropy { x, weight, out } => cross_entropy(c, *x, *weight, *out, team, scratch, round),
+            Op::Gated { kind, gate, up, out } => {
+                let (gate, up, y) = (c.matrix(*gate), c.matrix(*up), c.matrix(*out));
+                for row in team.share(y.rows, 1) {
+                    // The output may lie where the gate lies.
+                    if gate.row_ptr(row) == y.row_ptr(row) {
+                        activation::gated_inplace(c.isa, *kind, y.row_mut(row), up.row(row));
+                    } else {
+                        activation::gated(c.isa, *kind, gate.row(row), up.row(row), y.row_mut(row));
+                    }
+                    c.quantize(*out, row..row + 1);
+                }
+            }
+            _ => super::ops_learn::run(c, op, team, scratch, round),
         }
     }
 }
@@ -472,10 +513,10 @@ unsafe fn rope_op(c: &Context<'_>, op: &Rope, team: &Team<'_>) {
             let (cos, sin) = rope_row(c, row, index);
             rope::rope(c.isa, vector, dim, cos, sin, spec.ropes[index].style);
         }
-        if let Some(head) = kv_head {
+        if let (Some(head), Some(layer)) = (kv_head, op.cache) {
             // SAFETY: this thread alone writes this position of this head.
             unsafe {
-                let (keys, values) = cache_row(c, op.layer, head, row);
+                let (keys, values) = cache_row(c, layer, head, row);
                 attention::store_kv(c.isa, c.kv.dtype, vector, keys);
                 attention::store_kv(c.isa, c.kv.dtype, &v.row(row)[columns], values);
             }
@@ -484,7 +525,7 @@ unsafe fn rope_op(c: &Context<'_>, op: &Rope, team: &Team<'_>) {
 }
 
 /// Cosines and sines of a row's position for one kind of rotation.
-fn rope_row<'a>(c: &Context<'a>, row: usize, index: usize) -> (&'a [f32], &'a [f32]) {
+pub(super) fn rope_row<'a>(c: &Context<'a>, row: usize, index: usize) -> (&'a [f32], &'a [f32]) {
     let before: usize = c.tape.spec.ropes[..index].iter().map(|r| r.dims).sum();
     let half = c.tape.spec.ropes[index].dims / 2;
     let at = c.tables.rope + (row * c.tables.rope_row + before) * 4;
@@ -517,6 +558,7 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
     let spec = &c.tape.spec;
     let group = spec.heads / spec.kv_heads;
     let (q, out) = (c.matrix(op.q), c.matrix(op.out));
+    let lse = op.lse.map(|lse| c.matrix(lse));
     // A single query row is divided by heads; when they do not come out even, by query heads.
     let single = if c.sequences.len() * spec.kv_heads % team.size == 0 { group } else { 1 };
     let heads_of = |s: &SequenceView| if s.rows == 1 { single } else { group };
@@ -548,19 +590,14 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
             scale: spec.attention_scale,
             softcap: spec.attention_softcap,
             alibi: spec.alibi.as_deref(),
-            kv: attention::KvPages {
-                pages: &s.pages,
-                k_offset: c.kv.k_offset(op.layer),
-                v_offset: c.kv.v_offset(op.layer),
-                head_stride: c.kv.head_stride(),
-                pos_stride: c.kv.row_bytes,
-                page_len: PAGE,
-                dtype: c.kv.dtype,
+            kv: match op.kv {
+                KvSource::Cache(layer) => c.cached(layer, s),
+                KvSource::Rows(k, v) => c.in_run(k, v, s),
             },
             out: out.row_ptr(s.first_row),
             out_stride: out.width,
-            lse: None,
-            lse_stride: 0,
+            lse: lse.map(|lse| lse.row_ptr(s.first_row)),
+            lse_stride: spec.heads,
         };
         // SAFETY: the pages hold every position up to the last row's; each piece writes its own rows and heads.
         unsafe { attention::attention(c.isa, &task, scratch.floats()) };
@@ -569,7 +606,7 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
 
 /// Sums `exp(z − max)` chunk by chunk of the vocabulary: chunks are fixed, so the result does not depend on who
 /// computes them.
-unsafe fn cross_entropy(
+pub(super) unsafe fn cross_entropy(
     c: &Context<'_>,
     x: Value,
     weight: WeightId,
@@ -601,7 +638,7 @@ unsafe fn cross_entropy(
     let logits = unsafe { Matrix::new(floats.as_ptr().cast(), rows, VOCAB_CHUNK) };
     team.claim(round, chunks, |chunk| {
         let columns = chunk * VOCAB_CHUNK..((chunk + 1) * VOCAB_CHUNK).min(vocab);
-        c.linear_chunk(weight, columns.clone(), &x, &logits, linear);
+        c.linear_chunk(weight, columns.start, 0..columns.len(), &x, &logits, linear);
         if let Some(patch) = patch {
             // SAFETY: `h` is complete behind the barrier; this thread's scratch.
             unsafe { correct(c, patch, 0, columns.clone(), &logits, 0, false) };

@@ -12,6 +12,7 @@ mod adapters;
 mod engine;
 mod estimate;
 mod generate;
+mod learner;
 mod model;
 #[allow(clippy::module_inception)]
 mod session;
@@ -20,5 +21,6 @@ pub use adapters::{AdapterReport, ScaledAdapter};
 pub use engine::{Engine, Sequence, SessionOptions};
 pub use estimate::Estimate;
 pub use generate::{EndReason, GenerateOptions, Generation, GenerationStats, Piece};
+pub use learner::{LearnBatch, Learner, LearnerOptions};
 pub use model::Model;
 pub use session::{CancelHandle, Session};

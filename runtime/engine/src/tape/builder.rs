@@ -1,24 +1,54 @@
 //! Appends ops to a tape. The calls read like eager code: `let h = b.rms_norm(x, &layer.ffn_norm)`.
 
-use super::op::{Attention, Epilogue, Linear, Op, Part, Rope, Rows, Tape, Value, ValueInfo};
+use super::op::{
+    Attention, Epilogue, KvSource, Linear, Lora, Op, Param, ParamId, Part, Rope, Rows, Tape, Value, ValueInfo,
+};
 use super::spec::{Gate, LayerSpec, LinearSpec, Spec, WeightRef};
 use super::weights::Weights;
 use crate::quant::DType;
+
+/// Which linear maps get a trained low-rank adapter, and of what size.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraSpec {
+    /// Rank of every adapter.
+    pub rank: usize,
+    /// Factor on the adapter's output: `α/r`, or `α/√r`.
+    pub scale: f32,
+    /// Names of the adapted weights, such as `blk.0.attn_q.weight`.
+    pub weights: Vec<String>,
+}
 
 /// Writes a tape for one model.
 pub struct Builder<'a> {
     /// The model's description.
     pub spec: &'a Spec,
     weights: &'a Weights,
-    ops: Vec<Op>,
+    /// Set for training: adapters behind linear maps, keys and values of the run itself.
+    lora: Option<&'a LoraSpec>,
+    pub(super) ops: Vec<Op>,
     values: Vec<ValueInfo>,
+    params: Vec<Param>,
     prefix: String,
 }
 
 impl<'a> Builder<'a> {
     /// An empty tape over `weights`, which were resolved from `spec`.
     pub fn new(spec: &'a Spec, weights: &'a Weights) -> Builder<'a> {
-        Builder { spec, weights, ops: Vec::new(), values: Vec::new(), prefix: String::new() }
+        Builder {
+            spec,
+            weights,
+            lora: None,
+            ops: Vec::new(),
+            values: Vec::new(),
+            params: Vec::new(),
+            prefix: String::new(),
+        }
+    }
+
+    /// An empty tape for training the adapters of `lora`: every linear map it names gets one, and attention reads the
+    /// keys and values of the run itself.
+    pub fn learning(spec: &'a Spec, weights: &'a Weights, lora: &'a LoraSpec) -> Builder<'a> {
+        Builder { lora: Some(lora), ..Builder::new(spec, weights) }
     }
 
     /// Names given to values from here on start with `prefix`.
@@ -26,12 +56,12 @@ impl<'a> Builder<'a> {
         self.prefix = prefix.into();
     }
 
-    fn value(&mut self, rows: Rows, width: usize, name: &str) -> Value {
+    pub(super) fn value(&mut self, rows: Rows, width: usize, name: &str) -> Value {
         self.values.push(ValueInfo { rows, width, name: format!("{}{name}", self.prefix), quantized: false });
         Value(self.values.len() as u32 - 1)
     }
 
-    fn shape(&self, value: Value) -> (Rows, usize) {
+    pub(super) fn shape(&self, value: Value) -> (Rows, usize) {
         let info = &self.values[value.0 as usize];
         (info.rows, info.width)
     }
@@ -72,12 +102,35 @@ impl<'a> Builder<'a> {
         Part { weight, bias: linear.bias.as_ref().map(|b| self.weights.id(b)), out: self.value(rows, width, name) }
     }
 
+    /// The adapter's pair of matrices for a weight, made at its first use.
+    fn param(&mut self, weight: &str, half: &str, rows: usize, width: usize) -> ParamId {
+        let name = format!("{weight}.{half}");
+        let at = self.params.iter().position(|p| p.name == name).unwrap_or_else(|| {
+            let offset = self.params.last().map_or(0, |p| p.offset + p.rows * p.width);
+            self.params.push(Param { name, rows, width, offset });
+            self.params.len() - 1
+        });
+        ParamId(at as u32)
+    }
+
+    /// `y` with the adapter of `linear`, if it has one.
+    fn adapt(&mut self, x: Value, linear: &LinearSpec, y: Value) -> Value {
+        let weight = self.weights.get(self.weights.id(&linear.weight)).name.as_str();
+        let Some(lora) = self.lora.filter(|l| l.weights.iter().any(|w| w == weight)) else { return y };
+        let ((rows, width), out_width) = (self.shape(x), self.shape(y).1);
+        let a = self.param(weight, "lora_a", lora.rank, width);
+        let b = self.param(weight, "lora_b", out_width, lora.rank);
+        let (h, out) = (self.value(rows, lora.rank, "lora"), self.value(rows, out_width, "adapted"));
+        self.ops.push(Op::Lora(Lora { x, y, a, b, scale: lora.scale, h, out }));
+        out
+    }
+
     /// One linear map.
     pub fn linear(&mut self, x: Value, linear: &LinearSpec, name: &str) -> Value {
         let part = self.part(x, linear, name);
         let out = part.out;
         self.ops.push(Op::Linear(Linear { x, parts: vec![part], epilogue: Epilogue::None }));
-        out
+        self.adapt(x, linear, out)
     }
 
     /// `residual + linear(x)`.
@@ -85,15 +138,15 @@ impl<'a> Builder<'a> {
         let part = self.part(x, linear, "residual");
         let out = part.out;
         self.ops.push(Op::Linear(Linear { x, parts: vec![part], epilogue: Epilogue::Add(residual) }));
-        out
+        self.adapt(x, linear, out)
     }
 
     /// Queries, keys and values of one input in one op.
     pub fn qkv(&mut self, x: Value, layer: &LayerSpec) -> [Value; 3] {
         let parts = vec![self.part(x, &layer.q, "q"), self.part(x, &layer.k, "k"), self.part(x, &layer.v, "v")];
-        let outs = [parts[0].out, parts[1].out, parts[2].out];
+        let [q, k, v] = [parts[0].out, parts[1].out, parts[2].out];
         self.ops.push(Op::Linear(Linear { x, parts, epilogue: Epilogue::None }));
-        outs
+        [self.adapt(x, &layer.q, q), self.adapt(x, &layer.k, k), self.adapt(x, &layer.v, v)]
     }
 
     /// `act(gate(x)) ∘ up(x)`.
@@ -101,7 +154,14 @@ impl<'a> Builder<'a> {
         let parts = vec![self.part(x, gate, "gate"), self.part(x, up, "up")];
         let (rows, width) = self.shape(parts[0].out);
         let out = self.value(rows, width, "ffn");
-        self.ops.push(Op::Linear(Linear { x, parts, epilogue: Epilogue::Gated(kind, out) }));
+        if self.lora.is_none() {
+            self.ops.push(Op::Linear(Linear { x, parts, epilogue: Epilogue::Gated(kind, out) }));
+            return out;
+        }
+        let [g, u] = [parts[0].out, parts[1].out];
+        self.ops.push(Op::Linear(Linear { x, parts, epilogue: Epilogue::None }));
+        let (gate, up) = (self.adapt(x, gate, g), self.adapt(x, up, u));
+        self.ops.push(Op::Gated { kind, gate, up, out });
         out
     }
 
@@ -112,9 +172,13 @@ impl<'a> Builder<'a> {
         let k_out = self.value(Rows::Tokens, k_width, "k rotated");
         let norm = |w: &Option<WeightRef>| w.as_ref().map(|w| self.weights.id(w));
         let (q_norm, k_norm) = (norm(&layer.q_norm), norm(&layer.k_norm));
-        self.ops.push(Op::Rope(Rope { q, k, v, q_out, k_out, q_norm, k_norm, rope: layer.rope, layer: index }));
+        let learning = self.lora.is_some();
+        let cache = (!learning).then_some(index);
+        self.ops.push(Op::Rope(Rope { q, k, v, q_out, k_out, q_norm, k_norm, rope: layer.rope, cache }));
         let out = self.value(Rows::Tokens, q_width, "attention");
-        self.ops.push(Op::Attention(Attention { q: q_out, out, layer: index, window: layer.window }));
+        let lse = learning.then(|| self.value(Rows::Tokens, self.spec.heads, "lse"));
+        let kv = if learning { KvSource::Rows(k_out, v) } else { KvSource::Cache(index) };
+        self.ops.push(Op::Attention(Attention { q: q_out, out, kv, lse, window: layer.window }));
         out
     }
 
@@ -143,8 +207,18 @@ impl<'a> Builder<'a> {
         out
     }
 
+    /// As [`Builder::cross_entropy`], with the gradient of `x` scaled by the run's weight of each row.
+    pub fn cross_entropy_grad(&mut self, x: Value) -> (Value, Value) {
+        let weight = self.weights.id(&self.spec.head);
+        self.mark_quantized(x, self.weights.get(weight).dtype);
+        let out = self.value(Rows::Outputs, 1, "cross-entropy");
+        let dx = self.value(Rows::Outputs, self.spec.width, "cross-entropy gradient");
+        self.ops.push(Op::CrossEntropyGrad { x, weight, out, dx });
+        (out, dx)
+    }
+
     /// The finished tape; `result` is what a caller reads.
     pub fn finish(self, result: Value) -> Tape {
-        Tape { spec: self.spec.clone(), ops: self.ops, values: self.values, result }
+        Tape { spec: self.spec.clone(), ops: self.ops, values: self.values, result, params: self.params }
     }
 }

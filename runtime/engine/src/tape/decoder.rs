@@ -1,10 +1,12 @@
-//! A decoder-only transformer, written down once for every family.
+//! A decoder-only transformer, written down once for every family and for every purpose.
 //!
 //! Pre-norm residual blocks: attention with grouped heads, then a gated feed-forward part; optional norms of query and
-//! key heads and of each branch's output. Everything else is in the [`Spec`](super::Spec).
+//! key heads and of each branch's output. Everything else is in the [`Spec`](super::Spec). For learning, the gradient
+//! follows behind: see [`backward`](super::backward).
 
-use super::builder::Builder;
-use super::op::Tape;
+use super::backward::backward;
+use super::builder::{Builder, LoraSpec};
+use super::op::{Tape, Value};
 use super::spec::Spec;
 use super::weights::Weights;
 
@@ -15,44 +17,97 @@ pub enum Purpose {
     Generate,
     /// Cross-entropy of a target at each output row.
     Score,
+    /// As `Score`, and the gradients of the adapters.
+    Learn,
 }
 
-/// Writes the tape of `spec` for `purpose`.
+/// Writes the tape of `spec` for generating or scoring.
 pub fn build(spec: &Spec, weights: &Weights, purpose: Purpose) -> Tape {
     let mut b = Builder::new(spec, weights);
     let mut x = b.embed();
-    for (index, layer) in spec.layers.iter().enumerate() {
-        b.section(format!("blk.{index} "));
-        let h = b.rms_norm(x, &layer.attention_norm);
-        let qkv = b.qkv(h, layer);
-        let mut attended = b.attention(qkv, layer, index);
-        if index + 1 == spec.layers.len() {
-            // Only rows whose result is wanted go on: the rest of a prompt has done its work in the cache.
-            attended = b.gather_outputs(attended);
-            x = b.gather_outputs(x);
-        }
-        x = match &layer.post_attention_norm {
-            Some(norm) => {
-                let branch = b.linear(attended, &layer.o, "attention out");
-                b.add_rms_norm(x, branch, norm)
-            }
-            None => b.linear_add(attended, &layer.o, x),
-        };
-        let h = b.rms_norm(x, &layer.ffn_norm);
-        let h = b.gated(h, &layer.gate, &layer.up, spec.gate);
-        x = match &layer.post_ffn_norm {
-            Some(norm) => {
-                let branch = b.linear(h, &layer.down, "ffn out");
-                b.add_rms_norm(x, branch, norm)
-            }
-            None => b.linear_add(h, &layer.down, x),
-        };
+    for index in 0..spec.layers.len() {
+        x = layer(&mut b, x, index);
     }
     b.section("");
     let h = b.rms_norm(x, &spec.output_norm);
     let result = match purpose {
         Purpose::Generate => b.head(h),
-        Purpose::Score => b.cross_entropy(h),
+        Purpose::Score | Purpose::Learn => b.cross_entropy(h),
     };
     b.finish(result)
+}
+
+/// Writes the tape that scores sequences with the adapters of `lora` and, for [`Purpose::Learn`], adds up their
+/// gradients.
+///
+/// A layer's input is kept and the layer computed again when its gradient is due, but for the last `kept` layers, whose
+/// values all stay: more memory, less work.
+pub fn build_learning(spec: &Spec, weights: &Weights, lora: &LoraSpec, purpose: Purpose, kept: usize) -> Tape {
+    let mut b = Builder::learning(spec, weights, lora);
+    let mut x = b.embed();
+    let mut inputs = Vec::new();
+    let mut ranges = Vec::new();
+    for index in 0..spec.layers.len() {
+        inputs.push(x);
+        let start = b.ops.len();
+        x = layer(&mut b, x, index);
+        ranges.push(start..b.ops.len());
+    }
+    b.section("");
+    let start = b.ops.len();
+    let h = b.rms_norm(x, &spec.output_norm);
+    if purpose != Purpose::Learn {
+        let result = b.cross_entropy(h);
+        return b.finish(result);
+    }
+    let norm = b.ops[start..].to_vec();
+    let (result, dh) = b.cross_entropy_grad(h);
+    let mut dx = backward(&mut b, &norm, h, dh, Some(x));
+    let first_kept = spec.layers.len().saturating_sub(kept.max(1));
+    for (index, range) in ranges.into_iter().enumerate().rev() {
+        let Some(gradient) = dx else { break };
+        let (ops, out) = if index >= first_kept {
+            (b.ops[range].to_vec(), x)
+        } else {
+            let start = b.ops.len();
+            let out = layer(&mut b, inputs[index], index);
+            (b.ops[start..].to_vec(), out)
+        };
+        b.section(format!("blk.{index} gradient "));
+        // Nothing below the first layer learns: its input needs no gradient.
+        dx = backward(&mut b, &ops, out, gradient, (index > 0).then_some(inputs[index]));
+        x = inputs[index];
+    }
+    b.finish(result)
+}
+
+/// One decoder layer.
+fn layer(b: &mut Builder<'_>, mut x: Value, index: usize) -> Value {
+    let spec = b.spec;
+    let layer = &spec.layers[index];
+    b.section(format!("blk.{index} "));
+    let h = b.rms_norm(x, &layer.attention_norm);
+    let qkv = b.qkv(h, layer);
+    let mut attended = b.attention(qkv, layer, index);
+    if index + 1 == spec.layers.len() {
+        // Only rows whose result is wanted go on: the rest of a prompt has done its work in the cache.
+        attended = b.gather_outputs(attended);
+        x = b.gather_outputs(x);
+    }
+    x = match &layer.post_attention_norm {
+        Some(norm) => {
+            let branch = b.linear(attended, &layer.o, "attention out");
+            b.add_rms_norm(x, branch, norm)
+        }
+        None => b.linear_add(attended, &layer.o, x),
+    };
+    let h = b.rms_norm(x, &layer.ffn_norm);
+    let h = b.gated(h, &layer.gate, &layer.up, spec.gate);
+    match &layer.post_ffn_norm {
+        Some(norm) => {
+            let branch = b.linear(h, &layer.down, "ffn out");
+            b.add_rms_norm(x, branch, norm)
+        }
+        None => b.linear_add(h, &layer.down, x),
+    }
 }

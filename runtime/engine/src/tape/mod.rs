@@ -6,6 +6,7 @@
 //! run: nothing is rebuilt per token. There is no graph rewriting; fusion is by construction, each op being as coarse
 //! as the kernels want it.
 
+mod backward;
 mod builder;
 pub mod decoder;
 mod op;
@@ -14,9 +15,12 @@ mod rope;
 mod spec;
 mod weights;
 
-pub use builder::Builder;
+pub use builder::{Builder, LoraSpec};
 pub use decoder::Purpose;
-pub use op::{Attention, Epilogue, Linear, Op, Part, Rope, Rows, Tape, Value, ValueInfo, WeightId};
+pub use op::{
+    Attention, AttentionBackward, Epilogue, KvSource, Linear, Lora, LoraBackward, Op, Param, ParamId, Part, Rope, Rows, Tape,
+    Value, ValueInfo, WeightId,
+};
 pub use plan::{Place, Plan, PlanLimits};
 pub use rope::Frequencies;
 pub use spec::{Gate, LayerSpec, LinearSpec, RopeSpec, RopeStyle, Spec, WeightRef, Yarn};

@@ -13,6 +13,23 @@ pub struct Value(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WeightId(pub u32);
 
+/// A trained matrix: an index into the tape's [`Tape::params`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamId(pub u32);
+
+/// A trained matrix, f32, row-major, in one flat vector with all others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Param {
+    /// The weight it adapts, with `.lora_a` or `.lora_b` behind it.
+    pub name: String,
+    /// `[rows, width]`.
+    pub rows: usize,
+    /// Elements per row.
+    pub width: usize,
+    /// First element in the flat vector.
+    pub offset: usize,
+}
+
 /// What the number of rows of a value is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Rows {
@@ -69,7 +86,7 @@ pub struct Linear {
 }
 
 /// Head norm and rotation of queries and keys; keys and values then enter the cache.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Rope {
     /// `[T, heads·D]`, in.
     pub q: Value,
@@ -87,19 +104,81 @@ pub struct Rope {
     pub k_norm: Option<WeightId>,
     /// Index into the spec's rotations.
     pub rope: Option<usize>,
-    /// The layer whose cache receives keys and values.
-    pub layer: usize,
+    /// The layer whose cache receives keys and values; none in training, where attention reads the values themselves.
+    pub cache: Option<usize>,
 }
 
-/// Causal attention over the cache of `layer`, online softmax.
-#[derive(Clone, Debug)]
+/// Where attention finds keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvSource {
+    /// In the cache of a layer: all positions of the sequence up to the row's own.
+    Cache(usize),
+    /// In the run itself: `[T, kv_heads·D]` each.
+    Rows(Value, Value),
+}
+
+/// Causal attention, online softmax.
+#[derive(Clone, Copy, Debug)]
 pub struct Attention {
     /// Rotated queries `[T, heads·D]`.
     pub q: Value,
     /// `[T, heads·D]`.
     pub out: Value,
-    /// The layer whose cache is read.
-    pub layer: usize,
+    /// Keys and values.
+    pub kv: KvSource,
+    /// Log-sum-exp of the scores, `[T, heads]`, for the gradient.
+    pub lse: Option<Value>,
+    /// Sliding window.
+    pub window: Option<usize>,
+}
+
+/// `out = y + scale·h·Bᵀ` with `h = x·Aᵀ`: a low-rank adapter behind a linear map.
+#[derive(Clone, Copy, Debug)]
+pub struct Lora {
+    /// Input of the map, `[T, in]`.
+    pub x: Value,
+    /// Its output without the adapter, `[T, out]`.
+    pub y: Value,
+    /// `[r, in]`.
+    pub a: ParamId,
+    /// `[out, r]`.
+    pub b: ParamId,
+    /// `α/r`.
+    pub scale: f32,
+    /// `[T, r]`, out.
+    pub h: Value,
+    /// `[T, out]`, out.
+    pub out: Value,
+}
+
+/// Gradient of [`Lora`]: `e = scale·dy·B`, `out = dx + e·A`, `dB += scale·dyᵀ·h`, `dA += eᵀ·x`.
+#[derive(Clone, Copy, Debug)]
+pub struct LoraBackward {
+    /// The forward op.
+    pub forward: Lora,
+    /// Gradient of the output, `[T, out]`.
+    pub dy: Value,
+    /// Gradient of the input so far, `[T, in]`.
+    pub dx: Option<Value>,
+    /// `[T, r]`, out.
+    pub e: Value,
+    /// Gradient of the input with the adapter's part, out; none when nobody needs it.
+    pub out: Option<Value>,
+}
+
+/// Gradient of [`Attention`] over the run's own keys and values.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionBackward {
+    /// Rotated queries, keys, and values.
+    pub qkv: [Value; 3],
+    /// The attention's output.
+    pub out: Value,
+    /// Log-sum-exp of the scores.
+    pub lse: Value,
+    /// Gradient of the output.
+    pub d_out: Value,
+    /// Gradients of queries, keys and values, out.
+    pub d_qkv: [Value; 3],
     /// Sliding window.
     pub window: Option<usize>,
 }
@@ -158,6 +237,88 @@ pub enum Op {
         /// `[S, vocab]`.
         out: Value,
     },
+    /// `out = act(gate) ∘ up`.
+    Gated {
+        /// Activation.
+        kind: super::Gate,
+        /// `[T, ffn]`.
+        gate: Value,
+        /// `[T, ffn]`.
+        up: Value,
+        /// `[T, ffn]`.
+        out: Value,
+    },
+    /// A low-rank adapter.
+    Lora(Lora),
+    /// Gradient of a low-rank adapter.
+    LoraBackward(LoraBackward),
+    /// Gradient of linear maps with respect to their common input: `out = dx + Σ dy·W`.
+    LinearBackward {
+        /// Gradients of the outputs, with the matrices.
+        parts: Vec<(Value, WeightId)>,
+        /// Gradient of the input so far.
+        dx: Option<Value>,
+        /// `[T, in]`.
+        out: Value,
+    },
+    /// Gradient of an RMS norm: `out = dx + …`.
+    RmsNormBackward {
+        /// The norm's input.
+        x: Value,
+        /// Its weight.
+        weight: WeightId,
+        /// Gradient of its output.
+        dy: Value,
+        /// Gradient of its input so far.
+        dx: Option<Value>,
+        /// Gradient of its input, with the norm's part.
+        out: Value,
+    },
+    /// Gradient of a gated activation.
+    GatedBackward {
+        /// Activation.
+        kind: super::Gate,
+        /// `[T, ffn]`.
+        gate: Value,
+        /// `[T, ffn]`.
+        up: Value,
+        /// Gradient of the output.
+        dy: Value,
+        /// Gradient of the gate, out.
+        d_gate: Value,
+        /// Gradient of the other half, out.
+        d_up: Value,
+    },
+    /// Gradient of attention.
+    AttentionBackward(AttentionBackward),
+    /// Gradient of the rotation and the head norms: turns `dq` and `dk` back.
+    RopeBackward {
+        /// The forward op.
+        forward: Rope,
+        /// Gradients of the rotated queries and keys.
+        d: [Value; 2],
+        /// Gradients of the queries and keys, out.
+        out: [Value; 2],
+    },
+    /// `out[output row s] = x[s]`, zero elsewhere.
+    ScatterOutputs {
+        /// `[S, width]`.
+        x: Value,
+        /// `[T, width]`.
+        out: Value,
+    },
+    /// Cross-entropy and its gradient in one: `out` as in [`Op::CrossEntropy`], and
+    /// `dx[s] = g[s]·(softmax(z) − onehot(target s))·W`, with `g` the run's weight of the row.
+    CrossEntropyGrad {
+        /// `[S, width]`.
+        x: Value,
+        /// `[vocab, width]`.
+        weight: WeightId,
+        /// `[S, 1]`.
+        out: Value,
+        /// `[S, width]`, out.
+        dx: Value,
+    },
     /// `out[s] = log-sum-exp(z) − z[target s]` with `z = cap(x[s]·Wᵀ)`, without keeping the logits.
     CrossEntropy {
         /// `[S, width]`.
@@ -182,15 +343,49 @@ impl Op {
             Op::GatherOutputs { .. } => "gather_outputs",
             Op::Head { .. } => "head",
             Op::CrossEntropy { .. } => "cross_entropy",
+            Op::Gated { .. } => "gated",
+            Op::Lora(_) => "lora",
+            Op::LoraBackward(_) => "lora_backward",
+            Op::LinearBackward { .. } => "linear_backward",
+            Op::RmsNormBackward { .. } => "rms_norm_backward",
+            Op::GatedBackward { .. } => "gated_backward",
+            Op::AttentionBackward(_) => "attention_backward",
+            Op::RopeBackward { .. } => "rope_backward",
+            Op::ScatterOutputs { .. } => "scatter_outputs",
+            Op::CrossEntropyGrad { .. } => "cross_entropy_grad",
         }
+    }
+
+    /// Whether its work comes in pieces of different sizes, which threads claim instead of sharing them evenly.
+    pub fn is_claimed(&self) -> bool {
+        matches!(
+            self,
+            Op::Attention(_) | Op::AttentionBackward(_) | Op::CrossEntropy { .. } | Op::CrossEntropyGrad { .. }
+        )
     }
 
     /// Values the op reads.
     pub fn reads(&self) -> Vec<Value> {
         match self {
             Op::Embed { .. } => vec![],
-            Op::RmsNorm { x, .. } | Op::GatherOutputs { x, .. } | Op::Head { x, .. } | Op::CrossEntropy { x, .. } => {
-                vec![*x]
+            Op::RmsNorm { x, .. }
+            | Op::GatherOutputs { x, .. }
+            | Op::ScatterOutputs { x, .. }
+            | Op::Head { x, .. }
+            | Op::CrossEntropy { x, .. }
+            | Op::CrossEntropyGrad { x, .. } => vec![*x],
+            Op::Gated { gate, up, .. } => vec![*gate, *up],
+            Op::Lora(l) => vec![l.x, l.y],
+            Op::LoraBackward(l) => [l.forward.x, l.forward.h, l.dy].into_iter().chain(l.dx).collect(),
+            Op::LinearBackward { parts, dx, .. } => parts.iter().map(|(dy, _)| *dy).chain(*dx).collect(),
+            Op::RmsNormBackward { x, dy, dx, .. } => [*x, *dy].into_iter().chain(*dx).collect(),
+            Op::GatedBackward { gate, up, dy, .. } => vec![*gate, *up, *dy],
+            Op::AttentionBackward(a) => a.qkv.into_iter().chain([a.out, a.lse, a.d_out]).collect(),
+            // A rotation alone does not need what it turned.
+            Op::RopeBackward { forward, d, .. } => {
+                let normed = |norm: Option<WeightId>, value| norm.map(|_| value);
+                let inputs = [normed(forward.q_norm, forward.q), normed(forward.k_norm, forward.k)];
+                d.iter().copied().chain(inputs.into_iter().flatten()).collect()
             }
             Op::AddRmsNorm { x, y, .. } => vec![*x, *y],
             Op::Linear(l) => {
@@ -201,7 +396,10 @@ impl Op {
                 all
             }
             Op::Rope(r) => vec![r.q, r.k, r.v],
-            Op::Attention(a) => vec![a.q],
+            Op::Attention(a) => match a.kv {
+                KvSource::Cache(_) => vec![a.q],
+                KvSource::Rows(k, v) => vec![a.q, k, v],
+            },
         }
     }
 
@@ -212,8 +410,18 @@ impl Op {
             | Op::RmsNorm { out, .. }
             | Op::AddRmsNorm { out, .. }
             | Op::GatherOutputs { out, .. }
+            | Op::ScatterOutputs { out, .. }
             | Op::Head { out, .. }
+            | Op::Gated { out, .. }
+            | Op::LinearBackward { out, .. }
+            | Op::RmsNormBackward { out, .. }
             | Op::CrossEntropy { out, .. } => vec![*out],
+            Op::CrossEntropyGrad { out, dx, .. } => vec![*out, *dx],
+            Op::Lora(l) => vec![l.h, l.out],
+            Op::LoraBackward(l) => [l.e].into_iter().chain(l.out).collect(),
+            Op::GatedBackward { d_gate, d_up, .. } => vec![*d_gate, *d_up],
+            Op::AttentionBackward(a) => a.d_qkv.to_vec(),
+            Op::RopeBackward { out, .. } => out.to_vec(),
             Op::Linear(l) => {
                 let mut all: Vec<Value> = l.parts.iter().map(|p| p.out).collect();
                 if let Epilogue::Gated(_, out) = l.epilogue {
@@ -222,7 +430,7 @@ impl Op {
                 all
             }
             Op::Rope(r) => vec![r.q_out, r.k_out],
-            Op::Attention(a) => vec![a.out],
+            Op::Attention(a) => [a.out].into_iter().chain(a.lse).collect(),
         }
     }
 
@@ -236,6 +444,13 @@ impl Op {
                 _ => vec![],
             },
             Op::Rope(r) => vec![(r.q, r.q_out), (r.k, r.k_out)],
+            Op::Gated { gate, out, .. } => vec![(*gate, *out)],
+            Op::Lora(l) => vec![(l.y, l.out)],
+            Op::LoraBackward(LoraBackward { dx: Some(dx), out: Some(out), .. }) => vec![(*dx, *out)],
+            Op::LinearBackward { dx: Some(dx), out, .. } | Op::RmsNormBackward { dx: Some(dx), out, .. } => {
+                vec![(*dx, *out)]
+            }
+            Op::RopeBackward { d, out, .. } => vec![(d[0], out[0]), (d[1], out[1])],
             _ => vec![],
         }
     }
@@ -252,6 +467,8 @@ pub struct Tape {
     pub values: Vec<ValueInfo>,
     /// The value a caller reads after a run: logits or cross-entropies, `[S, …]`.
     pub result: Value,
+    /// The trained matrices; empty but for [`Purpose::Learn`](super::Purpose::Learn) and its scoring.
+    pub params: Vec<Param>,
 }
 
 impl Tape {

@@ -1,0 +1,335 @@
+//! The ops of learning on the CPU: adapters, gradients, the cross-entropy with its gradient.
+//!
+//! Rows are divided among the threads; sums over rows (the adapters' gradients) are divided by the rows of the parameter
+//! instead, so that nothing is added up across threads and a run gives the same bits for any number of them.
+
+use super::executor::{Context, Scratch, VOCAB_CHUNK};
+use super::kernels::{activation, attention, gemm, linear, norm, rope};
+use super::matrix::Matrix;
+use super::ops;
+use super::pool::Team;
+use crate::tape::{AttentionBackward, Lora, LoraBackward, Op, ParamId, Rope, Value, WeightId};
+
+impl<'a> Context<'a> {
+    /// A trained matrix, `[rows, width]`.
+    fn param(&self, id: ParamId) -> &'a [f32] {
+        let p = &self.tape.params[id.0 as usize];
+        // SAFETY: the executor was given a vector of all parameters, which nobody writes during a run.
+        unsafe { std::slice::from_raw_parts(self.params.add(p.offset), p.rows * p.width) }
+    }
+
+    /// Rows of the gradient of a trained matrix.
+    ///
+    /// # Safety
+    /// Only this thread may use these rows meanwhile.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn gradient(&self, id: ParamId, rows: std::ops::Range<usize>) -> &'a mut [f32] {
+        let p = &self.tape.params[id.0 as usize];
+        // SAFETY: as large as the parameters; exclusive by the caller's promise.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.gradients.add(p.offset + rows.start * p.width), rows.len() * p.width)
+        }
+    }
+
+    fn param_shape(&self, id: ParamId) -> (usize, usize) {
+        let p = &self.tape.params[id.0 as usize];
+        (p.rows, p.width)
+    }
+}
+
+/// Executes this thread's part of an op of learning.
+///
+/// # Safety
+/// As for [`ops::run`].
+pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mut Scratch, round: usize) {
+    // SAFETY: as in `ops::run`: each arm writes rows or columns of this thread's share only.
+    unsafe {
+        match op {
+            Op::Lora(op) => lora(c, op, team),
+            Op::LoraBackward(op) => lora_backward(c, op, team),
+            Op::LinearBackward { parts, dx, out } => {
+                let y = c.matrix(*out);
+                let rows = team.share(y.rows, 1);
+                begin(c, *dx, *out, rows.clone());
+                for (i, (dy, weight)) in parts.iter().enumerate() {
+                    let dy = c.matrix(*dy);
+                    let data = c.weights.data(*weight);
+                    linear_backward(c, *weight, data, &dy, rows.clone(), &y, i > 0 || dx.is_some(), scratch);
+                }
+            }
+            Op::RmsNormBackward { x, weight, dy, dx, out } => {
+                let (x, dy, y) = (c.matrix(*x), c.matrix(*dy), c.matrix(*out));
+                let weight = c.weights.get(*weight).vector();
+                for row in team.share(y.rows, 1) {
+                    begin(c, *dx, *out, row..row + 1);
+                    if dx.is_none() {
+                        y.row_mut(row).fill(0.0);
+                    }
+                    norm::rms_norm_backward(c.isa, x.row(row), weight, dy.row(row), c.tape.spec.norm_eps, y.row_mut(row));
+                }
+            }
+            Op::GatedBackward { kind, gate, up, dy, d_gate, d_up } => {
+                let [gate, up, dy, d_gate, d_up] = [gate, up, dy, d_gate, d_up].map(|v| c.matrix(*v));
+                for row in team.share(dy.rows, 1) {
+                    let (d_gate, d_up) = (d_gate.row_mut(row), d_up.row_mut(row));
+                    activation::gated_backward(c.isa, *kind, gate.row(row), up.row(row), dy.row(row), d_gate, d_up);
+                }
+            }
+            Op::AttentionBackward(op) => attention_backward(c, op, team, scratch, round),
+            Op::RopeBackward { forward, d, out } => rope_backward(c, forward, *d, *out, team),
+            Op::ScatterOutputs { x, out } => {
+                let (x, y) = (c.matrix(*x), c.matrix(*out));
+                for row in team.share(y.rows, 1) {
+                    match c.outputs.binary_search(&(row as u32)) {
+                        Ok(at) => y.row_mut(row).copy_from_slice(x.row(at)),
+                        Err(_) => y.row_mut(row).fill(0.0),
+                    }
+                }
+            }
+            Op::CrossEntropyGrad { x, weight, out, dx } => {
+                ops::cross_entropy(c, *x, *weight, *out, team, scratch, round);
+                cross_entropy_gradient(c, *x, *weight, *out, *dx, team, scratch);
+            }
+            _ => unreachable!("{} is no op of learning", op.name()),
+        }
+    }
+}
+
+/// Brings the gradient so far to where the op adds to it, unless it is there already.
+///
+/// # Safety
+/// This thread alone uses these rows.
+unsafe fn begin(c: &Context<'_>, dx: Option<Value>, out: Value, rows: std::ops::Range<usize>) {
+    let Some(dx) = dx else { return };
+    let (dx, y) = (c.matrix(dx), c.matrix(out));
+    if dx.row_ptr(0) != y.row_ptr(0) {
+        for row in rows {
+            // SAFETY: by the caller's promise.
+            unsafe { y.row_mut(row).copy_from_slice(dx.row(row)) };
+        }
+    }
+}
+
+/// `out (+)= dy·W` for some rows, `W` being `data`'s rows.
+///
+/// # Safety
+/// This thread alone uses these rows of `out`.
+#[allow(clippy::too_many_arguments)]
+unsafe fn linear_backward(
+    c: &Context<'_>,
+    weight: WeightId,
+    data: &[u8],
+    dy: &Matrix,
+    rows: std::ops::Range<usize>,
+    out: &Matrix,
+    accumulate: bool,
+    scratch: &mut Scratch,
+) {
+    if rows.is_empty() {
+        return;
+    }
+    let info = c.weights.get(weight);
+    let task = linear::LinearBackwardTask {
+        dtype: info.dtype,
+        weight: data,
+        k: info.width,
+        rows: data.len() / (c.weights.data(weight).len() / info.rows),
+        // SAFETY: written before the last barrier.
+        dy: unsafe { dy.all(0..dy.rows) },
+        dy_stride: dy.width,
+        tokens: rows,
+        // SAFETY: threads write disjoint rows.
+        dx: unsafe { linear::OutMut::new(out.row_ptr(0), out.width, out.rows * out.width) },
+        accumulate,
+    };
+    // The sizes were checked when the weights were resolved and the arena planned.
+    if let Err(e) = linear::linear_backward(c.isa, &task, &mut scratch.linear) {
+        unreachable!("{}: {e}", info.name);
+    }
+}
+
+unsafe fn lora(c: &Context<'_>, op: &Lora, team: &Team<'_>) {
+    let [x, y, h, out] = [op.x, op.y, op.h, op.out].map(|v| c.matrix(v));
+    let (rank, width) = c.param_shape(op.a);
+    let rows = team.share(out.rows, 1);
+    if rows.is_empty() {
+        return;
+    }
+    // SAFETY: this thread's rows.
+    unsafe {
+        begin(c, Some(op.y), op.out, rows.clone());
+        debug_assert_eq!(y.width, out.width);
+        let (h, y) = (rows_mut(&h, rows.clone()), rows_mut(&out, rows.clone()));
+        h.fill(0.0);
+        gemm::nt(c.isa, rows.len(), rank, width, 1.0, x.all(rows.clone()), width, c.param(op.a), width, h, rank);
+        gemm::nt(c.isa, rows.len(), out.width, rank, op.scale, h, rank, c.param(op.b), rank, y, out.width);
+    }
+}
+
+unsafe fn lora_backward(c: &Context<'_>, op: &LoraBackward, team: &Team<'_>) {
+    let f = &op.forward;
+    let [x, h, dy, e] = [f.x, f.h, op.dy, op.e].map(|v| c.matrix(v));
+    let (rank, width) = c.param_shape(f.a);
+    let out_width = c.param_shape(f.b).0;
+    let rows = team.share(dy.rows, 1);
+    // SAFETY: this thread's rows, of values first and of gradients then.
+    unsafe {
+        if !rows.is_empty() {
+            let e = rows_mut(&e, rows.clone());
+            e.fill(0.0);
+            gemm::nn(c.isa, rows.len(), rank, out_width, f.scale, dy.all(rows.clone()), out_width, c.param(f.b), rank, e, rank);
+            if let Some(out) = op.out {
+                begin(c, op.dx, out, rows.clone());
+                let y = rows_mut(&c.matrix(out), rows.clone());
+                if op.dx.is_none() {
+                    y.fill(0.0);
+                }
+                gemm::nn(c.isa, rows.len(), width, rank, 1.0, e, rank, c.param(f.a), width, y, width);
+            }
+        }
+        team.wait();
+        if dy.rows == 0 {
+            return;
+        }
+        let (all, b_rows, a_rows) = (0..dy.rows, team.share(out_width, 8), team.share(rank, 1));
+        if !b_rows.is_empty() {
+            let grad = c.gradient(f.b, b_rows.clone());
+            let dy = &dy.all(all.clone())[b_rows.start..];
+            gemm::tn(c.isa, b_rows.len(), rank, all.len(), f.scale, dy, out_width, h.all(all.clone()), rank, grad, rank);
+        }
+        if !a_rows.is_empty() {
+            let grad = c.gradient(f.a, a_rows.clone());
+            let e = &e.all(all.clone())[a_rows.start..];
+            gemm::tn(c.isa, a_rows.len(), width, all.len(), 1.0, e, rank, x.all(all.clone()), width, grad, width);
+        }
+    }
+}
+
+/// Several rows to be written.
+///
+/// # Safety
+/// This thread alone uses them.
+unsafe fn rows_mut<'a>(matrix: &Matrix, rows: std::ops::Range<usize>) -> &'a mut [f32] {
+    // SAFETY: in bounds, as rows are contiguous; exclusive by the caller's promise.
+    unsafe { std::slice::from_raw_parts_mut(matrix.row_ptr(rows.start), rows.len() * matrix.width) }
+}
+
+unsafe fn attention_backward(c: &Context<'_>, op: &AttentionBackward, team: &Team<'_>, scratch: &mut Scratch, round: usize) {
+    let spec = &c.tape.spec;
+    let group = spec.heads / spec.kv_heads;
+    let [q, k, v] = op.qkv.map(|value| c.matrix(value));
+    let [dq, dk, dv] = op.d_qkv.map(|value| c.matrix(value));
+    let [out, lse, d_out] = [op.out, op.lse, op.d_out].map(|value| c.matrix(value));
+    team.claim(round, c.sequences.len() * spec.kv_heads, |piece| {
+        let s = &c.sequences[piece / spec.kv_heads];
+        let at = s.first_row;
+        let task = attention::AttentionBackwardTask {
+            q: q.row_ptr(at),
+            k: k.row_ptr(at),
+            v: v.row_ptr(at),
+            out: out.row_ptr(at),
+            d_out: d_out.row_ptr(at),
+            lse: lse.row_ptr(at),
+            dq: dq.row_ptr(at),
+            dk: dk.row_ptr(at),
+            dv: dv.row_ptr(at),
+            q_stride: q.width,
+            kv_stride: k.width,
+            lse_stride: spec.heads,
+            rows: s.rows,
+            kv_head: piece % spec.kv_heads,
+            group,
+            head_dim: spec.head_dim,
+            window: op.window,
+            starts: None,
+            scale: spec.attention_scale,
+            softcap: spec.attention_softcap,
+            alibi: spec.alibi.as_deref(),
+        };
+        // SAFETY: all rows of the sequence lie in the arena; each piece writes its own heads.
+        unsafe { attention::attention_backward(c.isa, &task, scratch.floats()) };
+    });
+}
+
+unsafe fn rope_backward(c: &Context<'_>, op: &Rope, [dq, dk]: [Value; 2], [q_out, k_out]: [Value; 2], team: &Team<'_>) {
+    let spec = &c.tape.spec;
+    let dim = spec.head_dim;
+    let parts = [(op.q, dq, q_out, op.q_norm, spec.heads), (op.k, dk, k_out, op.k_norm, spec.kv_heads)];
+    for (input, gradient, out, norm_weight, heads) in parts {
+        let (x, d, y) = (c.matrix(input), c.matrix(gradient), c.matrix(out));
+        let mut turned = vec![0.0; dim];
+        for item in team.share(y.rows * heads, 1) {
+            let (row, columns) = (item / heads, item % heads * dim..(item % heads + 1) * dim);
+            // SAFETY: this thread's head of this row.
+            let (from, to) = unsafe { (&d.row(row)[columns.clone()], y.columns_mut(row, columns.clone())) };
+            turned.copy_from_slice(from);
+            if let Some(index) = op.rope {
+                let (cos, sin) = ops::rope_row(c, row, index);
+                rope::rope_backward(c.isa, &mut turned, dim, cos, sin, spec.ropes[index].style);
+            }
+            match norm_weight {
+                None => to.copy_from_slice(&turned),
+                Some(weight) => {
+                    to.fill(0.0);
+                    let weight = c.weights.get(weight).vector();
+                    // SAFETY: the forward op's input, which is kept.
+                    let x = unsafe { &x.row(row)[columns] };
+                    norm::rms_norm_backward(c.isa, x, weight, &turned, spec.norm_eps, to);
+                }
+            }
+        }
+    }
+}
+
+/// The second pass of a cross-entropy: chunk by chunk of the vocabulary all threads compute `g·(softmax − onehot)`, then
+/// each multiplies it with the chunk's weights for its own rows.
+unsafe fn cross_entropy_gradient(
+    c: &Context<'_>,
+    x: Value,
+    weight: WeightId,
+    nll: Value,
+    dx: Value,
+    team: &Team<'_>,
+    scratch: &mut Scratch,
+) {
+    let rows = c.outputs.len();
+    if rows == 0 {
+        return;
+    }
+    team.wait();
+    let data = c.weights.data(weight);
+    let vocab = c.weights.get(weight).rows;
+    let row_bytes = data.len() / vocab;
+    let (nll, dx) = (c.matrix(nll), c.matrix(dx));
+    // SAFETY: the input was finished long before; the partial sums' and target logits' places as in `cross_entropy`,
+    // and the probabilities' place behind them.
+    let (x, targets, probabilities) = unsafe {
+        let targets = c.arena.add(c.tables.partial).cast::<f32>().add(2 * vocab.div_ceil(VOCAB_CHUNK) * rows);
+        let probabilities = Matrix::new(c.arena.add(c.tables.probabilities).cast(), rows, VOCAB_CHUNK);
+        (c.activations(x), targets, probabilities)
+    };
+    for start in (0..vocab).step_by(VOCAB_CHUNK) {
+        let chunk = start..(start + VOCAB_CHUNK).min(vocab);
+        let mine = team.share(chunk.len(), ops::ROW_UNIT);
+        if !mine.is_empty() {
+            c.linear_chunk(weight, chunk.start, mine.clone(), &x, &probabilities, &mut scratch.linear);
+        }
+        for row in 0..rows {
+            // SAFETY: this thread's columns.
+            unsafe {
+                let z = probabilities.columns_mut(row, mine.clone());
+                // Log-sum-exp is what the cross-entropy adds to the target's logit.
+                let lse = *targets.add(row) + nll.row(row)[0];
+                let g = c.row_weights[row];
+                let at = (c.targets[row] as usize).checked_sub(chunk.start + mine.start).filter(|t| *t < mine.len());
+                activation::cross_entropy_gradient(c.isa, z, lse, at, g, c.tape.spec.logit_softcap);
+            }
+        }
+        team.wait();
+        let mine = team.share(rows, 1);
+        let part = &data[chunk.start * row_bytes..chunk.end * row_bytes];
+        // SAFETY: this thread's rows of the gradient; the chunk's probabilities are complete.
+        unsafe { linear_backward(c, weight, part, &probabilities, mine, &dx, start > 0, scratch) };
+        team.wait();
+    }
+}
