@@ -32,6 +32,8 @@ pub struct ExecutorOptions {
     pub limits: PlanLimits,
     /// Adapters to train: the tapes are those of learning then.
     pub lora: Option<LoraSpec>,
+    /// Multiply quantized weights with f32 activations instead of 8-bit ones: several times slower, and exact.
+    pub exact: bool,
     /// Layers, from the last, whose values are kept for the gradient instead of being computed again.
     pub kept_layers: usize,
 }
@@ -203,6 +205,8 @@ pub(super) struct Context<'a> {
     pub positions: &'a [u32],
     pub sequences: &'a [SequenceView],
     pub kv: KvLayout,
+    /// Linear maps read the f32 activations, whatever the type of the weights.
+    pub exact: bool,
     pub frequencies: &'a [Frequencies],
     /// Corrections of the maps' results.
     pub patches: Option<&'a Patches>,
@@ -329,6 +333,7 @@ impl Executor {
             positions: &positions,
             sequences: &sequences,
             kv,
+            exact: self.options.exact,
             frequencies: &self.frequencies,
             patches: self.patches.as_ref(),
         };

@@ -168,7 +168,8 @@ impl Context<'_> {
 
     fn run_linear(&self, task: &linear::LinearTask<'_>, weight: WeightId, scratch: &mut linear::Scratch) {
         // The sizes were checked when the weights were resolved and the arena planned.
-        if let Err(e) = linear::linear(self.isa, task, scratch) {
+        let kernel = if self.exact { linear::linear_exact } else { linear::linear };
+        if let Err(e) = kernel(self.isa, task, scratch) {
             unreachable!("{}: {e}", self.weights.get(weight).name);
         }
     }

@@ -4,7 +4,8 @@
 //! instead, so that nothing is added up across threads and a run gives the same bits for any number of them.
 
 use super::executor::{Context, Scratch, VOCAB_CHUNK};
-use super::kernels::{activation, attention, gemm, linear, norm, rope};
+use super::kernels::gemm::{self, Gemm};
+use super::kernels::{activation, attention, linear, norm, rope, vector};
 use super::matrix::Matrix;
 use super::ops;
 use super::pool::Team;
@@ -62,10 +63,9 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let weight = c.weights.get(*weight).vector();
                 for row in team.share(y.rows, 1) {
                     begin(c, *dx, *out, row..row + 1);
-                    if dx.is_none() {
-                        y.row_mut(row).fill(0.0);
-                    }
-                    norm::rms_norm_backward(c.isa, x.row(row), weight, dy.row(row), c.tape.spec.norm_eps, y.row_mut(row));
+                    let (x, dy, y) = (x.row(row), dy.row(row), y.row_mut(row));
+                    let inv_rms = norm::inverse_rms(c.isa, x, c.tape.spec.norm_eps);
+                    norm::rms_norm_backward(c.isa, x, weight, dy, inv_rms, y, dx.is_some());
                 }
             }
             Op::GatedBackward { kind, gate, up, dy, d_gate, d_up } => {
@@ -148,21 +148,44 @@ unsafe fn linear_backward(
     }
 }
 
+/// `c (+)= α·a·b` in one of the three forms of [`gemm`]; `(m, n, k)` are its sizes, strides go with the slices.
+///
+/// # Safety
+/// `c` holds `m` rows of `n` values and is this thread's alone.
+#[allow(clippy::too_many_arguments)]
+unsafe fn product(
+    c: &Context<'_>,
+    form: fn(super::isa::Isa, &Gemm<'_>) -> crate::Result<()>,
+    (m, n, k): (usize, usize, usize),
+    alpha: f32,
+    (a, a_stride): (&[f32], usize),
+    (b, b_stride): (&[f32], usize),
+    out: &mut [f32],
+    accumulate: bool,
+) {
+    // SAFETY: the slice is as long as it says, and exclusive.
+    let out = unsafe { linear::OutMut::new(out.as_mut_ptr(), n, out.len()) };
+    let task = Gemm { m, n, k, alpha, a, a_stride, b, b_stride, c: out, accumulate };
+    // The sizes come from the tape's own table.
+    if let Err(e) = form(c.isa, &task) {
+        unreachable!("adapter: {e}");
+    }
+}
+
 unsafe fn lora(c: &Context<'_>, op: &Lora, team: &Team<'_>) {
-    let [x, y, h, out] = [op.x, op.y, op.h, op.out].map(|v| c.matrix(v));
+    let [x, h, out] = [op.x, op.h, op.out].map(|v| c.matrix(v));
     let (rank, width) = c.param_shape(op.a);
     let rows = team.share(out.rows, 1);
     if rows.is_empty() {
         return;
     }
+    let (n, wide) = (rows.len(), out.width);
     // SAFETY: this thread's rows.
     unsafe {
         begin(c, Some(op.y), op.out, rows.clone());
-        debug_assert_eq!(y.width, out.width);
         let (h, y) = (rows_mut(&h, rows.clone()), rows_mut(&out, rows.clone()));
-        h.fill(0.0);
-        gemm::nt(c.isa, rows.len(), rank, width, 1.0, x.all(rows.clone()), width, c.param(op.a), width, h, rank);
-        gemm::nt(c.isa, rows.len(), out.width, rank, op.scale, h, rank, c.param(op.b), rank, y, out.width);
+        product(c, gemm::gemm_nt, (n, rank, width), 1.0, (x.all(rows), width), (c.param(op.a), width), h, false);
+        product(c, gemm::gemm_nt, (n, wide, rank), op.scale, (h, rank), (c.param(op.b), rank), y, true);
     }
 }
 
@@ -170,37 +193,44 @@ unsafe fn lora_backward(c: &Context<'_>, op: &LoraBackward, team: &Team<'_>) {
     let f = &op.forward;
     let [x, h, dy, e] = [f.x, f.h, op.dy, op.e].map(|v| c.matrix(v));
     let (rank, width) = c.param_shape(f.a);
-    let out_width = c.param_shape(f.b).0;
+    let wide = c.param_shape(f.b).0;
     let rows = team.share(dy.rows, 1);
     // SAFETY: this thread's rows, of values first and of gradients then.
     unsafe {
         if !rows.is_empty() {
+            let n = rows.len();
             let e = rows_mut(&e, rows.clone());
-            e.fill(0.0);
-            gemm::nn(c.isa, rows.len(), rank, out_width, f.scale, dy.all(rows.clone()), out_width, c.param(f.b), rank, e, rank);
+            product(
+                c,
+                gemm::gemm_nn,
+                (n, rank, wide),
+                f.scale,
+                (dy.all(rows.clone()), wide),
+                (c.param(f.b), rank),
+                e,
+                false,
+            );
             if let Some(out) = op.out {
                 begin(c, op.dx, out, rows.clone());
                 let y = rows_mut(&c.matrix(out), rows.clone());
-                if op.dx.is_none() {
-                    y.fill(0.0);
-                }
-                gemm::nn(c.isa, rows.len(), width, rank, 1.0, e, rank, c.param(f.a), width, y, width);
+                product(c, gemm::gemm_nn, (n, width, rank), 1.0, (e, rank), (c.param(f.a), width), y, op.dx.is_some());
             }
         }
         team.wait();
-        if dy.rows == 0 {
+        let n = dy.rows;
+        if n == 0 {
             return;
         }
-        let (all, b_rows, a_rows) = (0..dy.rows, team.share(out_width, 8), team.share(rank, 1));
+        let (b_rows, a_rows) = (team.share(wide, 8), team.share(rank, 1));
         if !b_rows.is_empty() {
-            let grad = c.gradient(f.b, b_rows.clone());
-            let dy = &dy.all(all.clone())[b_rows.start..];
-            gemm::tn(c.isa, b_rows.len(), rank, all.len(), f.scale, dy, out_width, h.all(all.clone()), rank, grad, rank);
+            let dy = (&dy.all(0..n)[b_rows.start..], wide);
+            let out = c.gradient(f.b, b_rows.clone());
+            product(c, gemm::gemm_tn, (b_rows.len(), rank, n), f.scale, dy, (h.all(0..n), rank), out, true);
         }
         if !a_rows.is_empty() {
-            let grad = c.gradient(f.a, a_rows.clone());
-            let e = &e.all(all.clone())[a_rows.start..];
-            gemm::tn(c.isa, a_rows.len(), width, all.len(), 1.0, e, rank, x.all(all.clone()), width, grad, width);
+            let e = (&e.all(0..n)[a_rows.start..], rank);
+            let out = c.gradient(f.a, a_rows.clone());
+            product(c, gemm::gemm_tn, (a_rows.len(), width, n), 1.0, e, (x.all(0..n), width), out, true);
         }
     }
 }
@@ -214,7 +244,13 @@ unsafe fn rows_mut<'a>(matrix: &Matrix, rows: std::ops::Range<usize>) -> &'a mut
     unsafe { std::slice::from_raw_parts_mut(matrix.row_ptr(rows.start), rows.len() * matrix.width) }
 }
 
-unsafe fn attention_backward(c: &Context<'_>, op: &AttentionBackward, team: &Team<'_>, scratch: &mut Scratch, round: usize) {
+unsafe fn attention_backward(
+    c: &Context<'_>,
+    op: &AttentionBackward,
+    team: &Team<'_>,
+    scratch: &mut Scratch,
+    round: usize,
+) {
     let spec = &c.tape.spec;
     let group = spec.heads / spec.kv_heads;
     let [q, k, v] = op.qkv.map(|value| c.matrix(value));
@@ -224,19 +260,24 @@ unsafe fn attention_backward(c: &Context<'_>, op: &AttentionBackward, team: &Tea
         let s = &c.sequences[piece / spec.kv_heads];
         let at = s.first_row;
         let task = attention::AttentionBackwardTask {
+            rows: (0, s.rows),
             q: q.row_ptr(at),
+            q_stride: q.width,
             k: k.row_ptr(at),
+            k_stride: k.width,
             v: v.row_ptr(at),
+            v_stride: v.width,
             out: out.row_ptr(at),
             d_out: d_out.row_ptr(at),
+            out_stride: out.width,
             lse: lse.row_ptr(at),
+            lse_stride: lse.width,
             dq: dq.row_ptr(at),
+            dq_stride: dq.width,
             dk: dk.row_ptr(at),
+            dk_stride: dk.width,
             dv: dv.row_ptr(at),
-            q_stride: q.width,
-            kv_stride: k.width,
-            lse_stride: spec.heads,
-            rows: s.rows,
+            dv_stride: dv.width,
             kv_head: piece % spec.kv_heads,
             group,
             head_dim: spec.head_dim,
@@ -270,11 +311,11 @@ unsafe fn rope_backward(c: &Context<'_>, op: &Rope, [dq, dk]: [Value; 2], [q_out
             match norm_weight {
                 None => to.copy_from_slice(&turned),
                 Some(weight) => {
-                    to.fill(0.0);
                     let weight = c.weights.get(weight).vector();
                     // SAFETY: the forward op's input, which is kept.
                     let x = unsafe { &x.row(row)[columns] };
-                    norm::rms_norm_backward(c.isa, x, weight, &turned, spec.norm_eps, to);
+                    let inv_rms = norm::inverse_rms(c.isa, x, spec.norm_eps);
+                    norm::rms_norm_backward(c.isa, x, weight, &turned, inv_rms, to, false);
                 }
             }
         }
@@ -308,6 +349,7 @@ unsafe fn cross_entropy_gradient(
         let probabilities = Matrix::new(c.arena.add(c.tables.probabilities).cast(), rows, VOCAB_CHUNK);
         (c.activations(x), targets, probabilities)
     };
+    let mut capped = Vec::new();
     for start in (0..vocab).step_by(VOCAB_CHUNK) {
         let chunk = start..(start + VOCAB_CHUNK).min(vocab);
         let mine = team.share(chunk.len(), ops::ROW_UNIT);
@@ -322,7 +364,15 @@ unsafe fn cross_entropy_gradient(
                 let lse = *targets.add(row) + nll.row(row)[0];
                 let g = c.row_weights[row];
                 let at = (c.targets[row] as usize).checked_sub(chunk.start + mine.start).filter(|t| *t < mine.len());
-                activation::cross_entropy_gradient(c.isa, z, lse, at, g, c.tape.spec.logit_softcap);
+                let Some(cap) = c.tape.spec.logit_softcap else {
+                    vector::cross_entropy_backward(c.isa, z, lse, at, g);
+                    continue;
+                };
+                activation::softcap(c.isa, z, cap);
+                capped.clear();
+                capped.extend_from_slice(z);
+                vector::cross_entropy_backward(c.isa, z, lse, at, g);
+                activation::softcap_backward(c.isa, &capped, cap, z);
             }
         }
         team.wait();

@@ -159,9 +159,15 @@ impl Engine {
             }
             tokens.extend_from_slice(feed);
         }
-        let segments =
-            feeds.iter_mut().map(|(sequence, feed)| Segment { cache: Some(&mut sequence.cache), rows: feed.len() }).collect();
-        let result = self.executor.run(purpose, Batch { tokens: &tokens, segments, outputs, targets, learning: None }, cancel)?;
+        let segments = feeds
+            .iter_mut()
+            .map(|(sequence, feed)| Segment { cache: Some(&mut sequence.cache), rows: feed.len() })
+            .collect();
+        let result = self.executor.run(
+            purpose,
+            Batch { tokens: &tokens, segments, outputs, targets, learning: None },
+            cancel,
+        )?;
         for (sequence, feed) in feeds {
             if sequence.tokens.is_empty() {
                 sequence.adapters = self.adapters.clone();
@@ -235,5 +241,6 @@ fn executor_options(options: &SessionOptions) -> ExecutorOptions {
         limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
         lora: None,
         kept_layers: 0,
+        exact: false,
     }
 }

@@ -17,6 +17,8 @@ pub struct LearnerOptions {
     pub lora: LoraSpec,
     /// Most tokens per run.
     pub tokens: usize,
+    /// Compute with f32 activations instead of 8-bit ones: slower, and what the mathematics says.
+    pub exact: bool,
     /// Threads; 0 for one per core.
     pub threads: usize,
     /// Bytes the whole may take, the mapped file included: as many layers are kept from computing twice as fit.
@@ -144,7 +146,11 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
         return Err(Error::argument(format!("a rank between 1 and 1024 and a finite scale are needed, not {lora:?}")));
     }
     if !(1..=1 << 20).contains(&options.tokens) {
-        return Err(Error::argument(format!("tokens per run must be between 1 and {}, not {}", 1 << 20, options.tokens)));
+        return Err(Error::argument(format!(
+            "tokens per run must be between 1 and {}, not {}",
+            1 << 20,
+            options.tokens
+        )));
     }
     let threads = match options.threads {
         0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
@@ -155,6 +161,7 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
         limits: PlanLimits { tokens: options.tokens, outputs: options.tokens },
         lora: Some(lora.clone()),
         kept_layers: 1,
+        exact: options.exact,
     })
 }
 
@@ -180,7 +187,8 @@ fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut Executor
         let (mut low, mut high) = (1, model.spec().layers.len());
         while low < high {
             let middle = (low + high).div_ceil(2);
-            let fits = estimate(&ExecutorOptions { kept_layers: middle, ..executor_options.clone() }).resident() <= budget;
+            let fits =
+                estimate(&ExecutorOptions { kept_layers: middle, ..executor_options.clone() }).resident() <= budget;
             match fits {
                 true => low = middle,
                 false => high = middle - 1,

@@ -18,8 +18,8 @@ mod weights;
 pub use builder::{Builder, LoraSpec};
 pub use decoder::Purpose;
 pub use op::{
-    Attention, AttentionBackward, Epilogue, KvSource, Linear, Lora, LoraBackward, Op, Param, ParamId, Part, Rope, Rows, Tape,
-    Value, ValueInfo, WeightId,
+    Attention, AttentionBackward, Epilogue, KvSource, Linear, Lora, LoraBackward, Op, Param, ParamId, Part, Rope, Rows,
+    Tape, Value, ValueInfo, WeightId,
 };
 pub use plan::{Place, Plan, PlanLimits};
 pub use rope::Frequencies;
