@@ -18,6 +18,9 @@ use kinglet_engine::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
+/// A tensor's values and its shape.
+type Values = (Vec<f32>, Vec<usize>);
+
 /// The files of an adapter.
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
@@ -77,7 +80,7 @@ fn permute(spec: &Spec, name: &str, rows: Vec<f32>, width: usize, way: Way) -> V
     let turns = name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight");
     let interleaved = spec.ropes.iter().any(|r| r.style == RopeStyle::Interleaved);
     let (dim, half) = (spec.head_dim, spec.head_dim / 2);
-    if !turns || !interleaved || dim < 2 || width == 0 || rows.len() % (dim * width) != 0 {
+    if !turns || !interleaved || dim < 2 || width == 0 || !rows.len().is_multiple_of(dim * width) {
         return rows;
     }
     let mut out = vec![0.0; rows.len()];
@@ -182,7 +185,7 @@ pub fn read(folder: impl AsRef<Path>, model: &Model) -> Result<Adapter> {
     let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| folder.error(TENSORS, "header", e.to_string()))?;
     // Module → A, B, magnitude.
-    let mut modules: BTreeMap<&str, [Option<(Vec<f32>, Vec<usize>)>; 3]> = BTreeMap::new();
+    let mut modules: BTreeMap<&str, [Option<Values>; 3]> = BTreeMap::new();
     for (name, tensor) in file.iter() {
         let refuse = |what: &str| folder.error(TENSORS, format!("tensor {name}"), what);
         let inner = name.strip_prefix(PREFIX).unwrap_or(name);

@@ -20,6 +20,7 @@ pub struct Avx2(());
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI besides AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(clippy::manual_non_exhaustive, reason = "a proof must not be made outside this file, in the crate either")]
 pub struct Avx512 {
     /// Whether it also has AVX-512 BF16 (`vdpbf16ps`).
     pub bf16: bool,
@@ -28,6 +29,7 @@ pub struct Avx512 {
 
 /// Proof that the code runs on AArch64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(clippy::manual_non_exhaustive, reason = "a proof must not be made outside this file, in the crate either")]
 pub struct Neon {
     /// `sdot`.
     pub dotprod: bool,

@@ -237,6 +237,7 @@ impl Context<'_> {
     ///
     /// # Safety
     /// This thread alone uses those columns of `out`, and its block of the patches' scratch.
+    #[allow(clippy::too_many_arguments)]
     unsafe fn linear_add_with_gain(
         &self,
         weight: WeightId,
@@ -252,7 +253,7 @@ impl Context<'_> {
         let apart = unsafe { Matrix::new(patches.apart(thread), out.rows, GAIN_COLUMNS) };
         for first in columns.clone().step_by(GAIN_COLUMNS) {
             let some = first..(first + GAIN_COLUMNS).min(columns.end);
-            self.linear_chunk(weight, some.clone(), x, &apart, scratch);
+            self.linear_chunk(weight, some.start, 0..some.len(), x, &apart, scratch);
             for row in 0..out.rows {
                 // SAFETY: by the caller's promise.
                 let (from, to) = unsafe { (apart.row(row), out.columns_mut(row, some.clone())) };
@@ -561,7 +562,7 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
     let (q, out) = (c.matrix(op.q), c.matrix(op.out));
     let lse = op.lse.map(|lse| c.matrix(lse));
     // A single query row is divided by heads; when they do not come out even, by query heads.
-    let single = if c.sequences.len() * spec.kv_heads % team.size == 0 { group } else { 1 };
+    let single = if (c.sequences.len() * spec.kv_heads).is_multiple_of(team.size) { group } else { 1 };
     let heads_of = |s: &SequenceView| if s.rows == 1 { single } else { group };
     let pieces_of = |s: &SequenceView| (spec.heads / heads_of(s)) * s.rows.div_ceil(QUERY_ROWS);
     let total: usize = c.sequences.iter().map(pieces_of).sum();

@@ -178,8 +178,9 @@ fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut Executor
         Estimate {
             weights: model.gguf().file_bytes(),
             kv_cache: 0,
+            arena: needs.arena as u64,
             // Parameters and gradients, f32.
-            arena: (needs.arena + 8 * params) as u64,
+            adapters: 8 * params as u64,
             scratch: needs.scratch as u64,
         }
     };

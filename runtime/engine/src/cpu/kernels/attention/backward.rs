@@ -360,6 +360,7 @@ mod avx2 {
                     slab::<2>(n, dim, left(at.q), Slab { at: at.kt.add(panel), row: 16 }, to(at.p));
                     slab::<2>(n, dim, left(at.d_out), Slab { at: at.vt.add(panel), row: 16 }, to(at.ds));
                 }
+                #[allow(clippy::needless_range_loop, reason = "i counts rows of five arrays")]
                 for i in m..m + n {
                     let ahead = (row + i) as f32 - block as f32;
                     let (p, ds) = (at.p.add(i * TILE), at.ds.add(i * TILE));
@@ -372,6 +373,7 @@ mod avx2 {
                     let dq = Target { at: at.dq.add(m * width + c), row: width, columns: 16, alpha: 1.0, add: false };
                     slab::<2>(n, any.1 - any.0, ds, k, dq);
                 }
+                #[allow(clippy::needless_range_loop, reason = "i counts rows of five arrays")]
                 for i in m..m + n {
                     add(at.dq.add(i * width), task.dq.add((row + i) * task.dq_stride + offset), dim);
                 }

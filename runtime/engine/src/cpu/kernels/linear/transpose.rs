@@ -437,6 +437,8 @@ mod avx2 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::single_range_in_vec_init)]
+
     use super::super::tests::{Random, random_weights};
     use super::super::{Activations, LinearTask};
     use super::*;
