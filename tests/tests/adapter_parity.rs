@@ -40,7 +40,7 @@ fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
     (sum(&|a, b| (a - b).powi(2)) / sum(&|_, b| (b - mean).powi(2))).sqrt()
 }
 
-fn parity(arch: &str, embedding: bool) {
+fn parity(arch: &str, embedding: bool, tolerance: f32) {
     let scratch = Scratch::new(&format!("adapter-{arch}"));
     let path = scratch.path("base.gguf");
     write_tiny(&path, &TinyConfig::new(arch)).expect("a tiny model");
@@ -73,21 +73,22 @@ fn parity(arch: &str, embedding: bool) {
         let (apart, moved) = (distance(found, reference), distance(&base, reference));
         println!("{arch}, factors {a} and {b}: {apart:.1e}; without adapters {moved:.1e}");
         assert!(moved > 0.1, "{arch}: the adapters change too little to show anything");
-        assert!(apart < 1e-4, "{arch}, factors {a} and {b}: {apart:.1e}");
+        assert!(apart < tolerance, "{arch}, factors {a} and {b}: {apart:.1e}");
     }
 }
 
 #[test]
 fn interleaved_rotation() {
-    parity("llama", true);
+    parity("llama", true, 1e-4);
 }
 
 #[test]
 fn biases() {
-    parity("qwen2", true);
+    parity("qwen2", true, 1e-4);
 }
 
 #[test]
 fn norms_behind_branches() {
-    parity("gemma3", false);
+    // llama.cpp looks its GELU up in a table of f16: without adapters too the two differ by 7e-4 here.
+    parity("gemma3", false, 2e-3);
 }
