@@ -40,7 +40,7 @@ fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
     (sum(&|a, b| (a - b).powi(2)) / sum(&|_, b| (b - mean).powi(2))).sqrt()
 }
 
-fn parity(arch: &str, embedding: bool, tolerance: f32) {
+fn parity(arch: &str, embedding: bool, tolerance: f64) {
     let scratch = Scratch::new(&format!("adapter-{arch}"));
     let path = scratch.path("base.gguf");
     write_tiny(&path, &TinyConfig::new(arch)).expect("a tiny model");

@@ -1,7 +1,7 @@
 //! A decoder-only transformer, written down once for every family and for every purpose.
 //!
 //! Pre-norm residual blocks: attention with grouped heads, then a gated feed-forward part; optional norms of query and
-//! key heads and of each branch's output. Everything else is in the [`Spec`](super::Spec). For learning, the gradient
+//! key heads and of each branch's output. Everything else is in the [`Spec`]. For learning, the gradient
 //! follows behind: see [`backward`](super::backward).
 
 use super::backward::backward;

@@ -9,7 +9,7 @@ use super::spec::Spec;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Value(pub u32);
 
-/// A weight of the model: an index into the table that the tape's [`Tape::weights`] lists.
+/// A weight of the model: an index into the table of [`Weights`](super::Weights).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WeightId(pub u32);
 

@@ -1,6 +1,6 @@
 //! Token embedding: one row of the (usually quantized) embedding matrix as floats, times a constant.
 //!
-//! The matrix lies in the mapped file, [vocabulary][width]; a row is decoded by the format's specification in
+//! The matrix lies in the mapped file, \[vocabulary\]\[width\]; a row is decoded by the format's specification in
 //! [`quant`](crate::quant), since one row a token is no hot path. Gemma scales by √width.
 
 use super::vector::scale;

@@ -1,11 +1,11 @@
 //! Small dense f32 matrix products, C ← α·op(A)·op(B) (+ C), for one thread: what low-rank adapters are made of
 //! (Hu et al. 2021, arXiv:2106.09685), forward and backward.
 //!
-//! | form | C [m][n] | adapters use it for |
+//! | form | C \[m\]\[n\] | adapters use it for |
 //! | --- | --- | --- |
-//! | [`gemm_nt`] | Σₚ A[i][p]·B[j][p] | h = x·Aᵀ and h·Bᵀ |
-//! | [`gemm_nn`] | Σₚ A[i][p]·B[p][j] | e = dy·B and e·A |
-//! | [`gemm_tn`] | Σₚ A[p][i]·B[p][j] | dB = dyᵀ·h and dA = eᵀ·x |
+//! | [`gemm_nt`] | Σₚ A\[i\]\[p\]·B\[j\]\[p\] | h = x·Aᵀ and h·Bᵀ |
+//! | [`gemm_nn`] | Σₚ A\[i\]\[p\]·B\[p\]\[j\] | e = dy·B and e·A |
+//! | [`gemm_tn`] | Σₚ A\[p\]\[i\]·B\[p\]\[j\] | dB = dyᵀ·h and dA = eᵀ·x |
 //!
 //! Matrices are rows of a slice, `stride` values apart. The vector form cuts C into register tiles: 6 rows × 16
 //! columns, or 12 × 8 where a rank of 8 leaves no more columns. B is read where it lies when its rows run along C's
@@ -37,15 +37,15 @@ pub struct Gemm<'a> {
     pub k: usize,
     /// Factor on the product.
     pub alpha: f32,
-    /// A: [m][k], or [k][m] for [`gemm_tn`].
+    /// A: \[m\]\[k\], or \[k\]\[m\] for [`gemm_tn`].
     pub a: &'a [f32],
     /// Values between rows of A.
     pub a_stride: usize,
-    /// B: [k][n], or [n][k] for [`gemm_nt`].
+    /// B: \[k\]\[n\], or \[n\]\[k\] for [`gemm_nt`].
     pub b: &'a [f32],
     /// Values between rows of B.
     pub b_stride: usize,
-    /// C [m][n].
+    /// C \[m\]\[n\].
     pub c: OutMut,
     /// Add to C instead of overwriting it.
     pub accumulate: bool,

@@ -193,7 +193,7 @@ by_isa! {
 }
 
 by_isa! {
-    /// The gradient of g·(lse − z[target]), the weighted cross-entropy of a row of logits, for a chunk of them in place:
+    /// The gradient of g·(lse − z\[target\]), the weighted cross-entropy of a row of logits, for a chunk of them in place:
     /// z ← g·(exp(z − lse) − onehot). `target` is the target's place in this chunk, if it lies in it; `lse` is that of the
     /// whole row.
     pub fn cross_entropy_backward(z: &mut [f32], lse: f32, target: Option<usize>, g: f32) {

@@ -2,12 +2,12 @@
 //! arXiv:2205.14135), over a paged cache of keys and values, for one thread.
 //!
 //! For query row i at position p = `first_position + i` and query head h,
-//!   out[i, h] = Σⱼ softmaxⱼ( cap(scale · q[i, h]·k[j]) − slope[h]·(p − j) ) · v[j],
+//!   out[i, h] = Σⱼ softmaxⱼ( cap(scale · q[i, h]·k\[j\]) − slope\[h\]·(p − j) ) · v\[j\],
 //! over the positions j ≤ p that the window and the row's segment admit. `group` query heads share one head of keys and
 //! values (grouped-query attention, arXiv:2305.13245).
 //!
-//! **Cache layout.** A page holds `page_len` positions. Inside a page, for one layer, keys are [kv_heads][page_len]
-//! [head_dim] and values the same, elements F32, F16 or Q8_0 (34-byte blocks of 32 along the head). The byte offset of
+//! **Cache layout.** A page holds `page_len` positions. Inside a page, for one layer, keys are \[kv_heads\]\[page_len\]
+//! \[head_dim\] and values the same, elements F32, F16 or Q8_0 (34-byte blocks of 32 along the head). The byte offset of
 //! head 0 and the strides say where; pages need no order in memory.
 //!
 //! **Two paths, one result per path.** [`Path::Stream`] (decode) reads every key and value once, straight from the
