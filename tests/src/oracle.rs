@@ -301,7 +301,7 @@ pub struct TypeInfo {
 
 fn traits(id: u32) -> &'static sys::ggml_type_traits {
     init();
-    assert!(id < sys::GGML_TYPE_COUNT as u32, "ggml has no type {id}");
+    assert!(id < sys::GGML_TYPE_COUNT, "ggml has no type {id}");
     // SAFETY: the id is in range, and the table is static.
     unsafe { &*sys::ggml_get_type_traits(id as sys::ggml_type) }
 }
