@@ -86,9 +86,14 @@ impl Random {
         (self.bits() >> 40) as f32 / (1u64 << 24) as f32
     }
 
-    /// An integer below `n`.
+    /// An integer below `n`; 0 for `n = 0`.
     pub fn below(&mut self, n: usize) -> usize {
-        (self.bits() % n as u64) as usize
+        (self.bits() % n.max(1) as u64) as usize
+    }
+
+    /// One of `choices`.
+    pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.below(choices.len())]
     }
 
     /// About normal with mean 0 and variance 1: the sum of twelve uniform numbers, less six.

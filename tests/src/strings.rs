@@ -4,34 +4,7 @@
 //! space, numbers of every script, piled-up combining marks, look-alikes of special tokens, invalid UTF-8, and a few long
 //! strings. The one thing left out is UTF-8 for numbers beyond U+10FFFF, on which llama.cpp aborts.
 
-/// SplitMix64: small, seeded, good enough to choose texts.
-pub struct Random(u64);
-
-impl Random {
-    /// A generator; equal seeds give equal sequences.
-    pub fn new(seed: u64) -> Random {
-        Random(seed)
-    }
-
-    /// The next 64 bits.
-    pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`.
-    pub fn below(&mut self, bound: usize) -> usize {
-        (self.next_u64() % bound.max(1) as u64) as usize
-    }
-
-    /// One of `choices`.
-    pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len())]
-    }
-}
+use crate::data::Random;
 
 /// Sentences of many scripts; those in Chinese are from statutes of the PRC (no copyright) or made for the test.
 const SENTENCES: &[&str] = &[
@@ -177,13 +150,13 @@ fn text(random: &mut Random) -> Vec<u8> {
             for _ in 0..1 + random.below(5) {
                 let at = random.below(out.len() + 1);
                 match random.below(3) {
-                    0 => out.insert(at, 0x80 | random.next_u64() as u8),
+                    0 => out.insert(at, 0x80 | random.bits() as u8),
                     1 if at < out.len() => drop(out.remove(at)),
                     _ => out.truncate(at),
                 }
             }
             for _ in 0..random.below(20) {
-                out.push(random.next_u64() as u8);
+                out.push(random.bits() as u8);
             }
         }
         _ => {

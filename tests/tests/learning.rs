@@ -10,20 +10,12 @@ use kinglet_engine::session::{LearnBatch, Learner, LearnerOptions};
 use kinglet_engine::tape::LoraSpec;
 use kinglet_engine::text::EncodeOptions;
 use kinglet_tests::data::{alone, file, model};
+use kinglet_train::init::golden_init;
+use kinglet_train::optimizer::{AdamW, Options, Parameter};
 
 const MAPS: [&str; 7] = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
 const SEQUENCES: usize = 4;
 const LENGTH: usize = 128;
-
-/// Element `i` of the starting value of `A`: FNV-1a of the tensor's name, then SplitMix64.
-fn start(name: &str, i: usize, width: usize) -> f32 {
-    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-    let mut z = (hash ^ 42).wrapping_add((i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    let unit = ((z ^ (z >> 31)) >> 40) as f64 / f64::from(1 << 24);
-    ((2.0 * unit - 1.0) / (width as f64).sqrt()) as f32
-}
 
 fn norm(values: &[f32]) -> f64 {
     values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
@@ -39,14 +31,13 @@ fn train(exact: bool, steps: usize, mut check: impl FnMut(usize, f64, &Learner, 
     let mut learner = Learner::new(&model, &options).expect("a learner");
     let mut params = vec![0.0; learner.param_count()];
     for p in learner.params().iter().filter(|p| p.name.ends_with(".lora_a")) {
-        let name = p.name.replace(".weight", "");
-        for i in 0..p.rows * p.width {
-            params[p.offset + i] = start(&name, i, p.width);
-        }
+        let values = golden_init(&p.name.replace(".weight", ""), &[p.rows, p.width], 42);
+        params[p.offset..p.end()].copy_from_slice(&values);
     }
     let text = std::fs::read_to_string(file("handbook.txt")).expect("the text");
     let tokens = model.tokenizer().encode(&text, EncodeOptions { add_special: false, parse_special: false });
-    let (mut m, mut v) = (vec![0.0f32; params.len()], vec![0.0f32; params.len()]);
+    let all = Parameter { name: "adapters".into(), len: params.len(), decay: false };
+    let mut optimizer = AdamW::new(Options::default(), &[all]);
     for (step, tokens) in tokens.chunks_exact(SEQUENCES * LENGTH).take(steps).enumerate() {
         let outputs: Vec<u32> =
             (0..SEQUENCES * LENGTH).filter(|i| i % LENGTH != LENGTH - 1).map(|i| i as u32).collect();
@@ -61,13 +52,7 @@ fn train(exact: bool, steps: usize, mut check: impl FnMut(usize, f64, &Learner, 
         let scores = learner.learn(&batch, &params, &mut gradients, &AtomicBool::new(false)).expect("a step");
         let loss = scores.iter().map(|s| f64::from(*s)).sum::<f64>() / scores.len() as f64;
         check(step, loss, &learner, &gradients);
-        // AdamW without decay: betas 0.9 and 0.999, ε 1e-8, learning rate 1e-4.
-        let (one, two) = (1.0 - 0.9f64.powi(step as i32 + 1), 1.0 - 0.999f64.powi(step as i32 + 1));
-        for (((p, g), m), v) in params.iter_mut().zip(&gradients).zip(&mut m).zip(&mut v) {
-            *m = 0.9 * *m + 0.1 * g;
-            *v = 0.999 * *v + 0.001 * g * g;
-            *p -= (1e-4 * (f64::from(*m) / one) / ((f64::from(*v) / two).sqrt() + 1e-8)) as f32;
-        }
+        optimizer.step(1e-4, &mut [&mut params], &[&gradients]).expect("an optimizer step");
     }
 }
 
@@ -91,7 +76,7 @@ fn exact_gradients_are_those_of_torch() {
             let of_tensors = golden["grad_norms_step_1"].as_object().expect("norms by tensor");
             for (name, reference) in of_tensors {
                 let p = learner.params().iter().find(|p| p.name.replace(".weight", "") == *name).expect("the tensor");
-                let ours = norm(&gradients[p.offset..p.offset + p.rows * p.width]);
+                let ours = norm(&gradients[p.offset..p.end()]);
                 // The norms of A are of the order of rounding where B has taken one step only.
                 assert_close(name, ours, reference, 1e-2);
             }

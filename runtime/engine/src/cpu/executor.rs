@@ -17,7 +17,7 @@ use super::patch::{Correction, Patches};
 use super::pool::{Pool, Team};
 use super::timing::{Timing, Timings};
 use crate::quant::DType;
-use crate::tape::{Frequencies, LoraSpec, Param, Plan, PlanLimits, Purpose, Spec, Tape, Weights, decoder};
+use crate::tape::{Frequencies, LoraSpec, Plan, PlanLimits, Purpose, Spec, Tape, Weights, decoder};
 use crate::{Error, Result};
 
 /// Tokens per group of the vocabulary in which a cross-entropy is summed: 4 KiB of logits per row.
@@ -38,6 +38,13 @@ pub struct ExecutorOptions {
     pub kept_layers: usize,
 }
 
+impl ExecutorOptions {
+    /// What the executor is for in the first place.
+    fn purpose(&self) -> Purpose {
+        if self.lora.is_some() { Purpose::Learn } else { Purpose::Generate }
+    }
+}
+
 /// Memory an executor takes, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExecutorNeeds {
@@ -45,6 +52,8 @@ pub struct ExecutorNeeds {
     pub arena: usize,
     /// Scratch of all threads.
     pub scratch: usize,
+    /// Trained parameters and their gradients, which the caller holds.
+    pub params: usize,
 }
 
 /// Rows of a run that belong to one sequence.
@@ -89,7 +98,7 @@ struct Program {
     purpose: Purpose,
     tape: Tape,
     plan: Plan,
-    arena_bytes: usize,
+    tables: Tables,
     scratch_floats: usize,
 }
 
@@ -110,12 +119,12 @@ impl Program {
             Purpose::Score | Purpose::Learn => limits.outputs * VOCAB_CHUNK,
             Purpose::Generate => 0,
         };
-        let attention = match purpose {
+        let backward = match purpose {
             Purpose::Learn => attention::attention_backward_scratch_len(spec.head_dim),
-            _ => attention::attention_scratch_len(spec.head_dim),
+            Purpose::Generate | Purpose::Score => 0,
         };
-        let scratch_floats = attention.max(attention::attention_scratch_len(spec.head_dim)).max(logits);
-        Program { purpose, tape, plan, arena_bytes: tables.end, scratch_floats }
+        let scratch_floats = attention::attention_scratch_len(spec.head_dim).max(backward).max(logits);
+        Program { purpose, tape, plan, tables, scratch_floats }
     }
 }
 
@@ -127,6 +136,7 @@ pub(super) struct Tables {
     pub partial: usize,
     /// `[outputs][VOCAB_CHUNK]`: gradients of a chunk of logits.
     pub probabilities: usize,
+    /// Bytes of the arena, values and tables.
     end: usize,
 }
 
@@ -157,6 +167,7 @@ pub struct Executor {
     isa: Isa,
     options: ExecutorOptions,
     pool: Pool,
+    /// The first is what the executor was set up for; others are made at their first use.
     programs: Vec<Program>,
     arena: Buffer,
     scratch: Vec<Mutex<Scratch>>,
@@ -245,17 +256,18 @@ impl Executor {
             timings: Timings::default(),
             patches: None,
         };
-        executor.program(if options.lora.is_some() { Purpose::Learn } else { Purpose::Generate })?;
+        executor.program(options.purpose())?;
         Ok(executor)
     }
 
     /// What [`Executor::new`] comes to need.
     pub fn needs(spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> ExecutorNeeds {
-        let purpose = if options.lora.is_some() { Purpose::Learn } else { Purpose::Generate };
-        let program = Program::new(spec, weights, purpose, options);
+        let program = Program::new(spec, weights, options.purpose(), options);
         ExecutorNeeds {
-            arena: program.arena_bytes,
+            arena: program.tables.end,
             scratch: (program.scratch_floats * 4 + linear::scratch_bytes()) * options.threads,
+            // f32 both.
+            params: 8 * program.tape.param_count(),
         }
     }
 
@@ -265,10 +277,10 @@ impl Executor {
             return Ok(at);
         }
         let program = Program::new(&self.spec, &self.weights, purpose, &self.options);
-        if program.arena_bytes > self.arena.len() {
+        if program.tables.end > self.arena.len() {
             // Nothing in the arena outlives a run: the old one can go first.
             self.arena = Buffer::new(0, "the arena")?;
-            self.arena = Buffer::new(program.arena_bytes, "activations")?;
+            self.arena = Buffer::new(program.tables.end, "activations")?;
         }
         for scratch in &mut self.scratch {
             let scratch = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -321,7 +333,7 @@ impl Executor {
             tape: &program.tape,
             plan: &program.plan,
             weights: &self.weights,
-            tables: Tables::new(&self.spec, program.plan.arena_bytes, &program.plan.limits, purpose),
+            tables: program.tables,
             arena: self.arena.as_ptr(),
             arena_page: [self.arena.as_ptr().cast_const()],
             params,
@@ -346,7 +358,6 @@ impl Executor {
                 cache.advance(segment.rows);
             }
         }
-        let program = &self.programs[index];
         let info = program.tape.info(program.tape.result);
         let start = program.plan.place(program.tape.result).offset;
         let bytes = &self.arena.bytes()[start..start + batch.outputs.len() * info.width * 4];
@@ -368,9 +379,9 @@ impl Executor {
         self.patches = patches;
     }
 
-    /// The trained matrices of a learning tape; empty otherwise.
-    pub fn params(&self) -> &[Param] {
-        self.programs.first().map_or(&[], |p| &p.tape.params)
+    /// The tape for what the executor was set up for.
+    pub fn tape(&self) -> &Tape {
+        &self.programs[0].tape
     }
 
     pub(crate) fn set_timing(&mut self, on: bool) {
@@ -406,7 +417,7 @@ fn check(batch: &Batch<'_>, spec: &Spec, limits: &PlanLimits, purpose: Purpose) 
 
 /// Checks that what a tape learns, and what it needs for it, is there: keys and values in the cache or in the run.
 fn check_learning(batch: &Batch<'_>, tape: &Tape, purpose: Purpose) -> Result<()> {
-    let params = tape.params.last().map_or(0, |p| p.offset + p.rows * p.width);
+    let params = tape.param_count();
     let learning = !tape.params.is_empty();
     if learning == batch.segments.iter().any(|s| s.cache.is_some()) {
         return Err(Error::argument("sequences have a cache when generating and none when learning"));

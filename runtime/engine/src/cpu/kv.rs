@@ -7,15 +7,13 @@
 use std::sync::Arc;
 
 use super::buffer::Buffer;
+use super::kernels::attention::kv_row_bytes;
 use crate::quant::DType;
 use crate::tape::Spec;
 use crate::{Error, Result};
 
 /// Positions per page.
 pub const PAGE: usize = 128;
-
-/// Element types a cache may have.
-pub const KV_TYPES: [DType; 3] = [DType::F16, DType::F32, DType::Q8_0];
 
 /// Sizes and offsets inside a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,9 +34,9 @@ impl KvLayout {
     /// The layout for a model.
     ///
     /// # Errors
-    /// A type that is none of [`KV_TYPES`], or heads whose width is no multiple of its block.
+    /// A type that attention does not read, or heads whose width is no multiple of its block.
     pub fn new(spec: &Spec, dtype: DType) -> Result<KvLayout> {
-        let row_bytes = dtype.row_bytes(spec.head_dim).filter(|_| KV_TYPES.contains(&dtype)).ok_or_else(|| {
+        let row_bytes = kv_row_bytes(dtype, spec.head_dim).ok_or_else(|| {
             Error::argument(format!(
                 "a KV cache of type {dtype} is not possible with heads of {} elements; choose F16, F32 or, for heads of \
                  a multiple of 32, Q8_0",

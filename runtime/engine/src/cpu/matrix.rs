@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use super::kernels::linear::OutMut;
+
 /// `[rows, width]` of f32, rows contiguous.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Matrix {
@@ -54,6 +56,24 @@ impl Matrix {
         debug_assert!(row < self.rows && columns.end <= self.width);
         // SAFETY: in bounds by the contract of `new`; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.row_ptr(row).add(columns.start), columns.len()) }
+    }
+
+    /// The matrix as the output of a product.
+    pub fn out(&self) -> OutMut {
+        // SAFETY: as long as it says, by the contract of `new`; callers of `columns_mut` and of kernels alike divide the
+        // elements among the threads.
+        unsafe { OutMut::new(self.base, self.width, self.rows * self.width) }
+    }
+
+    /// Copies columns of a row from `source`, an op's input, unless the op works in place and they are there already.
+    ///
+    /// # Safety
+    /// As [`Matrix::columns_mut`]; no thread may be writing to them in `source`.
+    pub unsafe fn begin_from(&self, source: &Matrix, row: usize, columns: Range<usize>) {
+        if source.base != self.base {
+            // SAFETY: passed on; two values apart do not overlap.
+            unsafe { self.columns_mut(row, columns.clone()).copy_from_slice(&source.row(row)[columns]) };
+        }
     }
 
     /// A row, to be written by this thread alone.

@@ -15,7 +15,7 @@ mod timing;
 
 pub use buffer::Buffer;
 pub use executor::{Batch, Executor, ExecutorNeeds, ExecutorOptions, Learning, Segment};
-pub use kv::{KV_TYPES, KvCache, KvLayout, PAGE};
+pub use kv::{KvCache, KvLayout, PAGE};
 pub use patch::{Correction, Patches};
 pub use pool::{Pool, Team};
 pub use timing::Timing;

@@ -17,10 +17,10 @@ use crate::tape::{Attention, Epilogue, KvSource, Linear, Op, Part, Rope, Value, 
 /// Rows of weights that stay with one thread: whole tiles of every kernel, whole groups of 32 for the 8-bit form.
 pub(super) const ROW_UNIT: usize = 32;
 /// Query rows of a piece of attention.
-pub(super) const QUERY_ROWS: usize = 64;
+const QUERY_ROWS: usize = 64;
 
 impl Context<'_> {
-    pub(super) fn rows(&self, value: Value) -> usize {
+    fn rows(&self, value: Value) -> usize {
         match self.tape.info(value).rows {
             crate::tape::Rows::Tokens => self.tokens.len(),
             crate::tape::Rows::Outputs => self.outputs.len(),
@@ -66,7 +66,7 @@ impl Context<'_> {
     ///
     /// # Safety
     /// The rows must be complete, and this thread the only one to quantize them.
-    pub(super) unsafe fn quantize(&self, value: Value, rows: Range<usize>) {
+    unsafe fn quantize(&self, value: Value, rows: Range<usize>) {
         if let Some(q8) = self.q8_mut(value) {
             let matrix = self.matrix(value);
             // SAFETY: by the caller's promise.
@@ -80,7 +80,7 @@ impl Context<'_> {
     ///
     /// # Safety
     /// All threads of the team must come here.
-    pub(super) unsafe fn quantize_together(&self, value: Value, team: &Team<'_>) {
+    unsafe fn quantize_together(&self, value: Value, team: &Team<'_>) {
         if self.plan.place(value).quantized.is_some() {
             team.wait();
             // SAFETY: complete behind the barrier; shares are disjoint.
@@ -88,10 +88,13 @@ impl Context<'_> {
         }
     }
 
-    /// Rows `rows` of a linear map, into the same columns of `out`.
-    fn linear_kernel(
+    /// Rows `rows` of a linear map, counted from row `first` of its matrix, into the same columns of `out`. Calls at the
+    /// same time have disjoint rows, or outputs of their own.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn linear_rows(
         &self,
         weight: WeightId,
+        first: usize,
         rows: Range<usize>,
         x: &linear::Activations<'_>,
         out: &Matrix,
@@ -99,44 +102,20 @@ impl Context<'_> {
         scratch: &mut linear::Scratch,
     ) {
         let info = self.weights.get(weight);
-        // SAFETY: the matrix lies in the arena or the scratch; calls at the same time have disjoint rows of weights.
-        let out = unsafe { linear::OutMut::new(out.row_ptr(0), out.width, out.rows * out.width) };
         let task = linear::LinearTask {
             dtype: info.dtype,
-            weight: self.weights.data(weight),
+            weight: self.weights.rows(weight, first..first + rows.end),
             k: info.width,
             rows,
             x,
-            out,
+            out: out.out(),
             accumulate,
         };
-        self.run_linear(&task, weight, scratch);
-    }
-
-    /// As [`Context::linear_kernel`], for `rows` counted from row `first`, into the columns from 0.
-    pub(super) fn linear_chunk(
-        &self,
-        weight: WeightId,
-        first: usize,
-        rows: Range<usize>,
-        x: &linear::Activations<'_>,
-        out: &Matrix,
-        scratch: &mut linear::Scratch,
-    ) {
-        let (info, data) = (self.weights.get(weight), self.weights.data(weight));
-        let row_bytes = data.len() / info.rows;
-        // SAFETY: columns that are this thread's own.
-        let out = unsafe { linear::OutMut::new(out.row_ptr(0), out.width, out.rows * out.width) };
-        let task = linear::LinearTask {
-            dtype: info.dtype,
-            weight: &data[first * row_bytes..(first + rows.end) * row_bytes],
-            k: info.width,
-            rows,
-            x,
-            out,
-            accumulate: false,
-        };
-        self.run_linear(&task, weight, scratch);
+        let kernel = if self.exact { linear::linear_exact } else { linear::linear };
+        // The sizes were checked when the weights were resolved and the arena planned.
+        if let Err(e) = kernel(self.isa, &task, scratch) {
+            unreachable!("{}: {e}", info.name);
+        }
     }
 
     /// Keys and values of a sequence in the cache of a layer.
@@ -166,14 +145,6 @@ impl Context<'_> {
         }
     }
 
-    fn run_linear(&self, task: &linear::LinearTask<'_>, weight: WeightId, scratch: &mut linear::Scratch) {
-        // The sizes were checked when the weights were resolved and the arena planned.
-        let kernel = if self.exact { linear::linear_exact } else { linear::linear };
-        if let Err(e) = kernel(self.isa, task, scratch) {
-            unreachable!("{}: {e}", self.weights.get(weight).name);
-        }
-    }
-
     /// The corrections of the op whose first matrix is `weight`.
     fn patch(&self, weight: WeightId) -> Option<&Patch> {
         self.patches.and_then(|p| p.get(weight))
@@ -195,9 +166,7 @@ impl Context<'_> {
         scratch: &mut linear::Scratch,
     ) {
         let h = self.hidden(patch, x.tokens);
-        // SAFETY: the memory of `h`; threads have disjoint rows of `A`.
-        let out = unsafe { linear::OutMut::new(h.row_ptr(0), h.width, h.rows * h.width) };
-        let task = patch.first_half(team.share(patch.rank, 4), x, out);
+        let task = patch.first_half(team.share(patch.rank, 4), x, h.out());
         // The sizes were checked when the patch was made.
         if let Err(e) = linear::linear(self.isa, &task, scratch) {
             unreachable!("{e}");
@@ -253,7 +222,7 @@ impl Context<'_> {
         let apart = unsafe { Matrix::new(patches.apart(thread), out.rows, GAIN_COLUMNS) };
         for first in columns.clone().step_by(GAIN_COLUMNS) {
             let some = first..(first + GAIN_COLUMNS).min(columns.end);
-            self.linear_chunk(weight, some.start, 0..some.len(), x, &apart, scratch);
+            self.linear_rows(weight, some.start, 0..some.len(), x, &apart, false, scratch);
             for row in 0..out.rows {
                 // SAFETY: by the caller's promise.
                 let (from, to) = unsafe { (apart.row(row), out.columns_mut(row, some.clone())) };
@@ -286,9 +255,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let (x, y, z) = (c.matrix(*x), c.matrix(*y), c.matrix(*out));
                 let weight = c.weights.get(*weight).vector();
                 for row in team.share(z.rows, 1) {
-                    if z.row_ptr(row) != x.row_ptr(row) {
-                        z.row_mut(row).copy_from_slice(x.row(row));
-                    }
+                    z.begin_from(&x, row, 0..z.width);
                     norm::rms_norm_add(c.isa, y.row(row), weight, c.tape.spec.norm_eps, z.row_mut(row));
                     c.quantize(*out, row..row + 1);
                 }
@@ -317,7 +284,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 if let Some(patch) = patch {
                     c.patch_first_half(patch, &x, team, &mut scratch.linear);
                 }
-                c.linear_kernel(*weight, columns.clone(), &x, &y, false, &mut scratch.linear);
+                c.linear_rows(*weight, 0, columns.clone(), &x, &y, false, &mut scratch.linear);
                 if let Some(patch) = patch {
                     team.wait();
                     correct(c, patch, 0, columns.clone(), &y, columns.start, false);
@@ -400,28 +367,24 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
     }
     // SAFETY: the input was finished before the last barrier.
     let x = unsafe { c.activations(op.x) };
-    let mine: Vec<Range<usize>> = match op.epilogue {
+    let share = |index: usize| match op.epilogue {
         // Both halves of a gated pair in the same thread, which then joins them.
-        Epilogue::Gated(..) => vec![team.share(c.tape.info(op.parts[0].out).width, ROW_UNIT); op.parts.len()],
-        _ => (0..op.parts.len()).map(|i| share_by_bytes(c, &op.parts, i, team)).collect(),
+        Epilogue::Gated(..) => team.share(c.tape.info(op.parts[index].out).width, ROW_UNIT),
+        _ => share_by_bytes(c, &op.parts, index, team),
     };
     let patch = op.parts.first().and_then(|p| c.patch(p.weight));
     if let Some(patch) = patch {
         c.patch_first_half(patch, &x, team, &mut scratch.linear);
     }
-    for (index, (part, columns)) in op.parts.iter().zip(&mine).enumerate() {
-        let y = c.matrix(part.out);
+    for (index, part) in op.parts.iter().enumerate() {
+        let (y, columns) = (c.matrix(part.out), share(index));
         let mut accumulate = false;
         if let Epilogue::Add(residual) = op.epilogue {
             accumulate = true;
             let residual = c.matrix(residual);
-            if residual.row_ptr(0) != y.row_ptr(0) {
-                for row in 0..rows {
-                    // SAFETY: this thread's columns; the residual is not written in this op.
-                    unsafe {
-                        y.columns_mut(row, columns.clone()).copy_from_slice(&residual.row(row)[columns.clone()]);
-                    }
-                }
+            for row in 0..rows {
+                // SAFETY: this thread's columns; the residual is not written in this op but in place.
+                unsafe { y.begin_from(&residual, row, columns.clone()) };
             }
         }
         let gain = patch.and_then(|p| p.parts[index].as_ref()).and_then(|p| p.gain.as_deref()).filter(|_| accumulate);
@@ -431,7 +394,7 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
                 let scratch = &mut scratch.linear;
                 c.linear_add_with_gain(part.weight, columns.clone(), &x, &y, gain, team.index, scratch);
             },
-            None => c.linear_kernel(part.weight, columns.clone(), &x, &y, accumulate, &mut scratch.linear),
+            None => c.linear_rows(part.weight, 0, columns.clone(), &x, &y, accumulate, &mut scratch.linear),
         }
         if let Some(patch) = patch {
             if index == 0 {
@@ -451,7 +414,7 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
     match op.epilogue {
         Epilogue::Gated(kind, out) => {
             let (gate, up, y) = (c.matrix(op.parts[0].out), c.matrix(op.parts[1].out), c.matrix(out));
-            let columns = mine[0].clone();
+            let columns = share(0);
             for row in 0..rows {
                 // SAFETY: columns this thread has just written, and the same of the output.
                 unsafe {
@@ -503,9 +466,7 @@ unsafe fn rope_op(c: &Context<'_>, op: &Rope, team: &Team<'_>) {
         let columns = head * dim..(head + 1) * dim;
         // SAFETY: this thread's head of this row; input and output are the same memory or apart.
         let vector = unsafe {
-            if from.row_ptr(row) != to.row_ptr(row) {
-                to.columns_mut(row, columns.clone()).copy_from_slice(&from.row(row)[columns.clone()]);
-            }
+            to.begin_from(from, row, columns.clone());
             to.columns_mut(row, columns.clone())
         };
         if let Some(weight) = norm {
@@ -640,7 +601,7 @@ pub(super) unsafe fn cross_entropy(
     let logits = unsafe { Matrix::new(floats.as_ptr().cast(), rows, VOCAB_CHUNK) };
     team.claim(round, chunks, |chunk| {
         let columns = chunk * VOCAB_CHUNK..((chunk + 1) * VOCAB_CHUNK).min(vocab);
-        c.linear_chunk(weight, columns.start, 0..columns.len(), &x, &logits, linear);
+        c.linear_rows(weight, columns.start, 0..columns.len(), &x, &logits, false, linear);
         if let Some(patch) = patch {
             // SAFETY: `h` is complete behind the barrier; this thread's scratch.
             unsafe { correct(c, patch, 0, columns.clone(), &logits, 0, false) };

@@ -54,8 +54,8 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 begin(c, *dx, *out, rows.clone());
                 for (i, (dy, weight)) in parts.iter().enumerate() {
                     let dy = c.matrix(*dy);
-                    let data = c.weights.data(*weight);
-                    linear_backward(c, *weight, data, &dy, rows.clone(), &y, i > 0 || dx.is_some(), scratch);
+                    let all = 0..c.weights.get(*weight).rows;
+                    linear_backward(c, *weight, all, &dy, rows.clone(), &y, i > 0 || dx.is_some(), scratch);
                 }
             }
             Op::RmsNormBackward { x, weight, dy, dx, out } => {
@@ -102,15 +102,13 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
 unsafe fn begin(c: &Context<'_>, dx: Option<Value>, out: Value, rows: std::ops::Range<usize>) {
     let Some(dx) = dx else { return };
     let (dx, y) = (c.matrix(dx), c.matrix(out));
-    if dx.row_ptr(0) != y.row_ptr(0) {
-        for row in rows {
-            // SAFETY: by the caller's promise.
-            unsafe { y.row_mut(row).copy_from_slice(dx.row(row)) };
-        }
+    for row in rows {
+        // SAFETY: by the caller's promise.
+        unsafe { y.begin_from(&dx, row, 0..y.width) };
     }
 }
 
-/// `out (+)= dy·W` for some rows, `W` being `data`'s rows.
+/// `out (+)= dy·W` for some rows, `W` being the rows `part` of a matrix.
 ///
 /// # Safety
 /// This thread alone uses these rows of `out`.
@@ -118,7 +116,7 @@ unsafe fn begin(c: &Context<'_>, dx: Option<Value>, out: Value, rows: std::ops::
 unsafe fn linear_backward(
     c: &Context<'_>,
     weight: WeightId,
-    data: &[u8],
+    part: std::ops::Range<usize>,
     dy: &Matrix,
     rows: std::ops::Range<usize>,
     out: &Matrix,
@@ -131,15 +129,14 @@ unsafe fn linear_backward(
     let info = c.weights.get(weight);
     let task = linear::LinearBackwardTask {
         dtype: info.dtype,
-        weight: data,
+        weight: c.weights.rows(weight, part.clone()),
         k: info.width,
-        rows: data.len() / (c.weights.data(weight).len() / info.rows),
+        rows: part.len(),
         // SAFETY: written before the last barrier.
         dy: unsafe { dy.all(0..dy.rows) },
         dy_stride: dy.width,
         tokens: rows,
-        // SAFETY: threads write disjoint rows.
-        dx: unsafe { linear::OutMut::new(out.row_ptr(0), out.width, out.rows * out.width) },
+        dx: out.out(),
         accumulate,
     };
     // The sizes were checked when the weights were resolved and the arena planned.
@@ -338,9 +335,7 @@ unsafe fn cross_entropy_gradient(
         return;
     }
     team.wait();
-    let data = c.weights.data(weight);
     let vocab = c.weights.get(weight).rows;
-    let row_bytes = data.len() / vocab;
     let (nll, dx) = (c.matrix(nll), c.matrix(dx));
     // SAFETY: the input was finished long before; the partial sums' and target logits' places as in `cross_entropy`,
     // and the probabilities' place behind them.
@@ -354,7 +349,7 @@ unsafe fn cross_entropy_gradient(
         let chunk = start..(start + VOCAB_CHUNK).min(vocab);
         let mine = team.share(chunk.len(), ops::ROW_UNIT);
         if !mine.is_empty() {
-            c.linear_chunk(weight, chunk.start, mine.clone(), &x, &probabilities, &mut scratch.linear);
+            c.linear_rows(weight, chunk.start, mine.clone(), &x, &probabilities, false, &mut scratch.linear);
         }
         for row in 0..rows {
             // SAFETY: this thread's columns.
@@ -377,9 +372,8 @@ unsafe fn cross_entropy_gradient(
         }
         team.wait();
         let mine = team.share(rows, 1);
-        let part = &data[chunk.start * row_bytes..chunk.end * row_bytes];
         // SAFETY: this thread's rows of the gradient; the chunk's probabilities are complete.
-        unsafe { linear_backward(c, weight, part, &probabilities, mine, &dx, start > 0, scratch) };
+        unsafe { linear_backward(c, weight, chunk, &probabilities, mine, &dx, start > 0, scratch) };
         team.wait();
     }
 }

@@ -74,12 +74,12 @@ impl Learner {
 
     /// The trained matrices and their places in the flat vector.
     pub fn params(&self) -> &[Param] {
-        self.executor.params()
+        &self.executor.tape().params
     }
 
     /// Length of the flat vector.
     pub fn param_count(&self) -> usize {
-        self.params().last().map_or(0, |p| p.offset + p.rows * p.width)
+        self.executor.tape().param_count()
     }
 
     /// `−ln p` of each target with the adapters in `params`, in nats.
@@ -167,20 +167,13 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
 
 /// Keeps as many layers as the budget allows, and says what that takes.
 fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut ExecutorOptions) -> Estimate {
-    let params: usize = model
-        .weights()
-        .iter()
-        .filter(|(_, w)| options.lora.weights.contains(&w.name))
-        .map(|(_, w)| options.lora.rank * (w.width + w.rows))
-        .sum();
     let estimate = |options: &ExecutorOptions| {
         let needs = Executor::needs(model.spec(), model.weights(), options);
         Estimate {
             weights: model.gguf().file_bytes(),
             kv_cache: 0,
             arena: needs.arena as u64,
-            // Parameters and gradients, f32.
-            adapters: 8 * params as u64,
+            adapters: needs.params as u64,
             scratch: needs.scratch as u64,
         }
     };

@@ -106,7 +106,7 @@ impl<'a> Builder<'a> {
     fn param(&mut self, weight: &str, half: &str, rows: usize, width: usize) -> ParamId {
         let name = format!("{weight}.{half}");
         let at = self.params.iter().position(|p| p.name == name).unwrap_or_else(|| {
-            let offset = self.params.last().map_or(0, |p| p.offset + p.rows * p.width);
+            let offset = self.params.last().map_or(0, Param::end);
             self.params.push(Param { name, rows, width, offset });
             self.params.len() - 1
         });

@@ -30,6 +30,13 @@ pub struct Param {
     pub offset: usize,
 }
 
+impl Param {
+    /// Where the next matrix begins in the flat vector.
+    pub fn end(&self) -> usize {
+        self.offset + self.rows * self.width
+    }
+}
+
 /// What the number of rows of a value is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Rows {
@@ -472,6 +479,11 @@ pub struct Tape {
 }
 
 impl Tape {
+    /// Length of the flat vector of trained parameters.
+    pub fn param_count(&self) -> usize {
+        self.params.last().map_or(0, Param::end)
+    }
+
     /// Shape of a value.
     pub fn info(&self, value: Value) -> &ValueInfo {
         &self.values[value.0 as usize]

@@ -205,6 +205,12 @@ impl Weights {
         (&self.gguf.tensors()[weight.tensor].name, first..first + weight.rows)
     }
 
+    /// Some rows of a weight's bytes.
+    pub fn rows(&self, id: WeightId, rows: Range<usize>) -> &[u8] {
+        let (data, row_bytes) = (self.data(id), self.get(id).len_bytes() / self.get(id).rows);
+        &data[rows.start * row_bytes..rows.end * row_bytes]
+    }
+
     /// All weights.
     pub fn iter(&self) -> impl Iterator<Item = (WeightId, &Weight)> {
         self.table.iter().enumerate().map(|(i, w)| (WeightId(i as u32), w))
