@@ -2,11 +2,17 @@
 //!
 //! Both engines read llama.cpp's own greedy continuation of twenty prompts, so that every position has the same past
 //! ("teacher forcing"). Ours reads token by token, as in decoding, and once in chunks, as in prefill. Then both generate
-//! greedily on their own: the text must be the same until a place where llama.cpp itself is undecided.
+//! greedily on their own.
 //!
-//! llama.cpp rounds activations to 8 bits, and so do we, each in its own way: neither is the truth. The truth is the same
-//! weights in `F32` with exact activations, and a second set of tests asks that ours is no farther from it than
-//! llama.cpp's own run.
+//! Both engines round activations to 8 bits before every map. A difference in the last bit of a sum tips some of these
+//! roundings over, which tips more of them in the next layer: after a few layers two programs that add in another order
+//! have roundings that are independent of each other, and the same is true of llama.cpp's own kernels for one row and for
+//! many. So llama.cpp, token by token, is compared with itself as well: smollm2 agrees with itself on 97.4 % of the most
+//! probable tokens at a mean divergence of 2.4e-3 nats. Rounding scales to f16 as ggml does was tried and changes nothing.
+//! Ours may be at most twice as far from llama.cpp as that is from itself.
+//!
+//! Neither is the truth. The truth is the same weights in `F32` with exact activations, and a second set of tests asks that
+//! ours is no farther from it than llama.cpp's own run.
 
 use std::path::Path;
 
@@ -23,12 +29,11 @@ use kinglet_tests::prompts::PROMPTS;
 const LENGTH: usize = 96;
 /// Tokens both engines generate on their own.
 const GREEDY: usize = 32;
-/// Share of positions with the same most probable token, at least. Two engines that round activations to 8 bits apart lie
-/// as far from each other as from the truth: llama.cpp agrees with its own exact run on 96.2 % (smollm2), 99.0 %
-/// (qwen2.5-coder) and 96.6 % (gemma3) of these positions.
-const SAME_TOP: f64 = 0.95;
-/// Mean Kullback–Leibler divergence in nats, at most.
-const DIVERGENCE: f64 = 1e-2;
+/// How many times as far ours may be from llama.cpp as llama.cpp is from itself, in mean Kullback–Leibler divergence and
+/// in the share of positions whose most probable token is another.
+const TIMES: f64 = 2.0;
+/// Divergence in nats, and share of other tokens, that are asked of nobody.
+const NEAR: (f64, f64) = (1e-3, 0.01);
 
 /// `rows` is how many tokens at a time [`Session::logits`] takes through the model.
 fn session(model: &Model, rows: usize) -> Session {
@@ -79,7 +84,7 @@ fn parity(id: &str) {
         .expect("llama.cpp makes a context");
     let vocabulary = theirs_model.vocab_size();
 
-    let (mut stepwise, mut chunked) = (Agreement::default(), Agreement::default());
+    let (mut stepwise, mut chunked, mut itself) = <(Agreement, Agreement, Agreement)>::default();
     let (mut same_text, mut decided_apart, mut failures) = (0, 0, Vec::new());
     for text in PROMPTS {
         let options = EncodeOptions { add_special: true, parse_special: false };
@@ -90,8 +95,10 @@ fn parity(id: &str) {
         let reference: Vec<&[f32]> = reference.chunks_exact(vocabulary).collect();
 
         ours.reset();
+        theirs.clear();
         for (token, reference) in tokens.iter().zip(&reference) {
             stepwise.add(reference, ours.feed(&[*token]).expect("the token fits"));
+            itself.add(reference, &theirs.feed(&[*token]).expect("llama.cpp decodes"));
         }
         in_chunks.reset();
         in_chunks.logits(&tokens, |i, row| chunked.add(reference[i], row)).expect("the text fits");
@@ -104,6 +111,7 @@ fn parity(id: &str) {
             decided_apart += 1;
         }
     }
+    println!("{id}, llama.cpp from itself: {itself}");
     println!("{id}, token by token: {stepwise}");
     println!("{id}, in chunks:      {chunked}");
     println!(
@@ -112,7 +120,9 @@ fn parity(id: &str) {
         PROMPTS.len()
     );
     for (how, agreement) in [("token by token", &stepwise), ("in chunks", &chunked)] {
-        if agreement.mean_divergence() >= DIVERGENCE || agreement.top() < SAME_TOP {
+        let divergence = NEAR.0.max(TIMES * itself.mean_divergence());
+        let other = NEAR.1.max(TIMES * (1.0 - itself.top()));
+        if agreement.mean_divergence() >= divergence || 1.0 - agreement.top() > other {
             failures.push(format!("{how}: {agreement}"));
         }
     }
