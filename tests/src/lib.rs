@@ -9,6 +9,7 @@
 //! * [`data`]: models, texts, random numbers.
 //! * [`prompts`]: what the engines are asked.
 //! * [`process`]: the `kinglet` program, as a user runs it.
+//! * [`reference`]: a decoder in double precision.
 //! * [`strings`]: seeded strings of every kind for the tokenizers.
 //! * [`source`]: the repository as text, for the tests that hold its structure.
 
@@ -18,5 +19,6 @@ pub mod data;
 pub mod oracle;
 pub mod process;
 pub mod prompts;
+pub mod reference;
 pub mod source;
 pub mod strings;

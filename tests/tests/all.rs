@@ -11,6 +11,7 @@
 //! | `logits_parity` | logits and greedy text against llama.cpp | `oracle`, the three models |
 //! | `tiny_parity` | logits of random models of every architecture and type against llama.cpp | `oracle` |
 //! | `adapter_parity` | logits of models with adapters against llama.cpp | `oracle` |
+//! | `gradients` | gradients of tiny models against a decoder in double precision | nothing |
 //! | `learning` | gradients of adapters against torch | smollm2 |
 //! | `perplexity` | perplexity of the handbook | smollm2; the others with `KINGLET_HEAVY=1` |
 
@@ -19,6 +20,7 @@ mod adapter_parity;
 mod cli;
 mod docs;
 mod gguf_real;
+mod gradients;
 mod layers;
 mod learning;
 #[cfg(feature = "oracle")]

@@ -1,0 +1,251 @@
+//! A decoder in double precision, written for being read: the specification that gradients are measured against.
+//!
+//! It computes cross-entropies from a [`Spec`], the dequantized weights and a vector of trained parameters, sequence by
+//! sequence, with loops over rows. Its central differences ([`Reference::slope`]) are exact to nine digits, so the
+//! distance to an analytic gradient is that gradient's own error. Trained parameters are found by name: a weight's own
+//! name replaces the weight, `.lora_a`, `.lora_b` and `.lora_magnitude` behind it adapt it.
+
+use std::collections::HashMap;
+
+use kinglet_engine::quant::dequantize;
+use kinglet_engine::session::{LearnBatch, Model};
+use kinglet_engine::tape::{Frequencies, Gate, LayerSpec, LinearSpec, Param, RopeSpec, RopeStyle, Spec, WeightRef};
+
+/// Rows of equal width, one after the other.
+type Rows = Vec<f64>;
+
+/// See the module's text.
+pub struct Reference {
+    spec: Spec,
+    weights: HashMap<String, Vec<f64>>,
+    params: Vec<Param>,
+    /// Factor on the adapters' products.
+    scale: f64,
+}
+
+/// Trained parameters at one point.
+struct Point<'a> {
+    reference: &'a Reference,
+    values: &'a [f64],
+}
+
+impl Reference {
+    /// The decoder of `model` with these trained parameters, whose adapters are scaled by `scale`.
+    ///
+    /// # Panics
+    /// Where a weight cannot be dequantized.
+    pub fn new(model: &Model, params: &[Param], scale: f32) -> Reference {
+        let weights = model.weights();
+        let weights = weights.iter().map(|(id, w)| {
+            let mut values = vec![0.0f32; w.rows * w.width];
+            dequantize(w.dtype, weights.data(id), &mut values).expect("a weight");
+            (w.name.clone(), values.into_iter().map(f64::from).collect())
+        });
+        Reference {
+            spec: model.spec().clone(),
+            weights: weights.collect(),
+            params: params.to_vec(),
+            scale: f64::from(scale),
+        }
+    }
+
+    /// `Σ weight · −ln p` over the batch's targets.
+    pub fn loss(&self, batch: &LearnBatch, values: &[f64]) -> f64 {
+        let point = Point { reference: self, values };
+        let mut first = 0;
+        let mut loss = 0.0;
+        for length in &batch.lengths {
+            let tokens = &batch.tokens[first..first + length];
+            let hidden = point.hidden(tokens);
+            for (output, (target, weight)) in batch.outputs.iter().zip(batch.targets.iter().zip(&batch.weights)) {
+                let row = (*output as usize).wrapping_sub(first);
+                if row < *length {
+                    let width = self.spec.width;
+                    loss += f64::from(*weight) * point.nll(&hidden[row * width..][..width], *target as usize);
+                }
+            }
+            first += length;
+        }
+        loss
+    }
+
+    /// The derivative of [`Reference::loss`] at `values` along `direction`, by central differences.
+    pub fn slope(&self, batch: &LearnBatch, values: &[f64], direction: &[f64]) -> f64 {
+        let longest = direction.iter().fold(0.0f64, |m, d| m.max(d.abs())).max(1e-30);
+        let step = 1e-5 / longest;
+        let at = |by: f64| {
+            let moved: Vec<f64> = values.iter().zip(direction).map(|(v, d)| v + by * d).collect();
+            self.loss(batch, &moved)
+        };
+        (at(step) - at(-step)) / (2.0 * step)
+    }
+}
+
+/// The key of a weight in the engine's table.
+fn name(reference: &WeightRef) -> String {
+    match &reference.rows {
+        None => reference.tensor.clone(),
+        Some(rows) => format!("{}[{}..{}]", reference.tensor, rows.start, rows.end),
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// `x·Wᵀ` for rows of `x`, `W` being `[_, width]`.
+fn product(x: &[f64], w: &[f64], width: usize) -> Rows {
+    x.chunks_exact(width).flat_map(|x| w.chunks_exact(width).map(move |w| dot(x, w))).collect()
+}
+
+impl Point<'_> {
+    fn param(&self, name: &str) -> Option<&[f64]> {
+        let param = self.reference.params.iter().find(|p| p.name == name)?;
+        self.values.get(param.offset..param.end())
+    }
+
+    fn weight(&self, reference: &WeightRef) -> &[f64] {
+        let name = name(reference);
+        self.param(&name).unwrap_or_else(|| &self.reference.weights[&name])
+    }
+
+    fn rms_norm(&self, x: &[f64], weight: &WeightRef) -> Rows {
+        let (w, eps) = (self.weight(weight), f64::from(self.reference.spec.norm_eps));
+        let norm = |x: &[f64]| {
+            let rms = (dot(x, x) / x.len() as f64 + eps).sqrt();
+            x.iter().zip(w).map(|(x, w)| x * w / rms).collect::<Vec<f64>>()
+        };
+        x.chunks_exact(w.len()).flat_map(norm).collect()
+    }
+
+    fn linear(&self, x: &[f64], width: usize, linear: &LinearSpec) -> Rows {
+        let weight = self.weight(&linear.weight);
+        let mut y = product(x, weight, width);
+        let outputs = weight.len() / width;
+        let adapter = |part: &str| self.param(&format!("{}.{part}", name(&linear.weight)));
+        if let (Some(a), Some(b)) = (adapter("lora_a"), adapter("lora_b")) {
+            let rank = a.len() / width;
+            let h = product(x, a, width);
+            y.iter_mut().zip(product(&h, b, rank)).for_each(|(y, d)| *y += self.reference.scale * d);
+        }
+        if let Some(bias) = &linear.bias {
+            let bias = self.weight(bias);
+            y.chunks_exact_mut(outputs).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+        }
+        y
+    }
+
+    fn rotate(&self, x: &mut [f64], position: usize, rope: &RopeSpec) {
+        let pairs = rope.dims / 2;
+        // Scaled frequencies have their own test, beside them; here they are given.
+        let mut table = (rope.yarn.is_some() || rope.factors.is_some()).then(|| (vec![0.0; pairs], vec![0.0; pairs]));
+        if let Some((cos, sin)) = &mut table {
+            Frequencies::new(rope).table(position, cos, sin);
+        }
+        for i in 0..pairs {
+            let frequency = f64::from(rope.base).powf(-2.0 * i as f64 / rope.dims as f64);
+            let (sin, cos) = match &table {
+                Some((cos, sin)) => (f64::from(sin[i]), f64::from(cos[i])),
+                None => (position as f64 * f64::from(rope.scale) * frequency).sin_cos(),
+            };
+            let (p, q) = match rope.style {
+                RopeStyle::Halves => (i, i + pairs),
+                RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+            };
+            (x[p], x[q]) = (x[p] * cos - x[q] * sin, x[p] * sin + x[q] * cos);
+        }
+    }
+
+    /// Head norms and rotation of one layer's queries or keys.
+    fn turn(&self, mut x: Rows, heads: usize, norm: Option<&WeightRef>, layer: &LayerSpec) -> Rows {
+        let spec = &self.reference.spec;
+        if let Some(norm) = norm {
+            x = self.rms_norm(&x, norm);
+        }
+        if let Some(rope) = layer.rope {
+            for (i, head) in x.chunks_exact_mut(spec.head_dim).enumerate() {
+                self.rotate(head, i / heads, &spec.ropes[rope]);
+            }
+        }
+        x
+    }
+
+    fn attention(&self, x: &[f64], layer: &LayerSpec) -> Rows {
+        let spec = &self.reference.spec;
+        let (dim, heads, kv_heads) = (spec.head_dim, spec.heads, spec.kv_heads);
+        let q = self.turn(self.linear(x, spec.width, &layer.q), heads, layer.q_norm.as_ref(), layer);
+        let k = self.turn(self.linear(x, spec.width, &layer.k), kv_heads, layer.k_norm.as_ref(), layer);
+        let v = self.linear(x, spec.width, &layer.v);
+        let tokens = x.len() / spec.width;
+        let mut out = vec![0.0; tokens * heads * dim];
+        for t in 0..tokens {
+            let first = layer.window.map_or(0, |w| (t + 1).saturating_sub(w));
+            for h in 0..heads {
+                let at = |s: usize| (s * kv_heads + h * kv_heads / heads) * dim;
+                let query = &q[(t * heads + h) * dim..][..dim];
+                let score = |s: usize| {
+                    let mut score = f64::from(spec.attention_scale) * dot(query, &k[at(s)..][..dim]);
+                    if let Some(cap) = spec.attention_softcap.map(f64::from) {
+                        score = cap * (score / cap).tanh();
+                    }
+                    score - spec.alibi.as_ref().map_or(0.0, |m| f64::from(m[h]) * (t - s) as f64)
+                };
+                let scores: Vec<f64> = (first..=t).map(score).collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                let out = &mut out[(t * heads + h) * dim..][..dim];
+                for (s, score) in (first..=t).zip(&scores) {
+                    let p = (score - max).exp() / sum;
+                    out.iter_mut().zip(&v[at(s)..][..dim]).for_each(|(o, v)| *o += p * v);
+                }
+            }
+        }
+        out
+    }
+
+    fn branch(&self, x: &mut [f64], mut y: Rows, norm: Option<&WeightRef>) {
+        if let Some(norm) = norm {
+            y = self.rms_norm(&y, norm);
+        }
+        x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+    }
+
+    /// The normed outputs of the last layer.
+    fn hidden(&self, tokens: &[u32]) -> Rows {
+        let spec = &self.reference.spec;
+        let table = self.weight(&spec.embedding);
+        let embed = |t: &u32| table[*t as usize * spec.width..][..spec.width].iter();
+        let mut x: Rows = tokens.iter().flat_map(embed).map(|v| v * f64::from(spec.embed_scale)).collect();
+        for layer in &spec.layers {
+            let h = self.rms_norm(&x, &layer.attention_norm);
+            let y = self.linear(&self.attention(&h, layer), spec.heads * spec.head_dim, &layer.o);
+            self.branch(&mut x, y, layer.post_attention_norm.as_ref());
+            let h = self.rms_norm(&x, &layer.ffn_norm);
+            let (gate, up) = (self.linear(&h, spec.width, &layer.gate), self.linear(&h, spec.width, &layer.up));
+            let h: Rows = gate.iter().zip(up).map(|(g, u)| activation(spec.gate, *g) * u).collect();
+            let y = self.linear(&h, spec.ffn, &layer.down);
+            self.branch(&mut x, y, layer.post_ffn_norm.as_ref());
+        }
+        self.rms_norm(&x, &spec.output_norm)
+    }
+
+    fn nll(&self, hidden: &[f64], target: usize) -> f64 {
+        let spec = &self.reference.spec;
+        let mut z = product(hidden, self.weight(&spec.head), spec.width);
+        if let Some(cap) = spec.logit_softcap.map(f64::from) {
+            z.iter_mut().for_each(|z| *z = cap * (*z / cap).tanh());
+        }
+        let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        max + z.iter().map(|z| (z - max).exp()).sum::<f64>().ln() - z[target]
+    }
+}
+
+fn activation(kind: Gate, x: f64) -> f64 {
+    match kind {
+        Gate::Silu => x / (1.0 + (-x).exp()),
+        Gate::GeluTanh => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+            0.5 * x * (1.0 + inner.tanh())
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! Gradients of tiny random models of every kind against a decoder in double precision.
+//!
+//! For each trained tensor a random direction is drawn, and the analytic gradient along it compared with the central
+//! difference that [`Reference`] gives: a wrong element anywhere in the tensor shows. The batches have sequences of
+//! several lengths, longer than the sliding windows and of a single token, and rows without a target. A model of
+//! quantized weights must have the gradients of its dequantized twin, type by type, so that one type carries the
+//! comparison with the reference for all.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use kinglet_engine::gguf::{Gguf, Writer};
+use kinglet_engine::quant::{DType, dequantize};
+use kinglet_engine::session::{LearnBatch, Learner, LearnerOptions, Model};
+use kinglet_engine::tape::{Gate, LoraSpec, RopeStyle, Spec, Yarn};
+use kinglet_models::families;
+use kinglet_models::tiny::{TinyConfig, write_tiny};
+use kinglet_tests::data::{Random, Scratch, heavy};
+use kinglet_tests::reference::Reference;
+
+/// Most tensors that get a direction of their own; of deep models every n-th.
+const DIRECTIONS: usize = 28;
+const SCALE: f32 = 1.5;
+
+fn tiny(scratch: &Scratch, config: &TinyConfig) -> Model {
+    let path = scratch.path("tiny.gguf");
+    write_tiny(&path, config).expect("a tiny model");
+    kinglet_models::open(&path).expect("the model opens")
+}
+
+/// Every matrix of the layers.
+fn maps(model: &Model) -> Vec<String> {
+    let matrix = |w: &kinglet_engine::tape::Weight| w.name.starts_with("blk.") && w.rows > 1;
+    model.weights().iter().filter(|(_, w)| matrix(w)).map(|(_, w)| w.name.clone()).collect()
+}
+
+fn lora(model: &Model, rank: usize) -> LoraSpec {
+    LoraSpec { rank, scale: SCALE, weights: maps(model) }
+}
+
+fn options(lora: LoraSpec) -> LearnerOptions {
+    LearnerOptions { lora, tokens: 64, exact: true, threads: 1, memory_budget: None }
+}
+
+/// Sequences of several lengths; about two rows of three have a target, with weights of both signs.
+fn batch(model: &Model, lengths: &[usize], seed: u64) -> LearnBatch {
+    let (mut random, vocab) = (Random::new(seed), model.spec().vocab);
+    let rows: usize = lengths.iter().sum();
+    let mut token = || random.below(vocab) as u32;
+    let tokens: Vec<u32> = (0..rows).map(|_| token()).collect();
+    let outputs: Vec<u32> = (0..rows as u32).filter(|row| row % 3 != 1).collect();
+    let targets = outputs.iter().map(|_| token()).collect();
+    let weights = outputs.iter().map(|_| random.unit() - 0.25).collect();
+    LearnBatch { tokens, lengths: lengths.to_vec(), outputs, targets, weights }
+}
+
+/// Parameters at which every gradient counts.
+fn start(learner: &Learner, seed: u64) -> Vec<f32> {
+    let mut values = vec![0.0; learner.param_count()];
+    for p in learner.params() {
+        let mut random = Random::new(seed ^ p.offset as u64);
+        values[p.offset..p.end()].copy_from_slice(&random.normals(p.rows * p.width, 1.0 / (p.width as f32).sqrt()));
+    }
+    values
+}
+
+fn learn(learner: &mut Learner, batch: &LearnBatch, params: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let mut gradients = vec![0.0; params.len()];
+    let scores = learner.learn(batch, params, &mut gradients, &AtomicBool::new(false)).expect("a step").to_vec();
+    (scores, gradients)
+}
+
+fn loss(scores: &[f32], batch: &LearnBatch) -> f64 {
+    scores.iter().zip(&batch.weights).map(|(s, w)| f64::from(*s) * f64::from(*w)).sum()
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v)).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The gradient at `params` along random directions, tensor by tensor and all together, against the reference's. Gives
+/// the largest error, relative to the length of the tensor's gradient.
+fn worst_slope(learner: &mut Learner, reference: &Reference, batch: &LearnBatch, params: &[f32]) -> f64 {
+    let (scores, gradients) = learn(learner, batch, params);
+    let (values, gradients) = (wide(params), wide(&gradients));
+    let expected = reference.loss(batch, &values);
+    let error = (loss(&scores, batch) - expected).abs() / expected.abs().max(1.0);
+    assert!(error < 1e-5, "the loss is {}, but should be {expected}", loss(&scores, batch));
+    let each = learner.params().len().div_ceil(DIRECTIONS);
+    let ranges = learner.params().iter().step_by(each).map(|p| (p.name.as_str(), p.offset..p.end()));
+    let mut random = Random::new(99);
+    let mut worst = 0.0f64;
+    for (name, range) in ranges.chain([("all", 0..params.len())]) {
+        let mut direction = vec![0.0; params.len()];
+        direction[range.clone()].iter_mut().for_each(|d| *d = f64::from(random.normal()));
+        let (ours, theirs) = (dot(&gradients, &direction), reference.slope(batch, &values, &direction));
+        let length = dot(&gradients[range.clone()], &gradients[range]).sqrt();
+        let error = (ours - theirs).abs() / length.max(1e-12);
+        assert!(length > 0.0, "{name} has no gradient");
+        assert!(error < 1e-4, "{name}: {ours}, but {theirs} by differences; the gradient's length is {length}");
+        worst = worst.max(error);
+    }
+    worst
+}
+
+fn check(name: &str, configs: impl Iterator<Item = TinyConfig>, lengths: &[usize], rank: usize) {
+    let scratch = Scratch::new(name);
+    for config in configs {
+        let worst = check_model(&tiny(&scratch, &config), lengths, rank);
+        println!("{} {}: {worst:.1e}", config.arch, config.dtype);
+    }
+}
+
+fn check_model(model: &Model, lengths: &[usize], rank: usize) -> f64 {
+    let mut learner = Learner::new(model, &options(lora(model, rank))).expect("a learner");
+    let reference = Reference::new(model, learner.params(), SCALE);
+    let params = start(&learner, 1);
+    worst_slope(&mut learner, &reference, &batch(model, lengths, 2), &params)
+}
+
+/// A tiny model whose description is changed before it is computed with.
+fn check_switches(name: &str, config: &TinyConfig, change: impl Fn(&mut Spec)) {
+    let scratch = Scratch::new(name);
+    let path = scratch.path("tiny.gguf");
+    write_tiny(&path, config).expect("a tiny model");
+    let gguf = Gguf::open(&path).expect("the file opens");
+    let mut spec = families::spec(&gguf).expect("a description");
+    change(&mut spec);
+    let model = Model::new(Arc::new(gguf), spec).expect("the model opens");
+    println!("{}: {:.1e}", config.arch, check_model(&model, &[12, 1, 6], 4));
+}
+
+/// What no family combines in this way, one after the other in every layer and for all heads.
+#[test]
+fn every_switch_of_the_description() {
+    let each = |arch: &str, change: &dyn Fn(&mut Spec)| {
+        check_switches("gradient-switches", &TinyConfig { layers: 2, ..TinyConfig::new(arch) }, change);
+    };
+    let window = |spec: &mut Spec, window| spec.layers.iter_mut().for_each(|l| l.window = window);
+    each("llama", &|spec| spec.attention_softcap = Some(2.0));
+    each("llama", &|spec| (spec.embed_scale, spec.attention_scale) = (3.0, 0.7));
+    each("llama", &|spec| spec.gate = Gate::GeluTanh);
+    each("llama", &|spec| window(spec, Some(4)));
+    each("gemma3", &|spec| window(spec, Some(2)));
+    each("gemma3", &|spec| (spec.attention_softcap, spec.logit_softcap) = (Some(1.5), Some(5.0)));
+    each("llama", &|spec| {
+        spec.alibi = Some(vec![0.5, 0.25, 0.125, 0.0625]);
+        spec.layers.iter_mut().for_each(|l| l.rope = None);
+        window(spec, Some(5));
+    });
+    for style in [RopeStyle::Halves, RopeStyle::Interleaved] {
+        each("qwen3", &|spec| {
+            spec.ropes.iter_mut().for_each(|r| (r.style, r.dims, r.scale) = (style, 8, 0.5));
+        });
+        // Turns and lengthens: the gradient is the transpose, which is no inverse then.
+        let yarn = Yarn { beta_fast: 32.0, beta_slow: 1.0, attention_factor: 1.3, original_context: 64 };
+        each("llama", &|spec| {
+            spec.ropes.iter_mut().for_each(|r| (r.style, r.scale, r.yarn) = (style, 0.25, Some(yarn)));
+        });
+    }
+}
+
+/// Architectures that run, without the ones so deep that they only repeat themselves.
+fn architectures() -> impl Iterator<Item = &'static str> {
+    let known = families::known();
+    TinyConfig::architectures().filter(move |arch| known.contains(arch) && (heavy() || *arch != "baichuan"))
+}
+
+#[test]
+fn adapters_of_every_architecture() {
+    check("gradients", architectures().map(TinyConfig::new), &[11, 1, 9], 4);
+}
+
+#[test]
+fn grouped_heads_odd_ranks_and_single_sequences() {
+    let heads = [(4, 4), (4, 1), (6, 3)];
+    let configs = heads.map(|(heads, kv_heads)| TinyConfig { heads, kv_heads, layers: 1, ..TinyConfig::new("llama") });
+    check("gradient-heads", configs.into_iter(), &[13], 5);
+}
+
+#[test]
+fn several_chunks_of_the_vocabulary_with_and_without_softcap() {
+    let config = TinyConfig { vocab: 2_080, layers: 1, ..TinyConfig::new("qwen2") };
+    for logit_softcap in [None, Some(3.0)] {
+        check_switches("gradient-chunks", &config, |spec| spec.logit_softcap = logit_softcap);
+    }
+}
+
+#[test]
+fn rows_wider_than_a_chunk_of_every_kernel() {
+    let config = TinyConfig {
+        width: 1_088,
+        heads: 6,
+        head_dim: 72,
+        ffn: 1_312,
+        layers: 1,
+        vocab: 64,
+        ..TinyConfig::new("llama")
+    };
+    check("gradient-width", [config].into_iter(), &[5, 3], 8);
+}
+
+/// The model with all matrices as F32.
+fn dense_twin(scratch: &Scratch, model: &Model) -> Model {
+    let gguf = model.gguf();
+    let mut writer = Writer::new();
+    gguf.metadata().iter().for_each(|(key, value)| {
+        writer.set(key, value.clone());
+    });
+    for t in gguf.tensors() {
+        writer.tensor(&t.name, DType::F32, &t.shape).expect("a tensor");
+    }
+    let path = scratch.path("dense.gguf");
+    let mut file = writer.create(&path).expect("a file");
+    for t in gguf.tensors() {
+        let mut values = vec![0.0f32; t.width() * t.rows()];
+        dequantize(t.dtype, gguf.data(t), &mut values).expect("values");
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        file.write(&t.name, &bytes).expect("written");
+    }
+    file.finish().expect("a finished file");
+    kinglet_models::open(&path).expect("the twin opens")
+}
+
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+    (difference / b.iter().map(|b| f64::from(*b).powi(2)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn quantized_weights_have_the_gradients_of_their_dense_twin() {
+    let scratch = Scratch::new("twins");
+    let types = || DType::WEIGHTS.into_iter().filter(|t| *t != DType::F32);
+    let archs = if heavy() { vec!["llama", "qwen2", "qwen3", "gemma3"] } else { vec!["llama", "gemma3"] };
+    for (arch, dtype) in archs.iter().flat_map(|arch| types().map(move |dtype| (*arch, dtype))) {
+        let config = TinyConfig { layers: 2, ..TinyConfig::new(arch).with_dtype(dtype) };
+        let model = tiny(&scratch, &config);
+        let twin = dense_twin(&scratch, &model);
+        let [mut ours, mut theirs] = [&model, &twin].map(|m| Learner::new(m, &options(lora(m, 4))).expect("a learner"));
+        let (params, batch) = (start(&ours, 3), batch(&model, &[12, 1, 6], 4));
+        let ((_, a), (_, b)) = (learn(&mut ours, &batch, &params), learn(&mut theirs, &batch, &params));
+        for p in ours.params() {
+            let error = relative(&a[p.offset..p.end()], &b[p.offset..p.end()]);
+            assert!(error < 1e-4, "{arch} {dtype} {}: {error:.1e} from the dense twin", p.name);
+        }
+        // The loss that runs forward is the loss that was differentiated.
+        let step = 2e-4f32;
+        let direction = Random::new(5).normals(params.len(), 1.0);
+        let mut at = |by: f32| {
+            let moved: Vec<f32> = params.iter().zip(&direction).map(|(p, d)| p + by * d).collect();
+            loss(ours.score(&batch, &moved, &AtomicBool::new(false)).expect("scores"), &batch)
+        };
+        let slope = (at(step) - at(-step)) / f64::from(2.0 * step);
+        let (gradients, direction) = (wide(&a), wide(&direction));
+        let (along, length) = (dot(&gradients, &direction), dot(&gradients, &gradients).sqrt());
+        assert!((along - slope).abs() < 1e-2 * length, "{arch} {dtype}: {along}, but {slope} by differences");
+    }
+}
+
+/// Threads share rows, never sums; a layer that is computed again gives what it gave.
+#[test]
+fn threads_and_kept_layers_do_not_show() {
+    let scratch = Scratch::new("bits");
+    for (arch, dtype, exact) in [
+        ("llama", DType::Q4_K, true),
+        ("llama", DType::Q4_K, false),
+        ("gemma3", DType::Q8_0, false),
+        ("qwen2", DType::F16, true),
+    ] {
+        let model = tiny(&scratch, &TinyConfig { vocab: 1_120, ..TinyConfig::new(arch).with_dtype(dtype) });
+        let batch = batch(&model, &[17, 1, 9, 2], 6);
+        let mut first: Option<(Vec<f32>, Vec<f32>)> = None;
+        for (threads, memory_budget) in [(1, None), (1, Some(u64::MAX)), (2, None), (3, Some(u64::MAX))] {
+            let options = LearnerOptions { threads, memory_budget, exact, ..options(lora(&model, 4)) };
+            let mut learner = Learner::new(&model, &options).expect("a learner");
+            let params = start(&learner, 7);
+            let found = learn(&mut learner, &batch, &params);
+            let first = first.get_or_insert(found.clone());
+            assert!(found == *first, "{arch} {dtype}: {threads} threads, budget {memory_budget:?}: other bits");
+        }
+    }
+}
