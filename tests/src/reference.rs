@@ -7,9 +7,13 @@
 
 use std::collections::HashMap;
 
+use kinglet_engine::cpu::kernels::dropout::{Mask, dropout_inplace};
 use kinglet_engine::quant::dequantize;
+use kinglet_engine::random::{splitmix64, stream};
 use kinglet_engine::session::{LearnBatch, Model};
-use kinglet_engine::tape::{Frequencies, Gate, LayerSpec, LinearSpec, Param, RopeSpec, RopeStyle, Spec, WeightRef};
+use kinglet_engine::tape::{
+    Frequencies, Gate, LayerSpec, LinearSpec, LoraSpec, Param, RopeSpec, RopeStyle, Spec, WeightRef,
+};
 
 /// Rows of equal width, one after the other.
 type Rows = Vec<f64>;
@@ -19,22 +23,25 @@ pub struct Reference {
     spec: Spec,
     weights: HashMap<String, Vec<f64>>,
     params: Vec<Param>,
-    /// Factor on the adapters' products.
-    scale: f64,
+    lora: LoraSpec,
 }
 
 /// Trained parameters at one point.
 struct Point<'a> {
     reference: &'a Reference,
     values: &'a [f64],
+    /// The values that the lengths of DoRA's rows are taken at: they count as constants in its gradient.
+    fixed: &'a [f64],
+    /// Seed of the dropout, and the first row of the sequence in its run; none when scoring.
+    dropout: Option<(u64, usize)>,
 }
 
 impl Reference {
-    /// The decoder of `model` with these trained parameters, whose adapters are scaled by `scale`.
+    /// The decoder of `model` with these trained parameters, those of `lora` where it has adapters.
     ///
     /// # Panics
     /// Where a weight cannot be dequantized.
-    pub fn new(model: &Model, params: &[Param], scale: f32) -> Reference {
+    pub fn new(model: &Model, params: &[Param], lora: &LoraSpec) -> Reference {
         let weights = model.weights();
         let weights = weights.iter().map(|(id, w)| {
             let mut values = vec![0.0f32; w.rows * w.width];
@@ -45,17 +52,22 @@ impl Reference {
             spec: model.spec().clone(),
             weights: weights.collect(),
             params: params.to_vec(),
-            scale: f64::from(scale),
+            lora: lora.clone(),
         }
     }
 
-    /// `Σ weight · −ln p` over the batch's targets.
+    /// `Σ weight · −ln p` over the batch's targets, with dropout.
     pub fn loss(&self, batch: &LearnBatch, values: &[f64]) -> f64 {
-        let point = Point { reference: self, values };
+        self.loss_beside(batch, values, values)
+    }
+
+    fn loss_beside(&self, batch: &LearnBatch, values: &[f64], fixed: &[f64]) -> f64 {
         let mut first = 0;
         let mut loss = 0.0;
         for length in &batch.lengths {
             let tokens = &batch.tokens[first..first + length];
+            let dropout = (self.lora.dropout > 0.0).then_some((batch.dropout_seed, first));
+            let point = Point { reference: self, values, fixed, dropout };
             let hidden = point.hidden(tokens);
             for (output, (target, weight)) in batch.outputs.iter().zip(batch.targets.iter().zip(&batch.weights)) {
                 let row = (*output as usize).wrapping_sub(first);
@@ -75,7 +87,7 @@ impl Reference {
         let step = 1e-5 / longest;
         let at = |by: f64| {
             let moved: Vec<f64> = values.iter().zip(direction).map(|(v, d)| v + by * d).collect();
-            self.loss(batch, &moved)
+            self.loss_beside(batch, &moved, values)
         };
         (at(step) - at(-step)) / (2.0 * step)
     }
@@ -122,17 +134,46 @@ impl Point<'_> {
         let weight = self.weight(&linear.weight);
         let mut y = product(x, weight, width);
         let outputs = weight.len() / width;
-        let adapter = |part: &str| self.param(&format!("{}.{part}", name(&linear.weight)));
+        let name = name(&linear.weight);
+        let adapter = |part: &str| self.param(&format!("{name}.{part}"));
+        let scale = f64::from(self.reference.lora.scale);
         if let (Some(a), Some(b)) = (adapter("lora_a"), adapter("lora_b")) {
             let rank = a.len() / width;
-            let h = product(x, a, width);
-            y.iter_mut().zip(product(&h, b, rank)).for_each(|(y, d)| *y += self.reference.scale * d);
+            let h = product(&self.drop(x, width, &name), a, width);
+            y.iter_mut().zip(product(&h, b, rank)).for_each(|(y, d)| *y += scale * d);
+        }
+        if let Some(magnitude) = adapter("lora_magnitude") {
+            let fixed = Point { values: self.fixed, ..*self };
+            let fixed = |part: &str| fixed.param(&format!("{name}.{part}")).expect("both halves").to_vec();
+            let (a, b) = (fixed("lora_a"), fixed("lora_b"));
+            let rank = a.len() / width;
+            let norm = |o: usize| {
+                let entry = |i: usize| {
+                    let product: f64 = (0..rank).map(|r| b[o * rank + r] * a[r * width + i]).sum();
+                    weight[o * width + i] + scale * product
+                };
+                (0..width).map(|i| entry(i).powi(2)).sum::<f64>().sqrt()
+            };
+            let ratios: Vec<f64> = (0..outputs).map(|o| magnitude[o] / norm(o)).collect();
+            y.chunks_exact_mut(outputs).for_each(|y| y.iter_mut().zip(&ratios).for_each(|(y, r)| *y *= r));
         }
         if let Some(bias) = &linear.bias {
             let bias = self.weight(bias);
             y.chunks_exact_mut(outputs).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
         }
         y
+    }
+
+    /// An adapter's input without what falls.
+    fn drop(&self, x: &[f64], width: usize, weight: &str) -> Rows {
+        let Some((seed, first)) = self.dropout else { return x.to_vec() };
+        let mask = Mask::new(stream(weight, 0) ^ splitmix64(seed, 0), self.reference.lora.dropout);
+        let drop = |(row, x): (usize, &[f64])| {
+            let mut factors = vec![1.0f32; width];
+            dropout_inplace(&mask, first + row, &mut factors);
+            x.iter().zip(factors).map(|(x, f)| x * f64::from(f)).collect::<Vec<f64>>()
+        };
+        x.chunks_exact(width).enumerate().flat_map(drop).collect()
     }
 
     fn rotate(&self, x: &mut [f64], position: usize, rope: &RopeSpec) {

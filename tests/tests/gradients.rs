@@ -35,7 +35,7 @@ fn maps(model: &Model) -> Vec<String> {
 }
 
 fn lora(model: &Model, rank: usize) -> LoraSpec {
-    LoraSpec { rank, scale: SCALE, weights: maps(model) }
+    LoraSpec { rank, scale: SCALE, weights: maps(model), ..LoraSpec::default() }
 }
 
 fn options(lora: LoraSpec) -> LearnerOptions {
@@ -51,7 +51,7 @@ fn batch(model: &Model, lengths: &[usize], seed: u64) -> LearnBatch {
     let outputs: Vec<u32> = (0..rows as u32).filter(|row| row % 3 != 1).collect();
     let targets = outputs.iter().map(|_| token()).collect();
     let weights = outputs.iter().map(|_| random.unit() - 0.25).collect();
-    LearnBatch { tokens, lengths: lengths.to_vec(), outputs, targets, weights }
+    LearnBatch { tokens, lengths: lengths.to_vec(), outputs, targets, weights, dropout_seed: seed }
 }
 
 /// Parameters at which every gradient counts.
@@ -116,8 +116,12 @@ fn check(name: &str, configs: impl Iterator<Item = TinyConfig>, lengths: &[usize
 }
 
 fn check_model(model: &Model, lengths: &[usize], rank: usize) -> f64 {
-    let mut learner = Learner::new(model, &options(lora(model, rank))).expect("a learner");
-    let reference = Reference::new(model, learner.params(), SCALE);
+    check_adapters(model, lengths, lora(model, rank))
+}
+
+fn check_adapters(model: &Model, lengths: &[usize], lora: LoraSpec) -> f64 {
+    let mut learner = Learner::new(model, &options(lora.clone())).expect("a learner");
+    let reference = Reference::new(model, learner.params(), &lora);
     let params = start(&learner, 1);
     worst_slope(&mut learner, &reference, &batch(model, lengths, 2), &params)
 }
@@ -204,6 +208,46 @@ fn rows_wider_than_a_chunk_of_every_kernel() {
     check("gradient-width", [config].into_iter(), &[5, 3], 8);
 }
 
+#[test]
+fn dropout_and_learned_lengths() {
+    let scratch = Scratch::new("gradient-dora");
+    for arch in ["llama", "qwen2", "gemma3"] {
+        let model = tiny(&scratch, &TinyConfig { layers: 3, ..TinyConfig::new(arch) });
+        for (dropout, dora) in [(0.3, false), (0.0, true), (0.1, true)] {
+            let lora = LoraSpec { dropout, dora, ..lora(&model, 4) };
+            println!("{arch} {dropout} {dora}: {:.1e}", check_adapters(&model, &[11, 1, 9], lora));
+        }
+    }
+}
+
+/// Over many seeds the gradient with dropout is close to that without, for a loss that is nearly linear in the adapters.
+#[test]
+fn the_mean_over_dropouts_is_the_gradient() {
+    let scratch = Scratch::new("dropout-mean");
+    let model = tiny(&scratch, &TinyConfig { layers: 1, ..TinyConfig::new("llama") });
+    let [mut dropping, mut whole] = [0.25, 0.0]
+        .map(|dropout| Learner::new(&model, &options(LoraSpec { dropout, ..lora(&model, 4) })).expect("a learner"));
+    let params: Vec<f32> = start(&whole, 1).iter().map(|v| 0.05 * v).collect();
+    let mut batch = batch(&model, &[16, 7], 3);
+    let (scores, expected) = learn(&mut whole, &batch, &params);
+    let none = AtomicBool::new(false);
+    assert_eq!(dropping.score(&batch, &params, &none).expect("scores"), scores, "scoring leaves nothing out");
+    let mut mean = vec![0.0; params.len()];
+    let (mut before, mut far) = (Vec::new(), 0.0f64);
+    const SEEDS: usize = 400;
+    for seed in 0..SEEDS as u64 {
+        batch.dropout_seed = seed;
+        let (_, gradients) = learn(&mut dropping, &batch, &params);
+        far = far.max(relative(&gradients, &expected));
+        mean.iter_mut().zip(&gradients).for_each(|(m, g)| *m += g / SEEDS as f32);
+        assert_ne!(gradients, before, "seed {seed} gives what the one before gave");
+        before = gradients;
+    }
+    let error = relative(&mean, &expected);
+    println!("{error:.3} of the mean, {far:.3} of the farthest");
+    assert!(error < 0.06 && far > 0.3, "{error} of the mean, {far} of the farthest");
+}
+
 /// The model with all matrices as F32.
 fn dense_twin(scratch: &Scratch, model: &Model) -> Model {
     let gguf = model.gguf();
@@ -275,7 +319,8 @@ fn threads_and_kept_layers_do_not_show() {
         let batch = batch(&model, &[17, 1, 9, 2], 6);
         let mut first: Option<(Vec<f32>, Vec<f32>)> = None;
         for (threads, memory_budget) in [(1, None), (1, Some(u64::MAX)), (2, None), (3, Some(u64::MAX))] {
-            let options = LearnerOptions { threads, memory_budget, exact, ..options(lora(&model, 4)) };
+            let lora = LoraSpec { dropout: 0.2, dora: arch == "qwen2", ..lora(&model, 4) };
+            let options = LearnerOptions { threads, memory_budget, exact, ..options(lora) };
             let mut learner = Learner::new(&model, &options).expect("a learner");
             let params = start(&learner, 7);
             let found = learn(&mut learner, &batch, &params);

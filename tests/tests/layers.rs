@@ -17,15 +17,16 @@ const CRATES: [(&str, &[&str]); 6] = [
 ];
 
 /// Module of the engine → the modules it may import. `error` may be imported by all.
-const MODULES: [(&str, &[&str]); 12] = [
+const MODULES: [(&str, &[&str]); 13] = [
     ("error", &[]),
+    ("random", &[]),
     ("quant", &[]),
     ("gguf", &["quant"]),
     ("text", &["gguf", "quant"]),
     ("sampling", &["text"]),
     ("grammar", &["text", "sampling"]),
-    ("tape", &["gguf", "quant", "text"]),
-    ("cpu", &["gguf", "quant", "text", "tape"]),
+    ("tape", &["gguf", "quant", "text", "random"]),
+    ("cpu", &["gguf", "quant", "text", "tape", "random"]),
     ("gpu", &["gguf", "quant", "text", "tape"]),
     ("adapter", &["gguf", "quant", "text", "tape"]),
     ("session", &["gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter"]),

@@ -26,7 +26,7 @@ fn train(exact: bool, steps: usize, mut check: impl FnMut(usize, f64, &Learner, 
     let _alone = alone();
     let model = kinglet_models::open(model("smollm2")).expect("the model opens");
     let weights = (0..30).flat_map(|l| MAPS.map(|m| format!("blk.{l}.{m}.weight"))).collect();
-    let lora = LoraSpec { rank: 8, scale: 2.0, weights };
+    let lora = LoraSpec { rank: 8, scale: 2.0, weights, ..LoraSpec::default() };
     let options = LearnerOptions { lora, tokens: SEQUENCES * LENGTH, exact, threads: 0, memory_budget: None };
     let mut learner = Learner::new(&model, &options).expect("a learner");
     let mut params = vec![0.0; learner.param_count()];
@@ -47,6 +47,7 @@ fn train(exact: bool, steps: usize, mut check: impl FnMut(usize, f64, &Learner, 
             tokens: tokens.to_vec(),
             lengths: vec![LENGTH; SEQUENCES],
             outputs,
+            dropout_seed: 0,
         };
         let mut gradients = vec![0.0; params.len()];
         let scores = learner.learn(&batch, &params, &mut gradients, &AtomicBool::new(false)).expect("a step");

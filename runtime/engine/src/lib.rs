@@ -11,6 +11,7 @@
 //! | [`cpu`] | kernels by instruction set, the thread pool, the tape's executor | `tape`, `quant` |
 //! | [`adapter`] | LoRA and DoRA: files, checks, merging | `gguf`, `quant` |
 //! | [`session`] | model, KV cache, prefill and decode, generation | all above |
+//! | [`random`] | numbers that are hashes of a seed and a counter | – |
 //! | [`sampling`] | from logits to a token | `error` |
 //!
 //! No architecture is known here by name: a family is a [`tape`] made by `kinglet-models`.
@@ -20,6 +21,7 @@ pub mod cpu;
 pub mod error;
 pub mod gguf;
 pub mod quant;
+pub mod random;
 pub mod sampling;
 pub mod session;
 pub mod tape;

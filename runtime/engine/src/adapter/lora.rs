@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use super::fingerprint;
 use crate::gguf::{Gguf, TensorInfo};
+use crate::tape::{adapted_norm, magnitude_ratio};
 use crate::{Error, Result};
 
 /// The highest rank that is taken: more is a damaged file.
@@ -234,11 +235,9 @@ impl LowRank {
         let Some(magnitude) = self.magnitude.as_ref().and_then(|m| m.get(row)) else {
             return RowDelta { gain: 0.0, factor: strength * scale };
         };
-        let mut sum = w.to_vec();
-        self.add_row(row, scale, &mut sum);
-        let norm = sum.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt() as f32;
-        // A row of zeros has no direction to scale.
-        let ratio = if norm > 0.0 { magnitude / norm } else { 0.0 };
+        let b = self.b.chunks_exact(self.rank).nth(row).unwrap_or_default();
+        let norm = adapted_norm(&mut w.to_vec(), scale, b, &self.a);
+        let ratio = magnitude_ratio(*magnitude, norm);
         let gain = if norm > 0.0 { ratio - 1.0 } else { 0.0 };
         RowDelta { gain: strength * gain, factor: strength * ratio * scale }
     }

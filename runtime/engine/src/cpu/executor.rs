@@ -90,6 +90,8 @@ pub struct Learning<'a> {
     pub gradients: &'a mut [f32],
     /// Factor on the gradient of each output row's cross-entropy, for [`Purpose::Learn`].
     pub row_weights: &'a [f32],
+    /// Decides which of the adapters' inputs fall, for [`Purpose::Learn`]; another for each run of a training.
+    pub dropout_seed: u64,
 }
 
 /// A tape with its plan.
@@ -209,6 +211,7 @@ pub(super) struct Context<'a> {
     pub gradients: *mut f32,
     /// Factor on the gradient of each output row's cross-entropy.
     pub row_weights: &'a [f32],
+    pub dropout_seed: u64,
     pub tokens: &'a [u32],
     pub outputs: &'a [u32],
     pub targets: &'a [u32],
@@ -324,9 +327,9 @@ impl Executor {
             Some(kv) => kv,
             None => KvLayout::new(&self.spec, DType::F32)?,
         };
-        let (params, gradients, row_weights) = match &mut batch.learning {
-            None => (std::ptr::null(), std::ptr::null_mut(), [].as_slice()),
-            Some(l) => (l.params.as_ptr(), l.gradients.as_mut_ptr(), l.row_weights),
+        let (params, gradients, row_weights, dropout_seed) = match &mut batch.learning {
+            None => (std::ptr::null(), std::ptr::null_mut(), [].as_slice(), 0),
+            Some(l) => (l.params.as_ptr(), l.gradients.as_mut_ptr(), l.row_weights, l.dropout_seed),
         };
         let context = Context {
             isa: self.isa,
@@ -339,6 +342,7 @@ impl Executor {
             params,
             gradients,
             row_weights,
+            dropout_seed,
             tokens: batch.tokens,
             outputs: batch.outputs,
             targets: batch.targets,

@@ -24,6 +24,7 @@ impl Context<'_> {
         match self.tape.info(value).rows {
             crate::tape::Rows::Tokens => self.tokens.len(),
             crate::tape::Rows::Outputs => self.outputs.len(),
+            crate::tape::Rows::One => 1,
         }
     }
 

@@ -5,11 +5,15 @@
 
 use super::executor::{Context, Scratch, VOCAB_CHUNK};
 use super::kernels::gemm::{self, Gemm};
-use super::kernels::{activation, attention, linear, norm, rope, vector};
+use super::kernels::{activation, attention, dropout, linear, norm, rope, vector};
 use super::matrix::Matrix;
 use super::ops;
 use super::pool::Team;
-use crate::tape::{AttentionBackward, Lora, LoraBackward, Op, ParamId, Rope, Value, WeightId};
+use crate::tape::{
+    AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
+    magnitude_ratio,
+};
+use crate::{quant, random};
 
 impl<'a> Context<'a> {
     /// A trained matrix, `[rows, width]`.
@@ -48,6 +52,26 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
         match op {
             Op::Lora(op) => lora(c, op, team),
             Op::LoraBackward(op) => lora_backward(c, op, team),
+            Op::Dropout(op) => {
+                let (x, y) = (c.matrix(op.x), c.matrix(op.out));
+                let mask = mask(c, op);
+                for row in team.share(y.rows, 1) {
+                    y.begin_from(&x, row, 0..y.width);
+                    dropout::dropout_inplace(&mask, token_row(c, op.out, row), y.row_mut(row));
+                }
+            }
+            Op::DropoutBackward { forward, dy, dx, out } => {
+                let (dy, y) = (c.matrix(*dy), c.matrix(*out));
+                let mask = mask(c, forward);
+                for row in team.share(y.rows, 1) {
+                    begin(c, *dx, *out, row..row + 1);
+                    let token = token_row(c, *out, row);
+                    dropout::dropout(&mask, token, dy.row(row), y.row_mut(row), dx.is_some());
+                }
+            }
+            Op::RowNorms { weight, a, b, scale, out } => row_norms(c, *weight, (*a, *b), *scale, *out, team),
+            Op::Rescale(op) => rescale(c, op, team),
+            Op::RescaleBackward { forward, dy, out } => rescale_backward(c, forward, *dy, *out, team),
             Op::LinearBackward { parts, dx, out } => {
                 let y = c.matrix(*out);
                 let rows = team.share(y.rows, 1);
@@ -228,6 +252,98 @@ unsafe fn lora_backward(c: &Context<'_>, op: &LoraBackward, team: &Team<'_>) {
             let e = (&e.all(0..n)[a_rows.start..], rank);
             let out = c.gradient(f.a, a_rows.clone());
             product(c, gemm::gemm_tn, (a_rows.len(), width, n), 1.0, e, (x.all(0..n), width), out, true);
+        }
+    }
+}
+
+/// The mask of a map in this run.
+fn mask(c: &Context<'_>, op: &Dropout) -> dropout::Mask {
+    // The seed is spread over all bits: those of neighbouring runs would otherwise be neighbouring streams.
+    dropout::Mask::new(op.stream ^ random::splitmix64(c.dropout_seed, 0), op.rate)
+}
+
+/// The run's row that row `row` of a value belongs to.
+fn token_row(c: &Context<'_>, value: Value, row: usize) -> usize {
+    match c.tape.info(value).rows {
+        Rows::Outputs => c.outputs[row] as usize,
+        Rows::Tokens | Rows::One => row,
+    }
+}
+
+unsafe fn row_norms(
+    c: &Context<'_>,
+    weight: WeightId,
+    (a, b): (ParamId, ParamId),
+    scale: f32,
+    out: Value,
+    team: &Team<'_>,
+) {
+    let (info, out) = (c.weights.get(weight), c.matrix(out));
+    let (a, b, rank) = (c.param(a), c.param(b), c.param_shape(b).1);
+    let mut row = vec![0.0; info.width];
+    let rows = team.share(info.rows, 8);
+    // SAFETY: this thread's columns of the one row.
+    let norms = unsafe { out.columns_mut(0, rows.clone()) };
+    for (norm, o) in norms.iter_mut().zip(rows) {
+        // The sizes were checked when the weights were resolved.
+        if let Err(e) = quant::dequantize(info.dtype, c.weights.rows(weight, o..o + 1), &mut row) {
+            unreachable!("{}: {e}", info.name);
+        }
+        *norm = adapted_norm(&mut row, scale, &b[o * rank..][..rank], a);
+    }
+}
+
+/// Factors on some columns of a rescaled map.
+///
+/// # Safety
+/// The norms are complete.
+unsafe fn ratios(c: &Context<'_>, op: &Rescale, columns: std::ops::Range<usize>) -> Vec<f32> {
+    // SAFETY: by the caller's promise.
+    let norms = unsafe { &c.matrix(op.norms).row(0)[columns.clone()] };
+    c.param(op.magnitude)[columns].iter().zip(norms).map(|(m, n)| magnitude_ratio(*m, *n)).collect()
+}
+
+unsafe fn rescale(c: &Context<'_>, op: &Rescale, team: &Team<'_>) {
+    let (y, out) = (c.matrix(op.y), c.matrix(op.out));
+    let columns = team.share(out.width, ops::ROW_UNIT);
+    // SAFETY: computed by an op before.
+    let ratios = unsafe { ratios(c, op, columns.clone()) };
+    for row in 0..out.rows {
+        // SAFETY: this thread's columns; input and output are the same memory or apart.
+        unsafe {
+            out.begin_from(&y, row, columns.clone());
+            let out = out.columns_mut(row, columns.clone());
+            out.iter_mut().zip(&ratios).for_each(|(y, ratio)| *y *= ratio);
+            if let Some(bias) = op.bias {
+                vector::add(c.isa, &c.weights.get(bias).vector()[columns.clone()], out);
+            }
+            if let Some(residual) = op.residual {
+                vector::add(c.isa, &c.matrix(residual).row(row)[columns.clone()], out);
+            }
+        }
+    }
+}
+
+unsafe fn rescale_backward(c: &Context<'_>, op: &Rescale, dy: Value, out: Value, team: &Team<'_>) {
+    let (y, dy, out) = (c.matrix(op.y), c.matrix(dy), c.matrix(out));
+    let columns = team.share(out.width, ops::ROW_UNIT);
+    let mut sums = vec![0.0f64; columns.len()];
+    // SAFETY: this thread's columns, of the values and then of the magnitude's one row.
+    unsafe {
+        let ratios = ratios(c, op, columns.clone());
+        for row in 0..out.rows {
+            out.begin_from(&dy, row, columns.clone());
+            let out = out.columns_mut(row, columns.clone());
+            for (((out, y), ratio), sum) in out.iter_mut().zip(&y.row(row)[columns.clone()]).zip(&ratios).zip(&mut sums)
+            {
+                *sum += f64::from(*out) * f64::from(*y);
+                *out *= ratio;
+            }
+        }
+        let norms = &c.matrix(op.norms).row(0)[columns.clone()];
+        let gradient = &mut c.gradient(op.magnitude, 0..1)[columns];
+        for ((gradient, norm), sum) in gradient.iter_mut().zip(norms).zip(sums) {
+            *gradient += magnitude_ratio(sum as f32, *norm);
         }
     }
 }

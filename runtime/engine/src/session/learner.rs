@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 
 use super::{Estimate, Model};
 use crate::cpu::{Batch, Executor, ExecutorOptions, Learning, Segment, Timing};
-use crate::tape::{LoraSpec, Param, PlanLimits, Purpose};
-use crate::{Error, Result};
+use crate::tape::{LoraSpec, Param, PlanLimits, Purpose, adapted_norm};
+use crate::{Error, Result, quant};
 
 /// How a learner is set up.
 #[derive(Clone, Debug)]
@@ -39,6 +39,9 @@ pub struct LearnBatch {
     pub targets: Vec<u32>,
     /// Factor on the gradient of each of their cross-entropies.
     pub weights: Vec<f32>,
+    /// Decides which of the adapters' inputs fall where they have dropout: a hash of the training's seed and of the number
+    /// of the run, say. The same seed gives the same gradients.
+    pub dropout_seed: u64,
 }
 
 /// See the module's text.
@@ -82,6 +85,26 @@ impl Learner {
         self.executor.tape().param_count()
     }
 
+    /// Parameters to start from that leave the model as it is, but for `.lora_a`, which is the caller's to draw: all is zero
+    /// but the magnitudes of DoRA, which are the lengths of the weights' rows.
+    ///
+    /// # Errors
+    /// None that a resolved model has.
+    pub fn initial(&self) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; self.param_count()];
+        let weights = self.model.weights();
+        for p in self.params() {
+            let Some(weight) = p.name.strip_suffix(".lora_magnitude") else { continue };
+            let Some((id, info)) = weights.iter().find(|(_, w)| w.name == weight) else { continue };
+            let mut row = vec![0.0; info.width];
+            for (i, norm) in values[p.offset..p.end()].iter_mut().enumerate() {
+                quant::dequantize(info.dtype, weights.rows(id, i..i + 1), &mut row)?;
+                *norm = adapted_norm(&mut row, 0.0, &[], &[]);
+            }
+        }
+        Ok(values)
+    }
+
     /// `−ln p` of each target with the adapters in `params`, in nats.
     ///
     /// # Errors
@@ -118,7 +141,12 @@ impl Learner {
             segments,
             outputs: &batch.outputs,
             targets: &batch.targets,
-            learning: Some(Learning { params, gradients, row_weights: &batch.weights }),
+            learning: Some(Learning {
+                params,
+                gradients,
+                row_weights: &batch.weights,
+                dropout_seed: batch.dropout_seed,
+            }),
         };
         self.executor.run(purpose, batch, cancel)
     }
@@ -144,6 +172,9 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
     }
     if !(1..=1024).contains(&lora.rank) || !lora.scale.is_finite() {
         return Err(Error::argument(format!("a rank between 1 and 1024 and a finite scale are needed, not {lora:?}")));
+    }
+    if !(0.0..1.0).contains(&lora.dropout) {
+        return Err(Error::argument(format!("a dropout from 0 to below 1 is needed, not {}", lora.dropout)));
     }
     if !(1..=1 << 20).contains(&options.tokens) {
         return Err(Error::argument(format!(

@@ -106,6 +106,22 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
             // The map itself, unlike the adapter, may lie behind nothing that learns; its rule decides.
             g.of.insert(l.y, dy);
         }
+        Op::Dropout(d) => {
+            let Some(dy) = g.take(d.out) else { return };
+            let dx = g.take(d.x);
+            let out = like(b, d.x, "d dropout");
+            b.ops.push(Op::DropoutBackward { forward: *d, dy, dx, out });
+            g.of.insert(d.x, out);
+        }
+        Op::Rescale(r) => {
+            let Some(dy) = g.take(r.out) else { return };
+            if let Some(residual) = r.residual {
+                g.pass(residual, dy);
+            }
+            let out = like(b, r.y, "d rescaled");
+            b.ops.push(Op::RescaleBackward { forward: *r, dy, out });
+            g.of.insert(r.y, out);
+        }
         Op::Gated { kind, gate, up, out } => {
             let Some(dy) = g.take(*out) else { return };
             let (d_gate, d_up) = (like(b, *gate, "d gate"), like(b, *up, "d up"));
@@ -149,7 +165,10 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
         | Op::Head { .. }
         | Op::CrossEntropy { .. }
         | Op::CrossEntropyGrad { .. }
+        | Op::RowNorms { .. }
         | Op::LoraBackward(_)
+        | Op::DropoutBackward { .. }
+        | Op::RescaleBackward { .. }
         | Op::LinearBackward { .. }
         | Op::RmsNormBackward { .. }
         | Op::GatedBackward { .. }

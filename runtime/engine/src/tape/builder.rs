@@ -1,14 +1,18 @@
 //! Appends ops to a tape. The calls read like eager code: `let h = b.rms_norm(x, &layer.ffn_norm)`.
 
+use std::collections::HashMap;
+
 use super::op::{
-    Attention, Epilogue, KvSource, Linear, Lora, Op, Param, ParamId, Part, Rope, Rows, Tape, Value, ValueInfo,
+    Attention, Dropout, Epilogue, KvSource, Linear, Lora, Op, Param, ParamId, Part, Rescale, Rope, Rows, Tape, Value,
+    ValueInfo, WeightId,
 };
 use super::spec::{Gate, LayerSpec, LinearSpec, Spec, WeightRef};
 use super::weights::Weights;
 use crate::quant::DType;
+use crate::random;
 
 /// Which linear maps get a trained low-rank adapter, and of what size.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoraSpec {
     /// Rank of every adapter.
     pub rank: usize,
@@ -16,6 +20,10 @@ pub struct LoraSpec {
     pub scale: f32,
     /// Names of the adapted weights, such as `blk.0.attn_q.weight`.
     pub weights: Vec<String>,
+    /// Share of the adapters' inputs that are zeroed in a run for learning; scoring leaves none out.
+    pub dropout: f32,
+    /// Whether the lengths of the adapted matrices' rows are learned apart from their directions (DoRA).
+    pub dora: bool,
 }
 
 /// Writes a tape for one model.
@@ -25,9 +33,13 @@ pub struct Builder<'a> {
     weights: &'a Weights,
     /// Set for training: adapters behind linear maps, keys and values of the run itself.
     lora: Option<&'a LoraSpec>,
+    /// Whether adapters lose some of their input.
+    drops: bool,
     pub(super) ops: Vec<Op>,
     values: Vec<ValueInfo>,
     params: Vec<Param>,
+    /// Lengths of adapted matrices' rows: computed once, also where a layer is computed twice.
+    norms: HashMap<WeightId, Value>,
     prefix: String,
 }
 
@@ -38,17 +50,19 @@ impl<'a> Builder<'a> {
             spec,
             weights,
             lora: None,
+            drops: false,
             ops: Vec::new(),
             values: Vec::new(),
             params: Vec::new(),
+            norms: HashMap::new(),
             prefix: String::new(),
         }
     }
 
     /// An empty tape for training the adapters of `lora`: every linear map it names gets one, and attention reads the
-    /// keys and values of the run itself.
-    pub fn learning(spec: &'a Spec, weights: &'a Weights, lora: &'a LoraSpec) -> Builder<'a> {
-        Builder { lora: Some(lora), ..Builder::new(spec, weights) }
+    /// keys and values of the run itself. With `drops` the adapters' dropout is in force.
+    pub fn learning(spec: &'a Spec, weights: &'a Weights, lora: &'a LoraSpec, drops: bool) -> Builder<'a> {
+        Builder { lora: Some(lora), drops, ..Builder::new(spec, weights) }
     }
 
     /// Names given to values from here on start with `prefix`.
@@ -99,10 +113,11 @@ impl<'a> Builder<'a> {
         let (dtype, width) = (self.weights.get(weight).dtype, self.weights.get(weight).rows);
         self.mark_quantized(x, dtype);
         let rows = self.shape(x).0;
-        Part { weight, bias: linear.bias.as_ref().map(|b| self.weights.id(b)), out: self.value(rows, width, name) }
+        let bias = linear.bias.as_ref().filter(|_| !self.adds_later(linear)).map(|b| self.weights.id(b));
+        Part { weight, bias, out: self.value(rows, width, name) }
     }
 
-    /// The adapter's pair of matrices for a weight, made at its first use.
+    /// A trained matrix that belongs to a weight, made at its first use.
     fn param(&mut self, weight: &str, half: &str, rows: usize, width: usize) -> ParamId {
         let name = format!("{weight}.{half}");
         let at = self.params.iter().position(|p| p.name == name).unwrap_or_else(|| {
@@ -113,15 +128,49 @@ impl<'a> Builder<'a> {
         ParamId(at as u32)
     }
 
-    /// `y` with the adapter of `linear`, if it has one.
-    fn adapt(&mut self, x: Value, linear: &LinearSpec, y: Value) -> Value {
-        let weight = self.weights.get(self.weights.id(&linear.weight)).name.as_str();
-        let Some(lora) = self.lora.filter(|l| l.weights.iter().any(|w| w == weight)) else { return y };
+    /// The adapters' settings, if `linear` gets one.
+    fn adapter(&self, linear: &LinearSpec) -> Option<&'a LoraSpec> {
+        let weight = &self.weights.get(self.weights.id(&linear.weight)).name;
+        self.lora.filter(|lora| lora.weights.contains(weight))
+    }
+
+    /// Whether bias and residual are added behind the map's adapter, which rescales its rows.
+    fn adds_later(&self, linear: &LinearSpec) -> bool {
+        self.adapter(linear).is_some_and(|lora| lora.dora)
+    }
+
+    /// `y` with the adapter of `linear`, if it has one; the residual is added if the map has left it to the adapter.
+    fn adapt(&mut self, x: Value, linear: &LinearSpec, y: Value, residual: Option<Value>) -> Value {
+        let Some(lora) = self.adapter(linear) else { return y };
+        let id = self.weights.id(&linear.weight);
+        let weight = self.weights.get(id).name.as_str();
         let ((rows, width), out_width) = (self.shape(x), self.shape(y).1);
         let a = self.param(weight, "lora_a", lora.rank, width);
         let b = self.param(weight, "lora_b", out_width, lora.rank);
-        let (h, out) = (self.value(rows, lora.rank, "lora"), self.value(rows, out_width, "adapted"));
-        self.ops.push(Op::Lora(Lora { x, y, a, b, scale: lora.scale, h, out }));
+        let (scale, mut input) = (lora.scale, x);
+        if lora.dropout > 0.0 && self.drops {
+            input = self.value(rows, width, "dropped out");
+            let stream = random::stream(weight, 0);
+            self.ops.push(Op::Dropout(Dropout { x, stream, rate: lora.dropout, out: input }));
+        }
+        let (h, adapted) = (self.value(rows, lora.rank, "lora"), self.value(rows, out_width, "adapted"));
+        self.ops.push(Op::Lora(Lora { x: input, y, a, b, scale, h, out: adapted }));
+        if !lora.dora {
+            return adapted;
+        }
+        let magnitude = self.param(weight, "lora_magnitude", 1, out_width);
+        let norms = match self.norms.get(&id) {
+            Some(norms) => *norms,
+            None => {
+                let out = self.value(Rows::One, out_width, "row norms");
+                self.ops.push(Op::RowNorms { weight: id, a, b, scale, out });
+                self.norms.insert(id, out);
+                out
+            }
+        };
+        let bias = linear.bias.as_ref().map(|bias| self.weights.id(bias));
+        let out = self.value(rows, out_width, "rescaled");
+        self.ops.push(Op::Rescale(Rescale { y: adapted, magnitude, norms, bias, residual, out }));
         out
     }
 
@@ -130,15 +179,17 @@ impl<'a> Builder<'a> {
         let part = self.part(x, linear, name);
         let out = part.out;
         self.ops.push(Op::Linear(Linear { x, parts: vec![part], epilogue: Epilogue::None }));
-        self.adapt(x, linear, out)
+        self.adapt(x, linear, out, None)
     }
 
     /// `residual + linear(x)`.
     pub fn linear_add(&mut self, x: Value, linear: &LinearSpec, residual: Value) -> Value {
         let part = self.part(x, linear, "residual");
         let out = part.out;
-        self.ops.push(Op::Linear(Linear { x, parts: vec![part], epilogue: Epilogue::Add(residual) }));
-        self.adapt(x, linear, out)
+        let later = self.adds_later(linear);
+        let epilogue = if later { Epilogue::None } else { Epilogue::Add(residual) };
+        self.ops.push(Op::Linear(Linear { x, parts: vec![part], epilogue }));
+        self.adapt(x, linear, out, later.then_some(residual))
     }
 
     /// Queries, keys and values of one input in one op.
@@ -146,7 +197,7 @@ impl<'a> Builder<'a> {
         let parts = vec![self.part(x, &layer.q, "q"), self.part(x, &layer.k, "k"), self.part(x, &layer.v, "v")];
         let [q, k, v] = [parts[0].out, parts[1].out, parts[2].out];
         self.ops.push(Op::Linear(Linear { x, parts, epilogue: Epilogue::None }));
-        [self.adapt(x, &layer.q, q), self.adapt(x, &layer.k, k), self.adapt(x, &layer.v, v)]
+        [(&layer.q, q), (&layer.k, k), (&layer.v, v)].map(|(linear, y)| self.adapt(x, linear, y, None))
     }
 
     /// `act(gate(x)) ∘ up(x)`.
@@ -160,7 +211,7 @@ impl<'a> Builder<'a> {
         }
         let [g, u] = [parts[0].out, parts[1].out];
         self.ops.push(Op::Linear(Linear { x, parts, epilogue: Epilogue::None }));
-        let (gate, up) = (self.adapt(x, gate, g), self.adapt(x, up, u));
+        let (gate, up) = (self.adapt(x, gate, g, None), self.adapt(x, up, u, None));
         self.ops.push(Op::Gated { kind, gate, up, out });
         out
     }

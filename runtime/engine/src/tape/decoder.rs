@@ -43,7 +43,7 @@ pub fn build(spec: &Spec, weights: &Weights, purpose: Purpose) -> Tape {
 /// A layer's input is kept and the layer computed again when its gradient is due, but for the last `kept` layers, whose
 /// values all stay: more memory, less work.
 pub fn build_learning(spec: &Spec, weights: &Weights, lora: &LoraSpec, purpose: Purpose, kept: usize) -> Tape {
-    let mut b = Builder::learning(spec, weights, lora);
+    let mut b = Builder::learning(spec, weights, lora, purpose == Purpose::Learn);
     let mut x = b.embed();
     let mut inputs = Vec::new();
     let mut ranges = Vec::new();

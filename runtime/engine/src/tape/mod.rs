@@ -9,6 +9,7 @@
 mod backward;
 mod builder;
 pub mod decoder;
+mod dora;
 mod op;
 mod plan;
 mod rope;
@@ -17,9 +18,10 @@ mod weights;
 
 pub use builder::{Builder, LoraSpec};
 pub use decoder::Purpose;
+pub use dora::{adapted_norm, magnitude_ratio};
 pub use op::{
-    Attention, AttentionBackward, Epilogue, KvSource, Linear, Lora, LoraBackward, Op, Param, ParamId, Part, Rope, Rows,
-    Tape, Value, ValueInfo, WeightId,
+    Attention, AttentionBackward, Dropout, Epilogue, KvSource, Linear, Lora, LoraBackward, Op, Param, ParamId, Part,
+    Rescale, Rope, Rows, Tape, Value, ValueInfo, WeightId,
 };
 pub use plan::{Place, Plan, PlanLimits};
 pub use rope::Frequencies;

@@ -20,7 +20,7 @@ pub struct ParamId(pub u32);
 /// A trained matrix, f32, row-major, in one flat vector with all others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Param {
-    /// The weight it adapts, with `.lora_a` or `.lora_b` behind it.
+    /// The weight it adapts, with `.lora_a`, `.lora_b` or `.lora_magnitude` behind it.
     pub name: String,
     /// `[rows, width]`.
     pub rows: usize,
@@ -44,6 +44,8 @@ pub enum Rows {
     Tokens,
     /// One per token whose logits were asked for.
     Outputs,
+    /// A single one: what belongs to a weight and not to tokens.
+    One,
 }
 
 /// Shape and name of a value.
@@ -137,6 +139,39 @@ pub struct Attention {
     pub lse: Option<Value>,
     /// Sliding window.
     pub window: Option<usize>,
+}
+
+/// `out = mask ∘ x / (1 − rate)`, the mask drawn anew for each run: an adapter's input in training (Srivastava et al.
+/// 2014). Which elements fall follows from the run's seed, the map and the element's place, so that a layer which is
+/// computed again loses the same ones.
+#[derive(Clone, Copy, Debug)]
+pub struct Dropout {
+    /// `[T, in]`.
+    pub x: Value,
+    /// Hash of the adapted weight's name.
+    pub stream: u64,
+    /// Share of the elements that become zero.
+    pub rate: f32,
+    /// `[T, in]`.
+    pub out: Value,
+}
+
+/// `out = magnitude/norms ∘ y + bias + residual`: what gives the rows of an adapted matrix the lengths that are learned
+/// (DoRA, arXiv:2402.09353). The norms count as constants in the gradient, as they do in the paper (§4.3).
+#[derive(Clone, Copy, Debug)]
+pub struct Rescale {
+    /// The map's output with the adapter and without bias, `[T, out]`.
+    pub y: Value,
+    /// `[1, out]`.
+    pub magnitude: ParamId,
+    /// Lengths of the matrix' rows before, `[1, out]`; where one is 0, so is the result.
+    pub norms: Value,
+    /// `[out]`.
+    pub bias: Option<WeightId>,
+    /// `[T, out]`.
+    pub residual: Option<Value>,
+    /// `[T, out]`.
+    pub out: Value,
 }
 
 /// `out = y + scale·h·Bᵀ` with `h = x·Aᵀ`: a low-rank adapter behind a linear map.
@@ -259,6 +294,43 @@ pub enum Op {
     Lora(Lora),
     /// Gradient of a low-rank adapter.
     LoraBackward(LoraBackward),
+    /// Random zeros in an adapter's input.
+    Dropout(Dropout),
+    /// Gradient of dropout: `out = dx + mask ∘ dy / (1 − rate)`.
+    DropoutBackward {
+        /// The forward op.
+        forward: Dropout,
+        /// Gradient of its output.
+        dy: Value,
+        /// Gradient of its input so far.
+        dx: Option<Value>,
+        /// Gradient of its input.
+        out: Value,
+    },
+    /// `out[o] = ‖W[o] + scale·B[o]·A‖`.
+    RowNorms {
+        /// `[out, in]`.
+        weight: WeightId,
+        /// `[r, in]`.
+        a: ParamId,
+        /// `[out, r]`.
+        b: ParamId,
+        /// `α/r`.
+        scale: f32,
+        /// `[1, out]`.
+        out: Value,
+    },
+    /// Learned lengths of a matrix' rows.
+    Rescale(Rescale),
+    /// Gradient of [`Op::Rescale`]: `out = magnitude/norms ∘ dy`, `d magnitude += Σ dy ∘ y/norms`.
+    RescaleBackward {
+        /// The forward op.
+        forward: Rescale,
+        /// Gradient of its output.
+        dy: Value,
+        /// Gradient of `y`, out.
+        out: Value,
+    },
     /// Gradient of linear maps with respect to their common input: `out = dx + Σ dy·W`.
     LinearBackward {
         /// Gradients of the outputs, with the matrices.
@@ -353,6 +425,11 @@ impl Op {
             Op::Gated { .. } => "gated",
             Op::Lora(_) => "lora",
             Op::LoraBackward(_) => "lora_backward",
+            Op::Dropout(_) => "dropout",
+            Op::DropoutBackward { .. } => "dropout_backward",
+            Op::RowNorms { .. } => "row_norms",
+            Op::Rescale(_) => "rescale",
+            Op::RescaleBackward { .. } => "rescale_backward",
             Op::LinearBackward { .. } => "linear_backward",
             Op::RmsNormBackward { .. } => "rms_norm_backward",
             Op::GatedBackward { .. } => "gated_backward",
@@ -374,7 +451,11 @@ impl Op {
     /// Values the op reads.
     pub fn reads(&self) -> Vec<Value> {
         match self {
-            Op::Embed { .. } => vec![],
+            Op::Embed { .. } | Op::RowNorms { .. } => vec![],
+            Op::Dropout(d) => vec![d.x],
+            Op::DropoutBackward { dy, dx, .. } => [*dy].into_iter().chain(*dx).collect(),
+            Op::Rescale(r) => [r.y, r.norms].into_iter().chain(r.residual).collect(),
+            Op::RescaleBackward { forward, dy, .. } => vec![forward.y, forward.norms, *dy],
             Op::RmsNorm { x, .. }
             | Op::GatherOutputs { x, .. }
             | Op::ScatterOutputs { x, .. }
@@ -422,7 +503,12 @@ impl Op {
             | Op::Gated { out, .. }
             | Op::LinearBackward { out, .. }
             | Op::RmsNormBackward { out, .. }
+            | Op::DropoutBackward { out, .. }
+            | Op::RowNorms { out, .. }
+            | Op::RescaleBackward { out, .. }
             | Op::CrossEntropy { out, .. } => vec![*out],
+            Op::Dropout(d) => vec![d.out],
+            Op::Rescale(r) => vec![r.out],
             Op::CrossEntropyGrad { out, dx, .. } => vec![*out, *dx],
             Op::Lora(l) => vec![l.h, l.out],
             Op::LoraBackward(l) => [l.e].into_iter().chain(l.out).collect(),
@@ -454,9 +540,14 @@ impl Op {
             Op::Gated { gate, out, .. } => vec![(*gate, *out)],
             Op::Lora(l) => vec![(l.y, l.out)],
             Op::LoraBackward(LoraBackward { dx: Some(dx), out: Some(out), .. }) => vec![(*dx, *out)],
-            Op::LinearBackward { dx: Some(dx), out, .. } | Op::RmsNormBackward { dx: Some(dx), out, .. } => {
+            Op::LinearBackward { dx: Some(dx), out, .. }
+            | Op::RmsNormBackward { dx: Some(dx), out, .. }
+            | Op::DropoutBackward { dx: Some(dx), out, .. } => {
                 vec![(*dx, *out)]
             }
+            Op::Dropout(d) => vec![(d.x, d.out)],
+            Op::Rescale(r) => vec![(r.y, r.out)],
+            Op::RescaleBackward { dy, out, .. } => vec![(*dy, *out)],
             Op::RopeBackward { d, out, .. } => vec![(d[0], out[0]), (d[1], out[1])],
             _ => vec![],
         }

@@ -21,6 +21,7 @@ impl PlanLimits {
         match rows {
             Rows::Tokens => self.tokens,
             Rows::Outputs => self.outputs,
+            Rows::One => 1,
         }
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod dropout;
 pub mod embed;
 pub mod gemm;
 pub mod linear;
