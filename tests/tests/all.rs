@@ -13,6 +13,7 @@
 //! | `adapter_parity` | logits of models with adapters against llama.cpp | `oracle` |
 //! | `gradients` | gradients of tiny models against a decoder in double precision | nothing |
 //! | `learning` | gradients of adapters against torch | smollm2 |
+//! | `peft_gradients` | gradients of LoRA and DoRA against PEFT | nothing |
 //! | `perplexity` | perplexity of the handbook | smollm2; the others with `KINGLET_HEAVY=1` |
 
 #[cfg(feature = "oracle")]
@@ -25,6 +26,7 @@ mod layers;
 mod learning;
 #[cfg(feature = "oracle")]
 mod logits_parity;
+mod peft_gradients;
 mod perplexity;
 #[cfg(feature = "oracle")]
 mod quant_parity;
