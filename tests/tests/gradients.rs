@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use kinglet_engine::gguf::{Gguf, Writer};
 use kinglet_engine::quant::{DType, dequantize};
 use kinglet_engine::session::{LearnBatch, Learner, LearnerOptions, Model};
-use kinglet_engine::tape::{Gate, LoraSpec, RopeStyle, Spec, Yarn};
+use kinglet_engine::tape::{Gate, LoraSpec, RopeStyle, Spec, Trained, Yarn};
 use kinglet_models::families;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::data::{Random, Scratch, heavy};
@@ -38,8 +38,8 @@ fn lora(model: &Model, rank: usize) -> LoraSpec {
     LoraSpec { rank, scale: SCALE, weights: maps(model), ..LoraSpec::default() }
 }
 
-fn options(lora: LoraSpec) -> LearnerOptions {
-    LearnerOptions { lora, tokens: 64, exact: true, threads: 1, memory_budget: None }
+fn options(trained: impl Into<Trained>) -> LearnerOptions {
+    LearnerOptions { trained: trained.into(), tokens: 64, exact: true, threads: 1, memory_budget: None }
 }
 
 /// Sequences of several lengths; about two rows of three have a target, with weights of both signs.
@@ -220,6 +220,29 @@ fn dropout_and_learned_lengths() {
     }
 }
 
+/// All weights: norms, biases, head norms, embeddings whose tokens repeat, heads tied and not, several chunks of them.
+#[test]
+fn all_weights() {
+    let scratch = Scratch::new("gradient-all");
+    let configs = [
+        TinyConfig::new("llama"),
+        TinyConfig { tied: true, vocab: 1_120, ..TinyConfig::new("qwen2") },
+        TinyConfig { vocab: 1_120, ..TinyConfig::new("qwen2") },
+        TinyConfig::new("qwen3"),
+        TinyConfig { layers: 3, ..TinyConfig::new("gemma3") },
+        TinyConfig { layers: 1, ..TinyConfig::new("llama").with_dtype(DType::Q4_K) },
+    ];
+    for config in configs {
+        let model = tiny(&scratch, &config);
+        let mut learner = Learner::new(&model, &options(Trained::All)).expect("a learner");
+        let reference = Reference::new(&model, learner.params(), &LoraSpec::default());
+        let params = learner.initial().expect("first values");
+        let mut batch = batch(&model, &[11, 1, 9], 2);
+        (batch.tokens[3], batch.tokens[15]) = (batch.tokens[2], batch.tokens[2]);
+        println!("{} all: {:.1e}", config.arch, worst_slope(&mut learner, &reference, &batch, &params));
+    }
+}
+
 /// Over many seeds the gradient with dropout is close to that without, for a loss that is nearly linear in the adapters.
 #[test]
 fn the_mean_over_dropouts_is_the_gradient() {
@@ -314,15 +337,20 @@ fn threads_and_kept_layers_do_not_show() {
         ("llama", DType::Q4_K, false),
         ("gemma3", DType::Q8_0, false),
         ("qwen2", DType::F16, true),
+        ("qwen3", DType::F16, false),
     ] {
         let model = tiny(&scratch, &TinyConfig { vocab: 1_120, ..TinyConfig::new(arch).with_dtype(dtype) });
         let batch = batch(&model, &[17, 1, 9, 2], 6);
         let mut first: Option<(Vec<f32>, Vec<f32>)> = None;
         for (threads, memory_budget) in [(1, None), (1, Some(u64::MAX)), (2, None), (3, Some(u64::MAX))] {
             let lora = LoraSpec { dropout: 0.2, dora: arch == "qwen2", ..lora(&model, 4) };
-            let options = LearnerOptions { threads, memory_budget, exact, ..options(lora) };
+            let trained = if arch == "qwen3" { Trained::All } else { lora.into() };
+            let options = LearnerOptions { threads, memory_budget, exact, ..options(trained) };
             let mut learner = Learner::new(&model, &options).expect("a learner");
-            let params = start(&learner, 7);
+            let params = match arch {
+                "qwen3" => learner.initial().expect("first values"),
+                _ => start(&learner, 7),
+            };
             let found = learn(&mut learner, &batch, &params);
             let first = first.get_or_insert(found.clone());
             assert!(found == *first, "{arch} {dtype}: {threads} threads, budget {memory_budget:?}: other bits");

@@ -27,7 +27,8 @@ fn train(exact: bool, steps: usize, mut check: impl FnMut(usize, f64, &Learner, 
     let model = kinglet_models::open(model("smollm2")).expect("the model opens");
     let weights = (0..30).flat_map(|l| MAPS.map(|m| format!("blk.{l}.{m}.weight"))).collect();
     let lora = LoraSpec { rank: 8, scale: 2.0, weights, ..LoraSpec::default() };
-    let options = LearnerOptions { lora, tokens: SEQUENCES * LENGTH, exact, threads: 0, memory_budget: None };
+    let options =
+        LearnerOptions { trained: lora.into(), tokens: SEQUENCES * LENGTH, exact, threads: 0, memory_budget: None };
     let mut learner = Learner::new(&model, &options).expect("a learner");
     let mut params = vec![0.0; learner.param_count()];
     for p in learner.params().iter().filter(|p| p.name.ends_with(".lora_a")) {

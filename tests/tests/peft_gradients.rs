@@ -36,7 +36,7 @@ fn check(kind: &str) {
         dora: kind == "dora",
         dropout: 0.0,
     };
-    let options = LearnerOptions { lora, tokens: 64, exact: true, threads: 2, memory_budget: None };
+    let options = LearnerOptions { trained: lora.into(), tokens: 64, exact: true, threads: 2, memory_budget: None };
     let mut learner = Learner::new(&model, &options).expect("a learner");
     let mut params = learner.initial().expect("first values");
     for p in learner.params() {

@@ -17,7 +17,7 @@ use super::patch::{Correction, Patches};
 use super::pool::{Pool, Team};
 use super::timing::{Timing, Timings};
 use crate::quant::DType;
-use crate::tape::{Frequencies, LoraSpec, Plan, PlanLimits, Purpose, Spec, Tape, Weights, decoder};
+use crate::tape::{Frequencies, Plan, PlanLimits, Purpose, Spec, Tape, Trained, Weights, decoder};
 use crate::{Error, Result};
 
 /// Tokens per group of the vocabulary in which a cross-entropy is summed: 4 KiB of logits per row.
@@ -30,8 +30,8 @@ pub struct ExecutorOptions {
     pub threads: usize,
     /// Most rows per run.
     pub limits: PlanLimits,
-    /// Adapters to train: the tapes are those of learning then.
-    pub lora: Option<LoraSpec>,
+    /// What is trained: the tapes are those of learning then.
+    pub trained: Option<Trained>,
     /// Multiply quantized weights with f32 activations instead of 8-bit ones: several times slower, and exact.
     pub exact: bool,
     /// Layers, from the last, whose values are kept for the gradient instead of being computed again.
@@ -41,7 +41,7 @@ pub struct ExecutorOptions {
 impl ExecutorOptions {
     /// What the executor is for in the first place.
     fn purpose(&self) -> Purpose {
-        if self.lora.is_some() { Purpose::Learn } else { Purpose::Generate }
+        if self.trained.is_some() { Purpose::Learn } else { Purpose::Generate }
     }
 }
 
@@ -111,9 +111,9 @@ impl Program {
             Purpose::Generate => options.limits,
             Purpose::Score | Purpose::Learn => PlanLimits { outputs: options.limits.tokens, ..options.limits },
         };
-        let tape = match &options.lora {
+        let tape = match &options.trained {
             None => decoder::build(spec, weights, purpose),
-            Some(lora) => decoder::build_learning(spec, weights, lora, purpose, options.kept_layers),
+            Some(trained) => decoder::build_learning(spec, weights, trained, purpose, options.kept_layers),
         };
         let plan = Plan::new(&tape, limits, linear::activation_bytes);
         let tables = Tables::new(spec, plan.arena_bytes, &limits, purpose);
@@ -241,7 +241,7 @@ pub(super) struct SequenceView {
 }
 
 impl Executor {
-    /// Plans the tape for generating or, with adapters to train, for learning, allocates, starts the threads.
+    /// Plans the tape for generating or, with something to train, for learning, allocates, starts the threads.
     ///
     /// # Errors
     /// [`Error::Memory`], or a thread the system refuses.

@@ -8,6 +8,7 @@ mod kv;
 mod matrix;
 mod ops;
 mod ops_learn;
+mod ops_weights;
 mod patch;
 mod pool;
 pub mod roof;

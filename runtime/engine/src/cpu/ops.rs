@@ -12,6 +12,7 @@ use super::kv::PAGE;
 use super::matrix::Matrix;
 use super::patch::{GAIN_COLUMNS, PartPatch, Patch};
 use super::pool::Team;
+use crate::quant::DType;
 use crate::tape::{Attention, Epilogue, KvSource, Linear, Op, Part, Rope, Value, WeightId};
 
 /// Rows of weights that stay with one thread: whole tiles of every kernel, whole groups of 32 for the 8-bit form.
@@ -19,7 +20,26 @@ pub(super) const ROW_UNIT: usize = 32;
 /// Query rows of a piece of attention.
 const QUERY_ROWS: usize = 64;
 
-impl Context<'_> {
+impl<'a> Context<'a> {
+    /// Rows of a matrix as kernels read them, and their type: in the mapped file, or among the trained parameters.
+    pub(super) fn weight_rows(&self, weight: WeightId, rows: Range<usize>) -> (DType, &'a [u8]) {
+        match self.trained(weight) {
+            None => (self.weights.get(weight).dtype, self.weights.rows(weight, rows)),
+            Some(id) => {
+                let width = self.weights.get(weight).width;
+                (DType::F32, bytemuck::cast_slice(&self.param(id)[rows.start * width..rows.end * width]))
+            }
+        }
+    }
+
+    /// A norm's or a bias's elements.
+    pub(super) fn vector(&self, weight: WeightId) -> &'a [f32] {
+        match self.trained(weight) {
+            None => self.weights.get(weight).vector(),
+            Some(id) => self.param(id),
+        }
+    }
+
     fn rows(&self, value: Value) -> usize {
         match self.tape.info(value).rows {
             crate::tape::Rows::Tokens => self.tokens.len(),
@@ -103,15 +123,8 @@ impl Context<'_> {
         scratch: &mut linear::Scratch,
     ) {
         let info = self.weights.get(weight);
-        let task = linear::LinearTask {
-            dtype: info.dtype,
-            weight: self.weights.rows(weight, first..first + rows.end),
-            k: info.width,
-            rows,
-            x,
-            out: out.out(),
-            accumulate,
-        };
+        let (dtype, bytes) = self.weight_rows(weight, first..first + rows.end);
+        let task = linear::LinearTask { dtype, weight: bytes, k: info.width, rows, x, out: out.out(), accumulate };
         let kernel = if self.exact { linear::linear_exact } else { linear::linear };
         // The sizes were checked when the weights were resolved and the arena planned.
         if let Err(e) = kernel(self.isa, &task, scratch) {
@@ -142,7 +155,7 @@ impl Context<'_> {
             head_stride: self.tape.spec.head_dim * 4,
             pos_stride: self.tape.info(k).width * 4,
             page_len: s.rows,
-            dtype: crate::quant::DType::F32,
+            dtype: DType::F32,
         }
     }
 
@@ -246,7 +259,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
             Op::Embed { table, scale, out } => embed_rows(c, *table, *scale, *out, team),
             Op::RmsNorm { x, weight, out } => {
                 let (x, y) = (c.matrix(*x), c.matrix(*out));
-                let weight = c.weights.get(*weight).vector();
+                let weight = c.vector(*weight);
                 for row in team.share(y.rows, 1) {
                     norm::rms_norm(c.isa, x.row(row), weight, c.tape.spec.norm_eps, y.row_mut(row));
                     c.quantize(*out, row..row + 1);
@@ -254,7 +267,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
             }
             Op::AddRmsNorm { x, y, weight, out } => {
                 let (x, y, z) = (c.matrix(*x), c.matrix(*y), c.matrix(*out));
-                let weight = c.weights.get(*weight).vector();
+                let weight = c.vector(*weight);
                 for row in team.share(z.rows, 1) {
                     z.begin_from(&x, row, 0..z.width);
                     norm::rms_norm_add(c.isa, y.row(row), weight, c.tape.spec.norm_eps, z.row_mut(row));
@@ -315,12 +328,13 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
 }
 
 unsafe fn embed_rows(c: &Context<'_>, table: WeightId, scale: f32, out: Value, team: &Team<'_>) {
-    let (info, data, out) = (c.weights.get(table), c.weights.data(table), c.matrix(out));
+    let (info, out) = (c.weights.get(table), c.matrix(out));
+    let (dtype, data) = c.weight_rows(table, 0..info.rows);
     for row in team.share(out.rows, 1) {
         // SAFETY: this thread's row.
         let y = unsafe { out.row_mut(row) };
         // Types, sizes and token ids were checked before.
-        if let Err(e) = embed::embed(c.isa, info.dtype, data, c.tokens[row], scale, y) {
+        if let Err(e) = embed::embed(c.isa, dtype, data, c.tokens[row], scale, y) {
             unreachable!("{}: {e}", info.name);
         }
         if let Some(patch) = c.patches.and_then(|p| p.embedding.as_ref()) {
@@ -405,7 +419,7 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
             unsafe { correct(c, patch, index, columns.clone(), &y, columns.start, gain.is_some()) };
         }
         if let Some(bias) = part.bias {
-            let bias = &c.weights.get(bias).vector()[columns.clone()];
+            let bias = &c.vector(bias)[columns.clone()];
             for row in 0..rows {
                 // SAFETY: this thread's columns.
                 vector::add(c.isa, bias, unsafe { y.columns_mut(row, columns.clone()) });
@@ -455,7 +469,7 @@ unsafe fn rope_op(c: &Context<'_>, op: &Rope, team: &Team<'_>) {
     let (q_out, k_out) = (c.matrix(op.q_out), c.matrix(op.k_out));
     let dim = spec.head_dim;
     let heads = spec.heads + spec.kv_heads;
-    let vector_of = |w: Option<WeightId>| w.map(|w| c.weights.get(w).vector());
+    let vector_of = |w: Option<WeightId>| w.map(|w| c.vector(w));
     let (q_norm, k_norm) = (vector_of(op.q_norm), vector_of(op.k_norm));
     for item in team.share(q.rows * heads, 1) {
         let (row, head) = (item / heads, item % heads);

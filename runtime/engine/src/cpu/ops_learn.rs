@@ -1,4 +1,5 @@
-//! The ops of learning on the CPU: adapters, gradients, the cross-entropy with its gradient.
+//! The ops of learning on the CPU: adapters, gradients of values, the cross-entropy with its gradient. Gradients of the
+//! weights themselves are in `ops_weights`.
 //!
 //! Rows are divided among the threads; sums over rows (the adapters' gradients) are divided by the rows of the parameter
 //! instead, so that nothing is added up across threads and a run gives the same bits for any number of them.
@@ -7,8 +8,8 @@ use super::executor::{Context, Scratch, VOCAB_CHUNK};
 use super::kernels::gemm::{self, Gemm};
 use super::kernels::{activation, attention, dropout, linear, norm, rope, vector};
 use super::matrix::Matrix;
-use super::ops;
 use super::pool::Team;
+use super::{ops, ops_weights};
 use crate::tape::{
     AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
     magnitude_ratio,
@@ -16,8 +17,13 @@ use crate::tape::{
 use crate::{quant, random};
 
 impl<'a> Context<'a> {
+    /// The parameter that a weight is, where the weights are trained.
+    pub(super) fn trained(&self, weight: WeightId) -> Option<ParamId> {
+        self.tape.trains_weights.then_some(ParamId(weight.0))
+    }
+
     /// A trained matrix, `[rows, width]`.
-    fn param(&self, id: ParamId) -> &'a [f32] {
+    pub(super) fn param(&self, id: ParamId) -> &'a [f32] {
         let p = &self.tape.params[id.0 as usize];
         // SAFETY: the executor was given a vector of all parameters, which nobody writes during a run.
         unsafe { std::slice::from_raw_parts(self.params.add(p.offset), p.rows * p.width) }
@@ -28,11 +34,31 @@ impl<'a> Context<'a> {
     /// # Safety
     /// Only this thread may use these rows meanwhile.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn gradient(&self, id: ParamId, rows: std::ops::Range<usize>) -> &'a mut [f32] {
+    pub(super) unsafe fn gradient(&self, id: ParamId, rows: std::ops::Range<usize>) -> &'a mut [f32] {
         let p = &self.tape.params[id.0 as usize];
         // SAFETY: as large as the parameters; exclusive by the caller's promise.
         unsafe {
             std::slice::from_raw_parts_mut(self.gradients.add(p.offset + rows.start * p.width), rows.len() * p.width)
+        }
+    }
+
+    /// Some columns of one row of the gradient of a trained matrix.
+    ///
+    /// # Safety
+    /// Only this thread may use these columns meanwhile.
+    #[allow(clippy::mut_from_ref)]
+    pub(super) unsafe fn gradient_columns(
+        &self,
+        id: ParamId,
+        row: usize,
+        columns: std::ops::Range<usize>,
+    ) -> &'a mut [f32] {
+        let p = &self.tape.params[id.0 as usize];
+        debug_assert!(row < p.rows && columns.end <= p.width);
+        // SAFETY: as in `gradient`.
+        unsafe {
+            let at = self.gradients.add(p.offset + row * p.width + columns.start);
+            std::slice::from_raw_parts_mut(at, columns.len())
         }
     }
 
@@ -84,7 +110,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
             }
             Op::RmsNormBackward { x, weight, dy, dx, out } => {
                 let (x, dy, y) = (c.matrix(*x), c.matrix(*dy), c.matrix(*out));
-                let weight = c.weights.get(*weight).vector();
+                let weight = c.vector(*weight);
                 for row in team.share(y.rows, 1) {
                     begin(c, *dx, *out, row..row + 1);
                     let (x, dy, y) = (x.row(row), dy.row(row), y.row_mut(row));
@@ -114,7 +140,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 ops::cross_entropy(c, *x, *weight, *out, team, scratch, round);
                 cross_entropy_gradient(c, *x, *weight, *out, *dx, team, scratch);
             }
-            _ => unreachable!("{} is no op of learning", op.name()),
+            _ => ops_weights::run(c, op, team),
         }
     }
 }
@@ -151,9 +177,10 @@ unsafe fn linear_backward(
         return;
     }
     let info = c.weights.get(weight);
+    let (dtype, bytes) = c.weight_rows(weight, part.clone());
     let task = linear::LinearBackwardTask {
-        dtype: info.dtype,
-        weight: c.weights.rows(weight, part.clone()),
+        dtype,
+        weight: bytes,
         k: info.width,
         rows: part.len(),
         // SAFETY: written before the last barrier.
@@ -174,7 +201,7 @@ unsafe fn linear_backward(
 /// # Safety
 /// `c` holds `m` rows of `n` values and is this thread's alone.
 #[allow(clippy::too_many_arguments)]
-unsafe fn product(
+pub(super) unsafe fn product(
     c: &Context<'_>,
     form: fn(super::isa::Isa, &Gemm<'_>) -> crate::Result<()>,
     (m, n, k): (usize, usize, usize),
@@ -315,7 +342,7 @@ unsafe fn rescale(c: &Context<'_>, op: &Rescale, team: &Team<'_>) {
             let out = out.columns_mut(row, columns.clone());
             out.iter_mut().zip(&ratios).for_each(|(y, ratio)| *y *= ratio);
             if let Some(bias) = op.bias {
-                vector::add(c.isa, &c.weights.get(bias).vector()[columns.clone()], out);
+                vector::add(c.isa, &c.vector(bias)[columns.clone()], out);
             }
             if let Some(residual) = op.residual {
                 vector::add(c.isa, &c.matrix(residual).row(row)[columns.clone()], out);
@@ -417,14 +444,11 @@ unsafe fn rope_backward(c: &Context<'_>, op: &Rope, [dq, dk]: [Value; 2], [q_out
             // SAFETY: this thread's head of this row.
             let (from, to) = unsafe { (&d.row(row)[columns.clone()], y.columns_mut(row, columns.clone())) };
             turned.copy_from_slice(from);
-            if let Some(index) = op.rope {
-                let (cos, sin) = ops::rope_row(c, row, index);
-                rope::rope_backward(c.isa, &mut turned, dim, cos, sin, spec.ropes[index].style);
-            }
+            turn_back(c, op, row, &mut turned);
             match norm_weight {
                 None => to.copy_from_slice(&turned),
                 Some(weight) => {
-                    let weight = c.weights.get(weight).vector();
+                    let weight = c.vector(weight);
                     // SAFETY: the forward op's input, which is kept.
                     let x = unsafe { &x.row(row)[columns] };
                     let inv_rms = norm::inverse_rms(c.isa, x, spec.norm_eps);
@@ -433,6 +457,13 @@ unsafe fn rope_backward(c: &Context<'_>, op: &Rope, [dq, dk]: [Value; 2], [q_out
             }
         }
     }
+}
+
+/// The gradient of a head before its rotation, from that behind it.
+pub(super) fn turn_back(c: &Context<'_>, op: &Rope, row: usize, head: &mut [f32]) {
+    let Some(index) = op.rope else { return };
+    let (cos, sin) = ops::rope_row(c, row, index);
+    rope::rope_backward(c.isa, head, head.len(), cos, sin, c.tape.spec.ropes[index].style);
 }
 
 /// The second pass of a cross-entropy: chunk by chunk of the vocabulary all threads compute `g·(softmax − onehot)`, then
@@ -452,7 +483,7 @@ unsafe fn cross_entropy_gradient(
     }
     team.wait();
     let vocab = c.weights.get(weight).rows;
-    let (nll, dx) = (c.matrix(nll), c.matrix(dx));
+    let (nll, dx, input) = (c.matrix(nll), c.matrix(dx), c.matrix(x));
     // SAFETY: the input was finished long before; the partial sums' and target logits' places as in `cross_entropy`,
     // and the probabilities' place behind them.
     let (x, targets, probabilities) = unsafe {
@@ -489,7 +520,11 @@ unsafe fn cross_entropy_gradient(
         team.wait();
         let mine = team.share(rows, 1);
         // SAFETY: this thread's rows of the gradient; the chunk's probabilities are complete.
-        unsafe { linear_backward(c, weight, chunk, &probabilities, mine, &dx, start > 0, scratch) };
+        unsafe { linear_backward(c, weight, chunk.clone(), &probabilities, mine, &dx, start > 0, scratch) };
+        if let Some(head) = c.trained(weight) {
+            // SAFETY: the probabilities are complete until the next barrier; threads divide the head's rows.
+            unsafe { ops_weights::add_product(c, head, chunk, &probabilities, &input, team) };
+        }
         team.wait();
     }
 }

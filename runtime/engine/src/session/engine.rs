@@ -239,7 +239,7 @@ fn executor_options(options: &SessionOptions) -> ExecutorOptions {
     ExecutorOptions {
         threads: options.threads,
         limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
-        lora: None,
+        trained: None,
         kept_layers: 0,
         exact: false,
     }

@@ -1,4 +1,4 @@
-//! Gradients of low-rank adapters: what a trainer calls, step by step.
+//! Gradients of low-rank adapters, or of all weights: what a trainer calls, step by step.
 //!
 //! A learner holds the learning tape of one model and computes with parameters that the caller owns: a flat vector of
 //! f32 in which [`Learner::params`] places the matrices. It knows no optimizer, no data and no schedule.
@@ -7,14 +7,14 @@ use std::sync::atomic::AtomicBool;
 
 use super::{Estimate, Model};
 use crate::cpu::{Batch, Executor, ExecutorOptions, Learning, Segment, Timing};
-use crate::tape::{LoraSpec, Param, PlanLimits, Purpose, adapted_norm};
+use crate::tape::{LoraSpec, Param, PlanLimits, Purpose, Trained, adapted_norm};
 use crate::{Error, Result, quant};
 
 /// How a learner is set up.
 #[derive(Clone, Debug)]
 pub struct LearnerOptions {
-    /// The adapters.
-    pub lora: LoraSpec,
+    /// What is trained.
+    pub trained: Trained,
     /// Most tokens per run.
     pub tokens: usize,
     /// Compute with f32 activations instead of 8-bit ones: slower, and what the mathematics says.
@@ -85,8 +85,9 @@ impl Learner {
         self.executor.tape().param_count()
     }
 
-    /// Parameters to start from that leave the model as it is, but for `.lora_a`, which is the caller's to draw: all is zero
-    /// but the magnitudes of DoRA, which are the lengths of the weights' rows.
+    /// Parameters to start from, with which the model is as it was: all weights, where those are trained; else zeros, and the
+    /// lengths of the weights' rows for the magnitudes of DoRA. `.lora_a` is the caller's to draw: with zeros in both
+    /// halves of an adapter neither would ever move.
     ///
     /// # Errors
     /// None that a resolved model has.
@@ -94,10 +95,18 @@ impl Learner {
         let mut values = vec![0.0; self.param_count()];
         let weights = self.model.weights();
         for p in self.params() {
-            let Some(weight) = p.name.strip_suffix(".lora_magnitude") else { continue };
-            let Some((id, info)) = weights.iter().find(|(_, w)| w.name == weight) else { continue };
+            let (name, norms) = match p.name.strip_suffix(".lora_magnitude") {
+                Some(name) => (name, true),
+                None => (p.name.as_str(), false),
+            };
+            let Some((id, info)) = weights.iter().find(|(_, w)| w.name == name) else { continue };
+            let values = &mut values[p.offset..p.end()];
+            if !norms {
+                quant::dequantize(info.dtype, weights.data(id), values)?;
+                continue;
+            }
             let mut row = vec![0.0; info.width];
-            for (i, norm) in values[p.offset..p.end()].iter_mut().enumerate() {
+            for (i, norm) in values.iter_mut().enumerate() {
                 quant::dequantize(info.dtype, weights.rows(id, i..i + 1), &mut row)?;
                 *norm = adapted_norm(&mut row, 0.0, &[], &[]);
             }
@@ -163,18 +172,8 @@ impl Learner {
 }
 
 fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
-    let lora = &options.lora;
-    if lora.weights.is_empty() {
-        return Err(Error::argument("no weights to adapt were named"));
-    }
-    if let Some(unknown) = lora.weights.iter().find(|name| !model.weights().iter().any(|(_, w)| w.name == **name)) {
-        return Err(Error::argument(format!("there is no weight {unknown:?} to adapt; `inspect` lists them")));
-    }
-    if !(1..=1024).contains(&lora.rank) || !lora.scale.is_finite() {
-        return Err(Error::argument(format!("a rank between 1 and 1024 and a finite scale are needed, not {lora:?}")));
-    }
-    if !(0.0..1.0).contains(&lora.dropout) {
-        return Err(Error::argument(format!("a dropout from 0 to below 1 is needed, not {}", lora.dropout)));
+    if let Trained::Adapters(lora) = &options.trained {
+        check_adapters(model, lora)?;
     }
     if !(1..=1 << 20).contains(&options.tokens) {
         return Err(Error::argument(format!(
@@ -190,10 +189,26 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
     Ok(ExecutorOptions {
         threads,
         limits: PlanLimits { tokens: options.tokens, outputs: options.tokens },
-        lora: Some(lora.clone()),
+        trained: Some(options.trained.clone()),
         kept_layers: 1,
         exact: options.exact,
     })
+}
+
+fn check_adapters(model: &Model, lora: &LoraSpec) -> Result<()> {
+    if lora.weights.is_empty() {
+        return Err(Error::argument("no weights to adapt were named"));
+    }
+    if let Some(unknown) = lora.weights.iter().find(|name| !model.weights().iter().any(|(_, w)| w.name == **name)) {
+        return Err(Error::argument(format!("there is no weight {unknown:?} to adapt; `inspect` lists them")));
+    }
+    if !(1..=1024).contains(&lora.rank) || !lora.scale.is_finite() {
+        return Err(Error::argument(format!("a rank between 1 and 1024 and a finite scale are needed, not {lora:?}")));
+    }
+    if !(0.0..1.0).contains(&lora.dropout) {
+        return Err(Error::argument(format!("a dropout from 0 to below 1 is needed, not {}", lora.dropout)));
+    }
+    Ok(())
 }
 
 /// Keeps as many layers as the budget allows, and says what that takes.
@@ -201,7 +216,8 @@ fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut Executor
     let estimate = |options: &ExecutorOptions| {
         let needs = Executor::needs(model.spec(), model.weights(), options);
         Estimate {
-            weights: model.gguf().file_bytes(),
+            // Trained weights are read once, and then among the parameters.
+            weights: if options.trained == Some(Trained::All) { 0 } else { model.gguf().file_bytes() },
             kv_cache: 0,
             arena: needs.arena as u64,
             adapters: needs.params as u64,

@@ -1,13 +1,13 @@
 //! Reverse mode: appends, for a stretch of ops, the ops that compute their gradients, one rule per op.
 //!
-//! Base weights are frozen: gradients exist for values and, through [`Op::Lora`], for adapters. A value's gradient that
-//! has several sources is passed from rule to rule as `dx` and added to; where it is not needed (nothing that learns lies
-//! before it) the work is left out.
+//! Gradients exist for values and for what is trained: adapters, through [`Op::Lora`], or the weights themselves, which
+//! get ops of their own. A value's gradient that has several sources is passed from rule to rule as `dx` and added to;
+//! where it is not needed (nothing that learns lies before it) the work is left out.
 
 use std::collections::{HashMap, HashSet};
 
 use super::builder::Builder;
-use super::op::{AttentionBackward, Epilogue, KvSource, LoraBackward, Op, Rows, Value};
+use super::op::{AttentionBackward, Epilogue, KvSource, LoraBackward, Op, Rows, Value, WeightId};
 
 /// Gradients by value, and which values need one.
 struct Gradients {
@@ -40,7 +40,7 @@ pub(super) fn backward(
 ) -> Option<Value> {
     let mut needed: HashSet<Value> = input.into_iter().collect();
     for op in ops {
-        if matches!(op, Op::Lora(_)) || op.reads().iter().any(|v| needed.contains(v)) {
+        if b.trains_weights() || matches!(op, Op::Lora(_)) || op.reads().iter().any(|v| needed.contains(v)) {
             needed.extend(op.writes());
         }
     }
@@ -49,6 +49,13 @@ pub(super) fn backward(
         rule(b, op, &mut g);
     }
     g.take(input?)
+}
+
+/// The gradient of a norm's weight, if it is trained.
+fn norm_weight(b: &mut Builder<'_>, x: Value, weight: WeightId, dy: Value) {
+    if b.trains_weights() {
+        b.ops.push(Op::RmsNormWeightBackward { x, weight, dy });
+    }
 }
 
 fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
@@ -60,6 +67,7 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
     match op {
         Op::RmsNorm { x, weight, out } => {
             let Some(dy) = g.take(*out) else { return };
+            norm_weight(b, *x, *weight, dy);
             if g.needed.contains(x) {
                 let dx = g.take(*x);
                 let out = like(b, *x, "d norm");
@@ -70,6 +78,7 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
         Op::AddRmsNorm { x, y, weight, out } => {
             let Some(dy) = g.take(*out) else { return };
             g.pass(*x, dy);
+            norm_weight(b, *y, *weight, dy);
             let d_branch = like(b, *y, "d branch");
             b.ops.push(Op::RmsNormBackward { x: *y, weight: *weight, dy, dx: None, out: d_branch });
             g.of.insert(*y, d_branch);
@@ -83,6 +92,11 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
             }
             if let (Epilogue::Add(residual), Some((dy, _))) = (&l.epilogue, parts.first()) {
                 g.pass(*residual, *dy);
+            }
+            if !parts.is_empty() && b.trains_weights() {
+                let bias = |id: WeightId| l.parts.iter().find(|p| p.weight == id).and_then(|p| p.bias);
+                let parts = parts.iter().map(|(dy, id)| (*dy, *id, bias(*id))).collect();
+                b.ops.push(Op::LinearWeightBackward { x: l.x, parts });
             }
             if !parts.is_empty() && g.needed.contains(&l.x) {
                 let dx = g.take(l.x);
@@ -146,6 +160,9 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
         }
         Op::Rope(r) => {
             let (Some(dq), Some(dk)) = (g.take(r.q_out), g.take(r.k_out)) else { return };
+            if b.trains_weights() && (r.q_norm.is_some() || r.k_norm.is_some()) {
+                b.ops.push(Op::HeadNormWeightBackward { forward: *r, d: [dq, dk] });
+            }
             let out = [like(b, r.q, "d q turned back"), like(b, r.k, "d k turned back")];
             b.ops.push(Op::RopeBackward { forward: *r, d: [dq, dk], out });
             g.of.insert(r.q, out[0]);
@@ -170,6 +187,10 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
         | Op::DropoutBackward { .. }
         | Op::RescaleBackward { .. }
         | Op::LinearBackward { .. }
+        | Op::LinearWeightBackward { .. }
+        | Op::RmsNormWeightBackward { .. }
+        | Op::HeadNormWeightBackward { .. }
+        | Op::EmbedBackward { .. }
         | Op::RmsNormBackward { .. }
         | Op::GatedBackward { .. }
         | Op::AttentionBackward(_)

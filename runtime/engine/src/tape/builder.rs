@@ -26,13 +26,38 @@ pub struct LoraSpec {
     pub dora: bool,
 }
 
+/// What a training changes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Trained {
+    /// Low-rank adapters; the weights stay as they are.
+    Adapters(LoraSpec),
+    /// All weights, in f32: matrices, biases, norms, the embedding, the head.
+    All,
+}
+
+impl Trained {
+    /// The adapters, if it is them.
+    pub fn lora(&self) -> Option<&LoraSpec> {
+        match self {
+            Trained::Adapters(lora) => Some(lora),
+            Trained::All => None,
+        }
+    }
+}
+
+impl From<LoraSpec> for Trained {
+    fn from(lora: LoraSpec) -> Trained {
+        Trained::Adapters(lora)
+    }
+}
+
 /// Writes a tape for one model.
 pub struct Builder<'a> {
     /// The model's description.
     pub spec: &'a Spec,
     weights: &'a Weights,
-    /// Set for training: adapters behind linear maps, keys and values of the run itself.
-    lora: Option<&'a LoraSpec>,
+    /// Set for training: then attention reads keys and values of the run itself.
+    trained: Option<&'a Trained>,
     /// Whether adapters lose some of their input.
     drops: bool,
     pub(super) ops: Vec<Op>,
@@ -49,7 +74,7 @@ impl<'a> Builder<'a> {
         Builder {
             spec,
             weights,
-            lora: None,
+            trained: None,
             drops: false,
             ops: Vec::new(),
             values: Vec::new(),
@@ -59,10 +84,21 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// An empty tape for training the adapters of `lora`: every linear map it names gets one, and attention reads the
-    /// keys and values of the run itself. With `drops` the adapters' dropout is in force.
-    pub fn learning(spec: &'a Spec, weights: &'a Weights, lora: &'a LoraSpec, drops: bool) -> Builder<'a> {
-        Builder { lora: Some(lora), drops, ..Builder::new(spec, weights) }
+    /// An empty tape for training: every linear map that adapters are for gets one, or every weight becomes a parameter;
+    /// attention reads the keys and values of the run itself. With `drops` the adapters' dropout is in force.
+    pub fn learning(spec: &'a Spec, weights: &'a Weights, trained: &'a Trained, drops: bool) -> Builder<'a> {
+        let mut b = Builder { trained: Some(trained), drops, ..Builder::new(spec, weights) };
+        if b.trains_weights() {
+            for (_, w) in weights.iter() {
+                b.add_param(w.name.clone(), w.rows, w.width);
+            }
+        }
+        b
+    }
+
+    /// Whether all weights are trained.
+    pub(super) fn trains_weights(&self) -> bool {
+        self.trained == Some(&Trained::All)
     }
 
     /// Names given to values from here on start with `prefix`.
@@ -81,7 +117,8 @@ impl<'a> Builder<'a> {
     }
 
     fn mark_quantized(&mut self, value: Value, dtype: DType) {
-        self.values[value.0 as usize].quantized |= dtype.is_quantized();
+        // Trained weights are f32, whatever they were before.
+        self.values[value.0 as usize].quantized |= dtype.is_quantized() && !self.trains_weights();
     }
 
     /// Token embedding, `[T, width]`.
@@ -121,17 +158,21 @@ impl<'a> Builder<'a> {
     fn param(&mut self, weight: &str, half: &str, rows: usize, width: usize) -> ParamId {
         let name = format!("{weight}.{half}");
         let at = self.params.iter().position(|p| p.name == name).unwrap_or_else(|| {
-            let offset = self.params.last().map_or(0, Param::end);
-            self.params.push(Param { name, rows, width, offset });
+            self.add_param(name, rows, width);
             self.params.len() - 1
         });
         ParamId(at as u32)
     }
 
+    fn add_param(&mut self, name: String, rows: usize, width: usize) {
+        let offset = self.params.last().map_or(0, Param::end);
+        self.params.push(Param { name, rows, width, offset });
+    }
+
     /// The adapters' settings, if `linear` gets one.
     fn adapter(&self, linear: &LinearSpec) -> Option<&'a LoraSpec> {
         let weight = &self.weights.get(self.weights.id(&linear.weight)).name;
-        self.lora.filter(|lora| lora.weights.contains(weight))
+        self.trained?.lora().filter(|lora| lora.weights.contains(weight))
     }
 
     /// Whether bias and residual are added behind the map's adapter, which rescales its rows.
@@ -205,7 +246,7 @@ impl<'a> Builder<'a> {
         let parts = vec![self.part(x, gate, "gate"), self.part(x, up, "up")];
         let (rows, width) = self.shape(parts[0].out);
         let out = self.value(rows, width, "ffn");
-        if self.lora.is_none() {
+        if self.trained.is_none() {
             self.ops.push(Op::Linear(Linear { x, parts, epilogue: Epilogue::Gated(kind, out) }));
             return out;
         }
@@ -223,7 +264,7 @@ impl<'a> Builder<'a> {
         let k_out = self.value(Rows::Tokens, k_width, "k rotated");
         let norm = |w: &Option<WeightRef>| w.as_ref().map(|w| self.weights.id(w));
         let (q_norm, k_norm) = (norm(&layer.q_norm), norm(&layer.k_norm));
-        let learning = self.lora.is_some();
+        let learning = self.trained.is_some();
         let cache = (!learning).then_some(index);
         self.ops.push(Op::Rope(Rope { q, k, v, q_out, k_out, q_norm, k_norm, rope: layer.rope, cache }));
         let out = self.value(Rows::Tokens, q_width, "attention");
@@ -270,6 +311,14 @@ impl<'a> Builder<'a> {
 
     /// The finished tape; `result` is what a caller reads.
     pub fn finish(self, result: Value) -> Tape {
-        Tape { spec: self.spec.clone(), ops: self.ops, values: self.values, result, params: self.params }
+        let trains_weights = self.trains_weights();
+        Tape {
+            spec: self.spec.clone(),
+            ops: self.ops,
+            values: self.values,
+            result,
+            params: self.params,
+            trains_weights,
+        }
     }
 }

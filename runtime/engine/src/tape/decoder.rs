@@ -5,8 +5,8 @@
 //! follows behind: see [`backward`](super::backward).
 
 use super::backward::backward;
-use super::builder::{Builder, LoraSpec};
-use super::op::{Tape, Value};
+use super::builder::{Builder, Trained};
+use super::op::{Op, Tape, Value};
 use super::spec::Spec;
 use super::weights::Weights;
 
@@ -17,7 +17,7 @@ pub enum Purpose {
     Generate,
     /// Cross-entropy of a target at each output row.
     Score,
-    /// As `Score`, and the gradients of the adapters.
+    /// As `Score`, and the gradients of what is trained.
     Learn,
 }
 
@@ -37,14 +37,14 @@ pub fn build(spec: &Spec, weights: &Weights, purpose: Purpose) -> Tape {
     b.finish(result)
 }
 
-/// Writes the tape that scores sequences with the adapters of `lora` and, for [`Purpose::Learn`], adds up their
-/// gradients.
+/// Writes the tape that scores sequences with what is trained and, for [`Purpose::Learn`], adds up its gradients.
 ///
 /// A layer's input is kept and the layer computed again when its gradient is due, but for the last `kept` layers, whose
 /// values all stay: more memory, less work.
-pub fn build_learning(spec: &Spec, weights: &Weights, lora: &LoraSpec, purpose: Purpose, kept: usize) -> Tape {
-    let mut b = Builder::learning(spec, weights, lora, purpose == Purpose::Learn);
+pub fn build_learning(spec: &Spec, weights: &Weights, trained: &Trained, purpose: Purpose, kept: usize) -> Tape {
+    let mut b = Builder::learning(spec, weights, trained, purpose == Purpose::Learn);
     let mut x = b.embed();
+    let embed = b.ops.clone();
     let mut inputs = Vec::new();
     let mut ranges = Vec::new();
     for index in 0..spec.layers.len() {
@@ -74,9 +74,13 @@ pub fn build_learning(spec: &Spec, weights: &Weights, lora: &LoraSpec, purpose: 
             (b.ops[start..].to_vec(), out)
         };
         b.section(format!("blk.{index} gradient "));
-        // Nothing below the first layer learns: its input needs no gradient.
-        dx = backward(&mut b, &ops, out, gradient, (index > 0).then_some(inputs[index]));
+        // Below the first layer only the embedding may learn: else its input needs no gradient.
+        let input = (index > 0 || b.trains_weights()).then_some(inputs[index]);
+        dx = backward(&mut b, &ops, out, gradient, input);
         x = inputs[index];
+    }
+    if let (Some(gradient), [Op::Embed { table, scale, .. }]) = (dx, embed.as_slice()) {
+        b.ops.push(Op::EmbedBackward { table: *table, scale: *scale, dy: gradient });
     }
     b.finish(result)
 }

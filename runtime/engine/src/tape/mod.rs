@@ -16,7 +16,7 @@ mod rope;
 mod spec;
 mod weights;
 
-pub use builder::{Builder, LoraSpec};
+pub use builder::{Builder, LoraSpec, Trained};
 pub use decoder::Purpose;
 pub use dora::{adapted_norm, magnitude_ratio};
 pub use op::{

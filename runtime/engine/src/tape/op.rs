@@ -20,7 +20,7 @@ pub struct ParamId(pub u32);
 /// A trained matrix, f32, row-major, in one flat vector with all others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Param {
-    /// The weight it adapts, with `.lora_a`, `.lora_b` or `.lora_magnitude` behind it.
+    /// The weight it adapts, with `.lora_a`, `.lora_b` or `.lora_magnitude` behind it; or the weight that it is.
     pub name: String,
     /// `[rows, width]`.
     pub rows: usize,
@@ -340,6 +340,38 @@ pub enum Op {
         /// `[T, in]`.
         out: Value,
     },
+    /// Gradient of linear maps with respect to trained matrices and biases: `dW += dyᵀ·x`, `db += Σ dy`.
+    LinearWeightBackward {
+        /// The maps' input, `[rows, in]`.
+        x: Value,
+        /// Gradients of the outputs, with the matrices and biases.
+        parts: Vec<(Value, WeightId, Option<WeightId>)>,
+    },
+    /// Gradient of an RMS norm with respect to its trained weight: `dw += Σ dy ∘ x/√(mean x² + ε)`.
+    RmsNormWeightBackward {
+        /// The norm's input.
+        x: Value,
+        /// Its weight.
+        weight: WeightId,
+        /// Gradient of its output.
+        dy: Value,
+    },
+    /// Gradient of trained head norms.
+    HeadNormWeightBackward {
+        /// The forward op.
+        forward: Rope,
+        /// Gradients of the rotated queries and keys.
+        d: [Value; 2],
+    },
+    /// Gradient of a trained embedding: `dE[token t] += scale · dy[t]`.
+    EmbedBackward {
+        /// `[vocab, width]`.
+        table: WeightId,
+        /// Factor.
+        scale: f32,
+        /// `[T, width]`.
+        dy: Value,
+    },
     /// Gradient of an RMS norm: `out = dx + …`.
     RmsNormBackward {
         /// The norm's input.
@@ -386,8 +418,9 @@ pub enum Op {
         /// `[T, width]`.
         out: Value,
     },
-    /// Cross-entropy and its gradient in one: `out` as in [`Op::CrossEntropy`], and
-    /// `dx[s] = g[s]·(softmax(z) − onehot(target s))·W`, with `g` the run's weight of the row.
+    /// Cross-entropy and its gradient in one: `out` as in [`Op::CrossEntropy`], and `dx[s] = dz[s]·W` with
+    /// `dz[s] = g[s]·(softmax(z) − onehot(target s))`, `g` being the run's weight of the row. Where the head is trained,
+    /// `dW += dzᵀ·x`.
     CrossEntropyGrad {
         /// `[S, width]`.
         x: Value,
@@ -431,6 +464,10 @@ impl Op {
             Op::Rescale(_) => "rescale",
             Op::RescaleBackward { .. } => "rescale_backward",
             Op::LinearBackward { .. } => "linear_backward",
+            Op::LinearWeightBackward { .. } => "linear_weight_backward",
+            Op::RmsNormWeightBackward { .. } => "rms_norm_weight_backward",
+            Op::HeadNormWeightBackward { .. } => "head_norm_weight_backward",
+            Op::EmbedBackward { .. } => "embed_backward",
             Op::RmsNormBackward { .. } => "rms_norm_backward",
             Op::GatedBackward { .. } => "gated_backward",
             Op::AttentionBackward(_) => "attention_backward",
@@ -470,11 +507,14 @@ impl Op {
             Op::GatedBackward { gate, up, dy, .. } => vec![*gate, *up, *dy],
             Op::AttentionBackward(a) => a.qkv.into_iter().chain([a.out, a.lse, a.d_out]).collect(),
             // A rotation alone does not need what it turned.
-            Op::RopeBackward { forward, d, .. } => {
+            Op::RopeBackward { forward, d, .. } | Op::HeadNormWeightBackward { forward, d } => {
                 let normed = |norm: Option<WeightId>, value| norm.map(|_| value);
                 let inputs = [normed(forward.q_norm, forward.q), normed(forward.k_norm, forward.k)];
                 d.iter().copied().chain(inputs.into_iter().flatten()).collect()
             }
+            Op::LinearWeightBackward { x, parts } => [*x].into_iter().chain(parts.iter().map(|(dy, ..)| *dy)).collect(),
+            Op::RmsNormWeightBackward { x, dy, .. } => vec![*x, *dy],
+            Op::EmbedBackward { dy, .. } => vec![*dy],
             Op::AddRmsNorm { x, y, .. } => vec![*x, *y],
             Op::Linear(l) => {
                 let mut all = vec![l.x];
@@ -507,6 +547,11 @@ impl Op {
             | Op::RowNorms { out, .. }
             | Op::RescaleBackward { out, .. }
             | Op::CrossEntropy { out, .. } => vec![*out],
+            // They add to gradients of parameters only.
+            Op::LinearWeightBackward { .. }
+            | Op::RmsNormWeightBackward { .. }
+            | Op::HeadNormWeightBackward { .. }
+            | Op::EmbedBackward { .. } => vec![],
             Op::Dropout(d) => vec![d.out],
             Op::Rescale(r) => vec![r.out],
             Op::CrossEntropyGrad { out, dx, .. } => vec![*out, *dx],
@@ -567,6 +612,8 @@ pub struct Tape {
     pub result: Value,
     /// The trained matrices; empty but for [`Purpose::Learn`](super::Purpose::Learn) and its scoring.
     pub params: Vec<Param>,
+    /// Whether the model's weights are trained: each is the parameter of the same number then, and is read there.
+    pub trains_weights: bool,
 }
 
 impl Tape {
