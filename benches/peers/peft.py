@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import statistics
+import sys
 import time
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,6 +31,8 @@ parser.add_argument("--dtype", choices=["fp32", "bf16", "bf16-weights"], default
 parser.add_argument("--checkpointing", action="store_true", help="compute layers twice, to save memory")
 parser.add_argument("--text", default=pathlib.Path(__file__).parents[2] / "tests/data/handbook.txt")
 args = parser.parse_args()
+
+del sys.path[0]  # this directory, where `peft` would be this file
 
 import peft  # noqa: E402
 import torch  # noqa: E402

@@ -165,8 +165,7 @@ fn run(args: &Args, learner: &mut Learner, tokens: &[u32]) -> anyhow::Result<Run
     let mut run = Run::default();
     let never = AtomicBool::new(false);
     for (step, tokens) in tokens.chunks_exact(args.batch * args.seq).enumerate() {
-        let outputs: Vec<u32> =
-            (0..tokens.len()).filter(|i| i % args.seq != args.seq - 1).map(|i| i as u32).collect();
+        let outputs: Vec<u32> = (0..tokens.len()).filter(|i| i % args.seq != args.seq - 1).map(|i| i as u32).collect();
         let batch = LearnBatch {
             targets: outputs.iter().map(|i| tokens[*i as usize + 1]).collect(),
             weights: vec![1.0 / outputs.len() as f32; outputs.len()],

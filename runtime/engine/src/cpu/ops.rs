@@ -77,6 +77,7 @@ impl<'a> Context<'a> {
             // SAFETY: by the caller's promise.
             f32s: unsafe { matrix.all(0..matrix.rows) },
             q8,
+            wide: None,
             tokens: matrix.rows,
             k: matrix.width,
             stride: matrix.width,
