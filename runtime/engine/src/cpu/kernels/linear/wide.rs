@@ -1,11 +1,11 @@
 //! The linear map and its gradient in 16-bit integers: the arithmetic of training.
 //!
 //! 8-bit activations are good enough to generate with, not to take gradients of; f32 is more than is needed and half as
-//! fast. In between, both sides of a product are rounded to 14 bits: an activation by a scale per token and group of 32,
-//! a weight, once unpacked, by a scale per lane of a block. Products and their sums over a group are exact in 32 bits
-//! (32 · 8191² < 2³¹), sums of groups are f32. The error is that of the two roundings, 2⁻¹⁴ of the largest value of a
-//! group, which leaves losses and gradients within 10⁻³ of exact ones, at twice the operations per instruction of f32
-//! (`vpmaddwd`).
+//! fast. In between, an activation is rounded to 14 bits by a scale per token and group of 64, a weight, once unpacked, to
+//! 13 bits by a scale per lane of a block. Products and their sums over a group are exact in 32 bits (64 · 8191 · 4095 <
+//! 2³¹), sums of groups are f32. The error is that of the two roundings, 2⁻¹⁴ of the largest value of a group and 2⁻¹³
+//! of the largest weight of a block, which leaves losses and gradients within 10⁻³ of exact ones, at twice the
+//! operations per instruction of f32 (`vpmaddwd`).
 //!
 //! | | lanes | block of weights | sums run over |
 //! | --- | --- | --- | --- |
@@ -18,8 +18,8 @@
 //!
 //! | section | type | shape |
 //! | --- | --- | --- |
-//! | `q` | i16 | `[tokens][groups · 32]`, zeros behind the last value |
-//! | `d` | f32 | `[tokens][groups]`, `groups` = k / 32 rounded up |
+//! | `q` | i16 | `[tokens][groups · 64]`, zeros behind the last value |
+//! | `d` | f32 | `[tokens][groups]`, `groups` = k / 64 rounded up |
 //!
 //! The order of a sum depends neither on the tokens nor on the share of the task: any split over threads gives the same
 //! bits.
@@ -32,11 +32,16 @@ use crate::{Error, Result};
 use std::ops::Range;
 
 /// Values that share a scale, and whose products are summed exactly.
-const GROUP: usize = 32;
-/// Largest size of a rounded value: 32 products of two fit an i32.
+const GROUP: usize = 64;
+/// Largest size of a rounded activation, and of a rounded weight: `GROUP` products of the two fit an i32.
 const MOST: f32 = 8191.0;
+/// See [`MOST`].
+const MOST_WEIGHT: f32 = 4095.0;
+const _: () = assert!(GROUP as f64 * MOST as f64 * MOST_WEIGHT as f64 <= i32::MAX as f64);
 /// Columns of a block: a unit of every format.
 const UNIT: usize = 256;
+/// Threads divide the columns of a matrix at multiples of this.
+const COLUMNS: usize = 32;
 /// Rows of a block of the backward pass, a multiple of [`GROUP`].
 const BACKWARD_ROWS: usize = 192;
 /// Bytes of scratch for a block.
@@ -158,21 +163,21 @@ pub fn widen_rows(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst: &
 /// The specification of [`widen_rows`]: one row.
 fn widen_row(x: &[f32], q: &mut [i16], d: &mut [f32]) {
     for ((x, q), d) in x.chunks(GROUP).zip(q.chunks_exact_mut(GROUP)).zip(d) {
-        let (scale, inverse) = scale_of(x.iter().copied());
+        let (scale, inverse) = scale_of(x.iter().copied(), MOST);
         q.fill(0);
         q.iter_mut().zip(x).for_each(|(q, x)| *q = round(*x, inverse));
         *d = scale;
     }
 }
 
-/// Scale and inverse scale of some values; the inverse is 0 where all become 0.
-fn scale_of(values: impl Iterator<Item = f32>) -> (f32, f32) {
+/// Scale and inverse scale with which the largest of some values becomes `to`; the inverse is 0 where all become 0.
+fn scale_of(values: impl Iterator<Item = f32>, to: f32) -> (f32, f32) {
     // Absolute values compare as their bit patterns do, with infinities and NaNs on top.
     let most = f32::from_bits(values.fold(0, |top, v| (v.to_bits() & 0x7fff_ffff).max(top)));
     match most {
         _ if !most.is_finite() => (f32::NAN, 0.0),
         _ if most < SMALLEST => (0.0, 0.0),
-        _ => (most / MOST, MOST / most),
+        _ => (most / to, to / most),
     }
 }
 
@@ -255,7 +260,7 @@ fn check_backward(task: &WideBackwardTask<'_>) -> Result<()> {
     if rows.checked_mul(row_bytes).is_none_or(|n| n > weight.len()) {
         return misfit(format!("the matrix has {} bytes", weight.len()));
     }
-    let whole = |c: usize| c.is_multiple_of(GROUP) || c == *k;
+    let whole = |c: usize| c.is_multiple_of(COLUMNS) || c == *k;
     if columns.start > columns.end || columns.end > *k || !whole(columns.start) || !whole(columns.end) {
         return misfit("they are no groups of 32".into());
     }
@@ -280,7 +285,7 @@ fn forward_scalar(task: &LinearTask<'_>, x: &Wide<'_>) -> Result<()> {
                 add(0.0, task.accumulate);
             }
             for (u, unit) in values.chunks(UNIT).enumerate() {
-                let (d, inverse) = scale_of(unit.iter().copied());
+                let (d, inverse) = scale_of(unit.iter().copied(), MOST_WEIGHT);
                 let mut sum = 0.0f32;
                 for (g, w) in unit.chunks(GROUP).enumerate() {
                     let at = t * groups + u * (UNIT / GROUP) + g;
@@ -310,7 +315,7 @@ fn backward_scalar(task: &WideBackwardTask<'_>) -> Result<()> {
             }
             for r in (0..dy.k).step_by(BACKWARD_ROWS) {
                 let block = r..(r + BACKWARD_ROWS).min(dy.k);
-                let (d, inverse) = scale_of(block.clone().map(|r| decoded[r * k + c]));
+                let (d, inverse) = scale_of(block.clone().map(|r| decoded[r * k + c]), MOST_WEIGHT);
                 let mut sum = 0.0f32;
                 for r in block.clone().step_by(GROUP) {
                     let rows = r..(r + GROUP).min(block.end);
@@ -330,7 +335,7 @@ mod avx2 {
     //! AVX2 and FMA. Functions marked `inline(always)` are inlined into those with the features.
     use super::super::avx2::source::{Source, by_type, unpack_turned};
     use super::super::{LinearTask, Scratch, scratch_bytes};
-    use super::{BACKWARD_ROWS, GROUP, MOST, SMALLEST, UNIT, Wide, WideBackwardTask};
+    use super::{BACKWARD_ROWS, GROUP, MOST, MOST_WEIGHT, SMALLEST, UNIT, Wide, WideBackwardTask};
     use crate::quant::DType;
     use std::arch::x86_64::*;
 
@@ -340,6 +345,8 @@ mod avx2 {
     const TOKENS: usize = 256;
     /// Tokens of a register tile.
     const TILE: usize = 4;
+    /// Steps of a turn of the innermost loop.
+    const UNROLL: usize = 4;
 
     const _: () = assert!(4 * BACKWARD_ROWS * UNIT <= scratch_bytes());
     const _: () = assert!(4 * (FORWARD_ROWS + 8) * UNIT <= scratch_bytes());
@@ -372,9 +379,9 @@ mod avx2 {
                 last[..x.len()].copy_from_slice(x);
                 &last
             };
-            // SAFETY: 32 values in both.
+            // SAFETY: whole groups in both.
             unsafe {
-                let mut v = [_mm256_setzero_ps(); 4];
+                let mut v = [_mm256_setzero_ps(); GROUP / 8];
                 let mut top = _mm256_setzero_si256();
                 for (i, v) in v.iter_mut().enumerate() {
                     *v = _mm256_loadu_ps(x.as_ptr().add(8 * i));
@@ -393,11 +400,11 @@ mod avx2 {
                 // Nothing of a NaN may be multiplied, not even by zero.
                 let keep = _mm256_castsi256_ps(_mm256_set1_epi32(-i32::from(inverse > 0.0)));
                 let by = _mm256_set1_ps(inverse);
-                let mut int = [_mm256_setzero_si256(); 4];
+                let mut int = [_mm256_setzero_si256(); GROUP / 8];
                 for (int, v) in int.iter_mut().zip(v) {
                     *int = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_and_ps(v, keep), by));
                 }
-                for h in 0..2 {
+                for h in 0..GROUP / 16 {
                     let words = _mm256_packs_epi32(int[2 * h], int[2 * h + 1]);
                     let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
                     _mm256_storeu_si256(q.as_mut_ptr().add(g * GROUP + 16 * h).cast(), words);
@@ -412,7 +419,7 @@ mod avx2 {
         unsafe { _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff_ffff)) }
     }
 
-    /// Rounds a slab of `rows` × 16 weights in place: as `q[row / 2][lane][row % 2]`, i16, whole groups of 32 rows with
+    /// Rounds a slab of `rows` × 16 weights in place: as `q[row / 2][lane][row % 2]`, i16, whole groups of rows with
     /// zeros behind the last, by one scale for each lane, which is returned.
     ///
     /// # Safety
@@ -434,9 +441,10 @@ mod avx2 {
                 let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(most, _mm256_set1_ps(SMALLEST));
                 let finite =
                     _mm256_andnot_si256(_mm256_or_si256(infinite, _mm256_castps_si256(tiny)), _mm256_set1_epi32(-1));
-                let scale = _mm256_and_ps(_mm256_div_ps(most, _mm256_set1_ps(MOST)), _mm256_castsi256_ps(finite));
+                let scale =
+                    _mm256_and_ps(_mm256_div_ps(most, _mm256_set1_ps(MOST_WEIGHT)), _mm256_castsi256_ps(finite));
                 scales[h] = _mm256_blendv_ps(scale, _mm256_set1_ps(f32::NAN), _mm256_castsi256_ps(infinite));
-                by[h] = _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(MOST), most), _mm256_castsi256_ps(finite));
+                by[h] = _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(MOST_WEIGHT), most), _mm256_castsi256_ps(finite));
                 keep[h] = finite;
             }
             let int = |r: usize, h: usize| {
@@ -530,7 +538,7 @@ mod avx2 {
     ) {
         // SAFETY: by the contract.
         unsafe {
-            let steps = std::hint::black_box(GROUP / 2);
+            let steps = std::hint::black_box(GROUP / 2 / UNROLL);
             let mut acc = [[_mm256_setzero_ps(); 2]; T];
             for g in 0..groups {
                 let mut sums = [[_mm256_setzero_si256(); 2]; T];
@@ -539,13 +547,17 @@ mod avx2 {
                     *x = q.add((t * wide + g) * GROUP).cast();
                 }
                 for s in 0..steps {
-                    let (w0, w1) = (_mm256_loadu_si256(w), _mm256_loadu_si256(w.add(1)));
-                    for (sums, x) in sums.iter_mut().zip(x) {
-                        let pair = _mm256_set1_epi32(x.add(s).read_unaligned());
-                        sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(w0, pair));
-                        sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(w1, pair));
+                    for i in 0..UNROLL {
+                        let (w0, w1) = (_mm256_loadu_si256(w.add(2 * i)), _mm256_loadu_si256(w.add(2 * i + 1)));
+                        for (sums, x) in sums.iter_mut().zip(x) {
+                            let pair = _mm256_set1_epi32(x.add(UNROLL * s + i).read_unaligned());
+                            sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(w0, pair));
+                            sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(w1, pair));
+                        }
+                        // Loads stay on their side of this: reordered, they drown in spills.
+                        std::arch::asm!("", options(nostack, preserves_flags));
                     }
-                    w = w.add(2);
+                    w = w.add(2 * UNROLL);
                 }
                 for (t, acc) in acc.iter_mut().enumerate() {
                     let scale = _mm256_broadcast_ss(&*d.add(t * wide + g));

@@ -78,16 +78,16 @@ fn shapes(dtype: DType) -> &'static [(usize, usize, usize)] {
     }
 }
 
-/// The product of `a` and `b` in f64, and the most that two roundings by the largest of a group may change it.
-fn product(a: &[f64], b: &[f64]) -> (f64, f64) {
+/// The product of activations and weights in f64, and the most that rounding either by the largest of a group may
+/// change it.
+fn product(x: &[f64], w: &[f64]) -> (f64, f64) {
     let most = |v: &[f64]| v.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-    let half = 0.5 / f64::from(MOST);
     let (mut sum, mut error) = (0.0, 0.0);
-    for (a, b) in a.chunks(GROUP).zip(b.chunks(GROUP)) {
-        let (ea, eb) = (half * most(a), half * most(b));
-        for (a, b) in a.iter().zip(b) {
-            sum += a * b;
-            error += a.abs() * eb + b.abs() * ea + 2.0 * ea * eb;
+    for (x, w) in x.chunks(GROUP).zip(w.chunks(GROUP)) {
+        let (ex, ew) = (0.5 * most(x) / f64::from(MOST), 0.5 * most(w) / f64::from(MOST_WEIGHT));
+        for (x, w) in x.iter().zip(w) {
+            sum += x * w;
+            error += x.abs() * ew + w.abs() * ex + 2.0 * ex * ew;
         }
     }
     (sum, error)
