@@ -21,7 +21,7 @@ use clap::{Parser, ValueEnum};
 use kinglet_benches::memory::Memory;
 use kinglet_benches::stats::Samples;
 use kinglet_engine::cpu::{Timing, roof};
-use kinglet_engine::session::{LearnBatch, Learner, LearnerOptions, Model};
+use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions, Model};
 use kinglet_engine::tape::LoraSpec;
 use kinglet_engine::text::EncodeOptions;
 use kinglet_models::catalogue;
@@ -56,8 +56,8 @@ struct Args {
     #[arg(long)]
     memory: Option<u64>,
     /// Arithmetic of the frozen maps.
-    #[arg(long, value_enum, default_value_t = Arithmetic::Narrow)]
-    arithmetic: Arithmetic,
+    #[arg(long, value_enum, default_value_t = Choice::Wide)]
+    arithmetic: Choice,
     /// Text to train on.
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/handbook.txt"))]
     text: PathBuf,
@@ -70,9 +70,20 @@ struct Args {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Arithmetic {
+enum Choice {
     Exact,
+    Wide,
     Narrow,
+}
+
+impl From<Choice> for Arithmetic {
+    fn from(choice: Choice) -> Arithmetic {
+        match choice {
+            Choice::Exact => Arithmetic::Exact,
+            Choice::Wide => Arithmetic::Wide,
+            Choice::Narrow => Arithmetic::Narrow,
+        }
+    }
 }
 
 /// Endings of the maps that are adapted.
@@ -85,9 +96,10 @@ fn main() -> anyhow::Result<()> {
     let is_map = |name: &str| name.starts_with("blk.") && MAPS.iter().any(|m| name.ends_with(&format!(".{m}.weight")));
     let weights = model.weights().iter().map(|(_, w)| w.name.clone()).filter(|name| is_map(name)).collect();
     let options = LearnerOptions {
-        lora: LoraSpec { rank: args.rank, scale: 2.0, weights },
+        trained: LoraSpec { rank: args.rank, scale: 2.0, weights, ..LoraSpec::default() }.into(),
         tokens: args.batch * args.seq,
-        exact: args.arithmetic == Arithmetic::Exact,
+        sequence: args.seq,
+        arithmetic: args.arithmetic.into(),
         threads: args.threads,
         memory_budget: args.memory.map(|mb| mb * 1_000_000),
     };
@@ -172,6 +184,7 @@ fn run(args: &Args, learner: &mut Learner, tokens: &[u32]) -> anyhow::Result<Run
             tokens: tokens.to_vec(),
             lengths: vec![args.seq; args.batch],
             outputs,
+            dropout_seed: 0,
         };
         let start = Instant::now();
         gradients.fill(0.0);

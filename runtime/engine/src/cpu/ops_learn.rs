@@ -4,12 +4,12 @@
 //! Rows are divided among the threads; sums over rows (the adapters' gradients) are divided by the rows of the parameter
 //! instead, so that nothing is added up across threads and a run gives the same bits for any number of them.
 
-use super::executor::{Context, Scratch, VOCAB_CHUNK};
+use super::executor::{Arithmetic, Context, Scratch, VOCAB_CHUNK};
 use super::kernels::gemm::{self, Gemm};
 use super::kernels::{activation, attention, dropout, linear, norm, rope, vector};
 use super::matrix::Matrix;
 use super::pool::Team;
-use super::{ops, ops_weights};
+use super::{ops, ops_loss, ops_weights};
 use crate::tape::{
     AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
     magnitude_ratio,
@@ -102,6 +102,10 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let y = c.matrix(*out);
                 let rows = team.share(y.rows, 1);
                 begin(c, *dx, *out, rows.clone());
+                if c.arithmetic == Arithmetic::Wide {
+                    linear_backward_wide(c, parts, &y, dx.is_some(), team, scratch);
+                    return;
+                }
                 for (i, (dy, weight)) in parts.iter().enumerate() {
                     let dy = c.matrix(*dy);
                     let all = 0..c.weights.get(*weight).rows;
@@ -137,6 +141,9 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 }
             }
             Op::CrossEntropyGrad { x, weight, out, dx } => {
+                if c.trained(*weight).is_none() {
+                    return ops_loss::cross_entropy_grad(c, (*x, *weight), (*out, *dx), team, scratch);
+                }
                 ops::cross_entropy(c, *x, *weight, *out, team, scratch, round);
                 cross_entropy_gradient(c, *x, *weight, *out, *dx, team, scratch);
             }
@@ -163,7 +170,7 @@ unsafe fn begin(c: &Context<'_>, dx: Option<Value>, out: Value, rows: std::ops::
 /// # Safety
 /// This thread alone uses these rows of `out`.
 #[allow(clippy::too_many_arguments)]
-unsafe fn linear_backward(
+pub(super) unsafe fn linear_backward(
     c: &Context<'_>,
     weight: WeightId,
     part: std::ops::Range<usize>,
@@ -192,6 +199,67 @@ unsafe fn linear_backward(
     };
     // The sizes were checked when the weights were resolved and the arena planned.
     if let Err(e) = linear::linear_backward(c.isa, &task, &mut scratch.linear) {
+        unreachable!("{}: {e}", info.name);
+    }
+}
+
+/// The same in 16-bit integers for several maps of one input: all threads round the gradients of the outputs together,
+/// then divide the columns of `out`, so that each unpacks its own part of the weights.
+///
+/// # Safety
+/// All threads of the team come here; `out` has its first values.
+unsafe fn linear_backward_wide(
+    c: &Context<'_>,
+    parts: &[(Value, WeightId)],
+    out: &Matrix,
+    accumulate: bool,
+    team: &Team<'_>,
+    scratch: &mut Scratch,
+) {
+    if out.rows == 0 {
+        return;
+    }
+    let mut place = c.tables.wide[1];
+    let mut inputs = Vec::with_capacity(parts.len());
+    for (dy, weight) in parts {
+        let dy = c.matrix(*dy);
+        // SAFETY: the place was reserved for all parts together; shares are disjoint.
+        unsafe { c.widen(&dy, dy.width, team.share(dy.rows, 1), place) };
+        inputs.push((dy, *weight, place));
+        place += linear::wide_bytes(dy.rows, dy.width);
+    }
+    team.wait();
+    let columns = team.share(out.width, ops::ROW_UNIT);
+    for (i, (dy, weight, place)) in inputs.into_iter().enumerate() {
+        // SAFETY: complete behind the barrier; this thread's columns.
+        unsafe {
+            let dy = c.widened(dy.rows, dy.width, place);
+            wide_columns(c, weight, 0..dy.k, &dy, columns.clone(), out, accumulate || i > 0, scratch);
+        }
+    }
+}
+
+/// `out (+)= dy·W` for some columns, `W` being the rows `part` of a matrix.
+///
+/// # Safety
+/// This thread alone uses these columns of `out`.
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn wide_columns(
+    c: &Context<'_>,
+    weight: WeightId,
+    part: std::ops::Range<usize>,
+    dy: &linear::Wide<'_>,
+    columns: std::ops::Range<usize>,
+    out: &Matrix,
+    accumulate: bool,
+    scratch: &mut Scratch,
+) {
+    let info = c.weights.get(weight);
+    let (dtype, bytes) = c.weight_rows(weight, part);
+    let (weight, dx) = (bytes, out.out());
+    let task = linear::WideBackwardTask { dtype, weight, k: info.width, columns, dy, dx, accumulate };
+    // The sizes were checked when the weights were resolved and the arena planned.
+    if let Err(e) = linear::linear_backward_wide(c.isa, &task, &mut scratch.linear) {
         unreachable!("{}: {e}", info.name);
     }
 }
@@ -466,7 +534,7 @@ pub(super) fn turn_back(c: &Context<'_>, op: &Rope, row: usize, head: &mut [f32]
     rope::rope_backward(c.isa, head, head.len(), cos, sin, c.tape.spec.ropes[index].style);
 }
 
-/// The second pass of a cross-entropy: chunk by chunk of the vocabulary all threads compute `g·(softmax − onehot)`, then
+/// The second pass of a cross-entropy whose head is trained too, so that finished probabilities are needed: chunk by chunk of the vocabulary all threads compute `g·(softmax − onehot)`, then
 /// each multiplies it with the chunk's weights for its own rows.
 unsafe fn cross_entropy_gradient(
     c: &Context<'_>,
@@ -486,10 +554,12 @@ unsafe fn cross_entropy_gradient(
     let (nll, dx, input) = (c.matrix(nll), c.matrix(dx), c.matrix(x));
     // SAFETY: the input was finished long before; the partial sums' and target logits' places as in `cross_entropy`,
     // and the probabilities' place behind them.
-    let (x, targets, probabilities) = unsafe {
+    let x = unsafe { c.linear_input(x, team) };
+    // SAFETY: as above.
+    let (targets, probabilities) = unsafe {
         let targets = c.arena.add(c.tables.partial).cast::<f32>().add(2 * vocab.div_ceil(VOCAB_CHUNK) * rows);
         let probabilities = Matrix::new(c.arena.add(c.tables.probabilities).cast(), rows, VOCAB_CHUNK);
-        (c.activations(x), targets, probabilities)
+        (targets, probabilities)
     };
     let mut capped = Vec::new();
     for start in (0..vocab).step_by(VOCAB_CHUNK) {
