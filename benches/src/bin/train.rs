@@ -108,7 +108,11 @@ fn main() -> anyhow::Result<()> {
     let run = run(&args, &mut learner, &tokens)?;
     let memory = Memory::of_this_process()?;
     let per_token = operations_per_token(&args, &model);
-    let roof = if args.no_roof { 0.0 } else { roof::f32(args.threads).0 };
+    let (roof, wide_roof) = match args.no_roof {
+        true => (0.0, 0.0),
+        false => (roof::f32(args.threads).0, roof::int16(args.threads).0),
+    };
+    let bf16_roof = roof::bf16(args.threads).filter(|_| !args.no_roof).map(|r| r.0 / 1e9);
     let estimate = learner.estimate();
     let report = json!({
         "model": args.model.file_name().unwrap_or_default().to_string_lossy(),
@@ -123,6 +127,8 @@ fn main() -> anyhow::Result<()> {
         "gflop_per_token": per_token / 1e9,
         "gflop_per_second": run.speeds.median() * per_token / 1e9,
         "f32_roof_gflop_per_second": roof / 1e9,
+        "int16_roof_gop_per_second": wide_roof / 1e9,
+        "bf16_roof_gflop_per_second": bf16_roof,
         "share_of_f32_roof": if roof > 0.0 { run.speeds.median() * per_token / roof } else { 0.0 },
         "ops": run.timings.iter().map(|t| json!({
             "op": t.op, "count": t.count / args.steps as u64,
@@ -233,7 +239,8 @@ fn to_markdown(report: &Value) -> String {
         "### {}, rank {}, {} × {} tokens, {} threads, {} arithmetic\n\n\
          * {:.1} tokens/s ({:.1}–{:.1}), loss {:.4} → {:.4}\n\
          * peak memory {:.0} MB resident, {:.0} MB of it its own; planned {:.0} MB\n\
-         * {:.3} GFLOP per token, {:.1} GFLOP/s: {:.0} % of the f32 roof of {:.0} GFLOP/s\n\n\
+         * {:.3} GFLOP per token, {:.1} GFLOP/s: {:.0} % of the f32 roof of {:.0} GFLOP/s, {:.0} % of the 16-bit \
+         integer roof of {:.0}\n\n\
          | op | runs | ms per step |\n| --- | --- | --- |",
         report["model"].as_str().unwrap_or_default(),
         report["rank"],
@@ -253,6 +260,8 @@ fn to_markdown(report: &Value) -> String {
         number("gflop_per_second"),
         100.0 * number("share_of_f32_roof"),
         number("f32_roof_gflop_per_second"),
+        100.0 * number("gflop_per_second") / number("int16_roof_gop_per_second").max(1e-9),
+        number("int16_roof_gop_per_second"),
     );
     for op in report["ops"].as_array().into_iter().flatten() {
         let ms = op["milliseconds_per_step"].as_f64().unwrap_or(0.0);

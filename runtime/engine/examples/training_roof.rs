@@ -169,7 +169,8 @@ fn attention_pass(isa: Isa, heads: usize, kv_heads: usize, dim: usize, rows: usi
     let task = AttentionBackwardTask {
         rows: (0, rows),
         kv_head: 0,
-        group,
+        heads: (0, group),
+        d_head: 0,
         head_dim: dim,
         q: q.as_ptr(),
         q_stride: width,

@@ -151,6 +151,8 @@ pub(super) struct Tables {
     pub partial: usize,
     /// `[outputs][VOCAB_CHUNK]`: gradients of a chunk of logits.
     pub probabilities: usize,
+    /// `[2][tokens][heads · head_dim]`: gradients of keys and of values by query head, where several read one.
+    pub heads: usize,
     /// The input of a linear map in 16 bits, and the gradients of its outputs, where those are read.
     pub wide: [usize; 2],
     /// Bytes of the arena, values and tables.
@@ -169,16 +171,16 @@ impl Tables {
         };
         // Per chunk and row: maximum and sum; behind them the logit of each row's target.
         let probabilities = partial + ((2 * chunks + 1) * limits.outputs * 4).next_multiple_of(64);
-        let first = match purpose {
-            Purpose::Learn => probabilities + limits.outputs * VOCAB_CHUNK * 4,
-            _ => probabilities,
-        };
+        let learn = purpose == Purpose::Learn;
+        let heads = probabilities + if learn { limits.outputs * VOCAB_CHUNK * 4 } else { 0 };
+        let by_head = 2 * limits.tokens * spec.heads * spec.head_dim * 4;
+        let first = heads + if learn && spec.heads > spec.kv_heads { by_head.next_multiple_of(64) } else { 0 };
         let [inputs, gradients] = match arithmetic {
             Arithmetic::Wide => wide_bytes(tape, limits),
             Arithmetic::Exact | Arithmetic::Narrow => [0; 2],
         };
         let wide = [first, first + inputs];
-        Tables { rope: start, rope_row, partial, probabilities, wide, end: first + inputs + gradients }
+        Tables { rope: start, rope_row, partial, probabilities, heads, wide, end: first + inputs + gradients }
     }
 }
 

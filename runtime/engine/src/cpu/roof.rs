@@ -212,31 +212,26 @@ mod x86 {
 
     #[target_feature(enable = "avx2,fma")]
     fn fma_avx2(rounds: usize) -> f32 {
-        let weights: [__m256; CHAINS] = black_box(std::array::from_fn(|i| _mm256_set1_ps(i as f32)));
-        let mut activations = _mm256_set1_ps(1.0);
+        let (x, y) = (black_box(_mm256_set1_ps(0.5)), black_box(_mm256_set1_ps(0.25)));
         let mut sums = [_mm256_setzero_ps(); CHAINS];
         for _ in 0..rounds {
-            for (sum, weight) in sums.iter_mut().zip(&weights) {
-                *sum = _mm256_fmadd_ps(activations, *weight, *sum);
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(x, *sum, y);
             }
-            activations = _mm256_xor_ps(activations, _mm256_set1_ps(-0.0));
         }
-        let sum = sums.into_iter().fold(_mm256_setzero_ps(), |a, b| _mm256_add_ps(a, b));
-        _mm256_cvtss_f32(sum)
+        _mm256_cvtss_f32(sums.into_iter().fold(y, |a, b| _mm256_add_ps(a, b)))
     }
 
     #[target_feature(enable = "avx512f")]
     fn fma_avx512(rounds: usize) -> f32 {
-        let weights: [__m512; CHAINS] = black_box(std::array::from_fn(|i| _mm512_set1_ps(i as f32)));
-        let mut activations = _mm512_set1_ps(1.0);
+        let (x, y) = (black_box(_mm512_set1_ps(0.5)), black_box(_mm512_set1_ps(0.25)));
         let mut sums = [_mm512_setzero_ps(); CHAINS];
         for _ in 0..rounds {
-            for (sum, weight) in sums.iter_mut().zip(&weights) {
-                *sum = _mm512_fmadd_ps(activations, *weight, *sum);
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(x, *sum, y);
             }
-            activations = _mm512_sub_ps(_mm512_setzero_ps(), activations);
         }
-        _mm512_reduce_add_ps(sums.into_iter().fold(_mm512_setzero_ps(), |a, b| _mm512_add_ps(a, b)))
+        _mm512_reduce_add_ps(sums.into_iter().fold(y, |a, b| _mm512_add_ps(a, b)))
     }
 
     #[target_feature(enable = "avx512f,avx512bf16,avx512bw")]

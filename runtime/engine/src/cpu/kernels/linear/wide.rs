@@ -554,8 +554,14 @@ mod avx2 {
                             sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(w0, pair));
                             sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(w1, pair));
                         }
-                        // Loads stay on their side of this: reordered, they drown in spills.
-                        std::arch::asm!("", options(nostack, preserves_flags));
+                        // Keeps the steps apart: reordered, they drown in spills.
+                        for sum in sums.as_flattened_mut() {
+                            std::arch::asm!(
+                                "/* {0} */",
+                                inout(ymm_reg) * sum,
+                                options(nomem, nostack, preserves_flags)
+                            );
+                        }
                     }
                     w = w.add(2 * UNROLL);
                 }
