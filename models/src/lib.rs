@@ -1,4 +1,5 @@
-//! Model families as data, the catalogue of known models with `pull`, and tiny random models for tests.
+//! Model families as data, the catalogue of known models with `pull`, tiny random models for tests, and models to be
+//! trained from nothing.
 //!
 //! A family is one short file that reads a GGUF's keys and says what the decoder is made of, as a
 //! [`Spec`](kinglet_engine::tape::Spec). [`open`] does the whole way from a path to a model that can run.
@@ -8,6 +9,7 @@ pub mod families;
 pub mod peft;
 #[cfg(feature = "pull")]
 pub mod pull;
+pub mod scratch;
 pub mod tiny;
 
 use std::path::Path;

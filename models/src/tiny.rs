@@ -245,10 +245,8 @@ impl TinyConfig {
 /// [`Error::Argument`] where the shape is impossible: an unknown architecture, heads that do not divide, rows that are
 /// no whole number of blocks, a vocabulary too small for the tokenizer. [`Error::Io`].
 pub fn write_tiny(path: impl AsRef<Path>, config: &TinyConfig) -> Result<()> {
-    let family = config.family()?;
-    config.check(family)?;
     let mut writer = Writer::new();
-    for (key, value) in metadata(config, family) {
+    for (key, value) in metadata_of(config)? {
         writer.set(&key, value);
     }
     match config.tokenizer {
@@ -257,13 +255,30 @@ pub fn write_tiny(path: impl AsRef<Path>, config: &TinyConfig) -> Result<()> {
         }
         TinyTokenizer::Bpe => tokens::write(&mut writer, config)?,
     }
-    let tensors = tensors(config, family);
+    write_tensors(writer, config, First::Test, path)
+}
+
+/// The keys of a model of this shape, which is checked; without those of a tokenizer.
+pub(crate) fn metadata_of(config: &TinyConfig) -> Result<Vec<(String, Value)>> {
+    let family = config.family()?;
+    config.check(family)?;
+    Ok(metadata(config, family))
+}
+
+/// Writes the file whose keys are in `writer`, with random tensors.
+pub(crate) fn write_tensors(
+    mut writer: Writer,
+    config: &TinyConfig,
+    first: First,
+    path: impl AsRef<Path>,
+) -> Result<()> {
+    let tensors = tensors(config, config.family()?);
     for t in &tensors {
         writer.tensor(&t.name, t.dtype, &t.shape)?;
     }
     let mut file = writer.create(path)?;
     for t in &tensors {
-        t.write(&mut file, config.seed)?;
+        t.write(&mut file, config.seed, first)?;
     }
     file.finish()?;
     Ok(())
@@ -302,6 +317,15 @@ fn metadata(c: &TinyConfig, f: &Family) -> Vec<(String, Value)> {
         own("rope.scaling.original_context_length", c.context.into());
     }
     keys
+}
+
+/// What first values are for.
+#[derive(Clone, Copy)]
+pub(crate) enum First {
+    /// Tests: nothing is 0 or 1, so that nothing can be forgotten without being noticed.
+    Test,
+    /// Training: matrices of one deviation, norms of 1, no biases.
+    Training { deviation: f32 },
 }
 
 /// What a tensor's values are drawn from.
@@ -386,15 +410,18 @@ fn tensors(c: &TinyConfig, f: &Family) -> Vec<Tensor> {
 }
 
 impl Tensor {
-    fn write(&self, file: &mut TensorWriter, seed: u64) -> Result<()> {
+    fn write(&self, file: &mut TensorWriter, seed: u64, first: First) -> Result<()> {
         let mut random = Random::new(seed, &self.name);
         let width = self.shape.first().copied().unwrap_or(1) as usize;
         let mut row = vec![0.0f32; width];
         for _ in 0..self.shape.iter().skip(1).product::<u64>() {
             row.iter_mut().for_each(|x| {
-                *x = match self.init {
-                    Init::Normal { deviation } => deviation * random.normal(),
-                    Init::Gain => 1.0 + 0.1 * random.normal(),
+                *x = match (first, self.init) {
+                    (First::Test, Init::Normal { deviation }) => deviation * random.normal(),
+                    (First::Test, Init::Gain) => 1.0 + 0.1 * random.normal(),
+                    (First::Training { .. }, Init::Gain) => 1.0,
+                    (First::Training { .. }, Init::Normal { .. }) if self.shape.len() == 1 => 0.0,
+                    (First::Training { deviation }, Init::Normal { .. }) => deviation * random.normal(),
                 }
             });
             file.write(&self.name, &quantize(self.dtype, &row)?)?;

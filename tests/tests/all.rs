@@ -5,6 +5,7 @@
 //! | `layers` | imports, `unsafe`, file sizes | nothing |
 //! | `docs` | commands and links in the documents | nothing |
 //! | `cli` | what the program prints and how it fails | smollm2 |
+//! | `full_training` | a model from nothing, and trained models and adapters as files | nothing |
 //! | `gguf_real` | headers of the real models | the three models |
 //! | `quant_parity` | block formats against ggml | `oracle` |
 //! | `tokenizer_parity` | token ids against llama.cpp | `oracle`, the three models |
@@ -20,6 +21,7 @@
 mod adapter_parity;
 mod cli;
 mod docs;
+mod full_training;
 mod gguf_real;
 mod gradients;
 mod layers;

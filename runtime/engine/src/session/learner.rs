@@ -48,6 +48,7 @@ pub struct LearnBatch {
 #[derive(Debug)]
 pub struct Learner {
     model: Model,
+    trained: Trained,
     executor: Executor,
     estimate: Estimate,
 }
@@ -62,7 +63,7 @@ impl Learner {
         let estimate = plan(model, options, &mut executor_options);
         estimate.check(options.memory_budget)?;
         let executor = Executor::new(model.spec(), model.weights().clone(), &executor_options)?;
-        Ok(Learner { model: model.clone(), executor, estimate })
+        Ok(Learner { model: model.clone(), trained: options.trained.clone(), executor, estimate })
     }
 
     /// What [`Learner::new`] comes to need, the parameters and their gradients included.
@@ -73,6 +74,11 @@ impl Learner {
     /// The model.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// What is trained.
+    pub fn trained(&self) -> &Trained {
+        &self.trained
     }
 
     /// The trained matrices and their places in the flat vector.

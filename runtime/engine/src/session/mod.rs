@@ -6,6 +6,7 @@
 //! | [`Model`] | mapped weights, spec, tokenizer, template; shared by any number of engines |
 //! | [`Engine`] | tapes, arena and threads; runs rows of several [`Sequence`]s at once |
 //! | [`Session`] | an engine with one sequence: feed, score, rewind, generate |
+//! | [`Learner`] | gradients of adapters or of all weights, and what comes of them as a file |
 //! | [`Generation`] | pulls text from a session, piece by piece |
 
 mod adapters;
@@ -16,6 +17,7 @@ mod learner;
 mod model;
 #[allow(clippy::module_inception)]
 mod session;
+mod trained;
 
 pub use adapters::{AdapterReport, ScaledAdapter};
 pub use engine::{Engine, Sequence, SessionOptions};

@@ -1,0 +1,144 @@
+//! What was trained, as files and sessions take it: an adapter, or a whole new model file.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use super::Learner;
+use crate::adapter::{Adapter, BaseId, LowRank};
+use crate::gguf::{TensorInfo, Writer};
+use crate::quant::{self, DType};
+use crate::tape::{Param, Weight, WeightId};
+use crate::{Error, Result};
+
+/// Rows that are converted at a time.
+const ROWS: usize = 64;
+
+impl Learner {
+    /// The adapter that `values` are, named `name` in messages; its `alpha` is the scale times the rank.
+    ///
+    /// # Errors
+    /// A training of all weights, values of another number, an adapted part of a matrix (those of stacked queries, keys and
+    /// values have an `A` each, which no adapter file can say).
+    pub fn adapter(&self, values: &[f32], name: &str) -> Result<Adapter> {
+        self.check_length(values)?;
+        let Some(lora) = self.trained().lora() else {
+            return Err(Error::argument("all weights were trained, no adapter; write a model instead"));
+        };
+        let weights = self.model().weights();
+        let find = |weight: &str, half: &str| {
+            let p = self.params().iter().find(|p| p.name.strip_suffix(half) == Some(weight))?;
+            Some((p, values.get(p.offset..p.end())?.to_vec()))
+        };
+        let mut entries = BTreeMap::new();
+        for (id, info) in weights.iter() {
+            let (Some((a, a_values)), Some((b, b_values))) = (find(&info.name, ".lora_a"), find(&info.name, ".lora_b"))
+            else {
+                continue;
+            };
+            let (tensor, _) = weights.source(id);
+            if tensor != info.name {
+                return Err(Error::Unsupported(format!(
+                    "an adapter of {}: it is a part of {tensor}, and adapter files know whole tensors only",
+                    info.name
+                )));
+            }
+            let magnitude = find(&info.name, ".lora_magnitude").map(|(_, values)| values);
+            entries.insert(
+                info.name.clone(),
+                LowRank { rank: a.rows, inputs: a.width, outputs: b.rows, a: a_values, b: b_values, magnitude },
+            );
+        }
+        let adapter = Adapter {
+            name: name.into(),
+            rank: lora.rank,
+            alpha: lora.scale * lora.rank as f32,
+            rslora: false,
+            entries,
+            base: Some(BaseId::of(self.model().gguf())?),
+        };
+        adapter.check()?;
+        Ok(adapter)
+    }
+
+    /// Writes to `path` the model with `values` for its weights: a file like the one that training began with, whose
+    /// matrices keep their type or get `dtype`; norms, biases and what is not trained stay as they lie there. Gives the
+    /// file's bytes.
+    ///
+    /// # Errors
+    /// A training of adapters, values of another number or not finite, rows that are no whole number of blocks of `dtype`,
+    /// [`Error::Io`].
+    pub fn write_model(&self, values: &[f32], dtype: Option<DType>, path: impl AsRef<Path>) -> Result<u64> {
+        self.check_length(values)?;
+        if self.trained().lora().is_some() {
+            return Err(Error::argument("adapters were trained; write the adapter, or merge it into the model"));
+        }
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            let name = self.params().iter().find(|p| (p.offset..p.end()).contains(&at)).map_or("?", |p| &p.name);
+            return Err(Error::argument(format!("{name} has a {}: the training diverged", values[at])));
+        }
+        let gguf = self.model().gguf();
+        let as_written = |t: &TensorInfo| match dtype {
+            Some(dtype) if t.shape.len() > 1 && !self.parts(t).is_empty() => dtype,
+            _ => t.dtype,
+        };
+        let mut writer = Writer::new();
+        for (key, value) in gguf.metadata().iter() {
+            if !(gguf.shards() > 1 && key.starts_with("split.")) {
+                writer.set(key, value.clone());
+            }
+        }
+        if let Some(dtype) = dtype {
+            writer.metadata_mut().remove("general.file_type");
+            if let Some(number) = dtype.gguf_file_type() {
+                writer.set("general.file_type", number);
+            }
+        }
+        for t in gguf.tensors() {
+            writer.tensor(&t.name, as_written(t), &t.shape)?;
+        }
+        let mut file = writer.create(path)?;
+        for t in gguf.tensors() {
+            let parts = self.parts(t);
+            if parts.is_empty() {
+                file.write(&t.name, gguf.data(t))?;
+                continue;
+            }
+            let row_bytes = gguf.data(t).len() / t.rows().max(1);
+            let mut rows = vec![0.0f32; ROWS * t.width()];
+            for (block, bytes) in gguf.data(t).chunks(ROWS * row_bytes.max(1)).enumerate() {
+                let count = bytes.len() / row_bytes.max(1);
+                let rows = &mut rows[..count * t.width()];
+                // Rows that the model does not compute with stay.
+                quant::dequantize(t.dtype, bytes, rows)?;
+                for (i, row) in rows.chunks_exact_mut(t.width().max(1)).enumerate() {
+                    let at = (block * ROWS + i) * t.width();
+                    if let Some((p, part)) = parts.iter().find(|(_, part)| part.contains(&at)) {
+                        row.copy_from_slice(&values[p.offset + at - part.start..][..t.width()]);
+                    }
+                }
+                file.write(&t.name, &quant::quantize(as_written(t), rows)?)?;
+            }
+        }
+        file.finish()
+    }
+
+    /// The trained weights that a tensor holds, with the elements of each.
+    fn parts(&self, t: &TensorInfo) -> Vec<(&Param, Range<usize>)> {
+        let weights = self.model().weights();
+        let of_tensor = weights.iter().filter(|(id, _)| weights.source(*id).0 == t.name);
+        let part = |(id, w): (WeightId, &Weight)| {
+            let p = self.params().iter().find(|p| p.name == w.name)?;
+            let rows = weights.source(id).1;
+            Some((p, rows.start * w.width..rows.end * w.width))
+        };
+        of_tensor.filter_map(part).collect()
+    }
+
+    fn check_length(&self, values: &[f32]) -> Result<()> {
+        match values.len() == self.param_count() {
+            true => Ok(()),
+            false => Err(Error::argument(format!("{} values for {} parameters", values.len(), self.param_count()))),
+        }
+    }
+}
