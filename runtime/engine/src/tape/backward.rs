@@ -182,6 +182,10 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
         | Op::Head { .. }
         | Op::CrossEntropy { .. }
         | Op::CrossEntropyGrad { .. }
+        | Op::EmbedLora(_)
+        | Op::EmbedLoraBackward { .. }
+        | Op::LoraHidden(_)
+        | Op::LoraHiddenBackward { .. }
         | Op::RowNorms { .. }
         | Op::LoraBackward(_)
         | Op::DropoutBackward { .. }

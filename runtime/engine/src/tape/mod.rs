@@ -20,8 +20,8 @@ pub use builder::{Builder, LoraSpec, Trained};
 pub use decoder::Purpose;
 pub use dora::{adapted_norm, magnitude_ratio};
 pub use op::{
-    Attention, AttentionBackward, Dropout, Epilogue, KvSource, Linear, Lora, LoraBackward, Op, Param, ParamId, Part,
-    Rescale, Rope, Rows, Tape, Value, ValueInfo, WeightId,
+    Attention, AttentionBackward, Dropout, EmbedLora, Epilogue, HeadLora, KvSource, Linear, Lora, LoraBackward,
+    LoraHidden, Op, Param, ParamId, Part, Rescale, Rope, Rows, Tape, Value, ValueInfo, WeightId,
 };
 pub use plan::{Place, Plan, PlanLimits};
 pub use rope::Frequencies;

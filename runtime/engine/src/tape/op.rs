@@ -193,6 +193,51 @@ pub struct Lora {
     pub out: Value,
 }
 
+/// `out = x + scale·B[token]·A`: a low-rank adapter of the embedding.
+#[derive(Clone, Copy, Debug)]
+pub struct EmbedLora {
+    /// The embedded tokens, `[T, width]`.
+    pub x: Value,
+    /// `[r, width]`.
+    pub a: ParamId,
+    /// `[vocab, r]`.
+    pub b: ParamId,
+    /// `α/r`, times the embedding's own factor.
+    pub scale: f32,
+    /// `[T, width]`.
+    pub out: Value,
+}
+
+/// `h = x·Aᵀ`: the first half of the head's adapter. The second half is computed with the logits, chunk by chunk.
+#[derive(Clone, Copy, Debug)]
+pub struct LoraHidden {
+    /// `[S, width]`.
+    pub x: Value,
+    /// `[r, width]`.
+    pub a: ParamId,
+    /// `[S, r]`.
+    pub h: Value,
+}
+
+/// What the head's adapter does to logits: `z = ratio ∘ (z + scale·h·Bᵀ)`, with `ratio` as in [`Rescale`] if there is one.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadLora {
+    /// `[S, r]`.
+    pub h: Value,
+    /// `[vocab, r]`.
+    pub b: ParamId,
+    /// `α/r`.
+    pub scale: f32,
+    /// Magnitude and norms, `[1, vocab]` each.
+    pub rescale: Option<(ParamId, Value)>,
+}
+
+impl HeadLora {
+    fn reads(&self) -> impl Iterator<Item = Value> + use<> {
+        [self.h].into_iter().chain(self.rescale.map(|(_, norms)| norms))
+    }
+}
+
 /// Gradient of [`Lora`]: `e = scale·dy·B`, `out = dx + e·A`, `dB += scale·dyᵀ·h`, `dA += eᵀ·x`.
 #[derive(Clone, Copy, Debug)]
 pub struct LoraBackward {
@@ -294,6 +339,30 @@ pub enum Op {
     Lora(Lora),
     /// Gradient of a low-rank adapter.
     LoraBackward(LoraBackward),
+    /// A low-rank adapter of the embedding.
+    EmbedLora(EmbedLora),
+    /// Gradient of [`Op::EmbedLora`]: `e = scale·dy·Aᵀ`, `dB[token t] += e[t]`, `dA += scale·Σ B[token t]ᵀ·dy[t]`.
+    EmbedLoraBackward {
+        /// The forward op.
+        forward: EmbedLora,
+        /// `[T, width]`.
+        dy: Value,
+        /// `[T, r]`, out.
+        e: Value,
+    },
+    /// First half of the head's adapter.
+    LoraHidden(LoraHidden),
+    /// Its gradient: `out = dx + e·A`, `dA += eᵀ·x`.
+    LoraHiddenBackward {
+        /// The forward op.
+        forward: LoraHidden,
+        /// Gradient of `h`, `[S, r]`.
+        e: Value,
+        /// Gradient of the input so far.
+        dx: Option<Value>,
+        /// Gradient of the input.
+        out: Value,
+    },
     /// Random zeros in an adapter's input.
     Dropout(Dropout),
     /// Gradient of dropout: `out = dx + mask ∘ dy / (1 − rate)`.
@@ -420,7 +489,7 @@ pub enum Op {
     },
     /// Cross-entropy and its gradient in one: `out` as in [`Op::CrossEntropy`], and `dx[s] = dz[s]·W` with
     /// `dz[s] = g[s]·(softmax(z) − onehot(target s))`, `g` being the run's weight of the row. Where the head is trained,
-    /// `dW += dzᵀ·x`.
+    /// `dW += dzᵀ·x`; with an adapter `e = scale·dz·B` and `dB += scale·dzᵀ·h`.
     CrossEntropyGrad {
         /// `[S, width]`.
         x: Value,
@@ -430,6 +499,8 @@ pub enum Op {
         out: Value,
         /// `[S, width]`, out.
         dx: Value,
+        /// The head's adapter, and the gradient of its hidden values, `[S, r]`, out.
+        lora: Option<(HeadLora, Value)>,
     },
     /// `out[s] = log-sum-exp(z) − z[target s]` with `z = cap(x[s]·Wᵀ)`, without keeping the logits.
     CrossEntropy {
@@ -439,6 +510,8 @@ pub enum Op {
         weight: WeightId,
         /// `[S, 1]`: nats.
         out: Value,
+        /// The head's adapter.
+        lora: Option<HeadLora>,
     },
 }
 
@@ -458,6 +531,10 @@ impl Op {
             Op::Gated { .. } => "gated",
             Op::Lora(_) => "lora",
             Op::LoraBackward(_) => "lora_backward",
+            Op::EmbedLora(_) => "embed_lora",
+            Op::EmbedLoraBackward { .. } => "embed_lora_backward",
+            Op::LoraHidden(_) => "lora_hidden",
+            Op::LoraHiddenBackward { .. } => "lora_hidden_backward",
             Op::Dropout(_) => "dropout",
             Op::DropoutBackward { .. } => "dropout_backward",
             Op::RowNorms { .. } => "row_norms",
@@ -493,12 +570,17 @@ impl Op {
             Op::DropoutBackward { dy, dx, .. } => [*dy].into_iter().chain(*dx).collect(),
             Op::Rescale(r) => [r.y, r.norms].into_iter().chain(r.residual).collect(),
             Op::RescaleBackward { forward, dy, .. } => vec![forward.y, forward.norms, *dy],
-            Op::RmsNorm { x, .. }
-            | Op::GatherOutputs { x, .. }
-            | Op::ScatterOutputs { x, .. }
-            | Op::Head { x, .. }
-            | Op::CrossEntropy { x, .. }
-            | Op::CrossEntropyGrad { x, .. } => vec![*x],
+            Op::RmsNorm { x, .. } | Op::GatherOutputs { x, .. } | Op::ScatterOutputs { x, .. } | Op::Head { x, .. } => {
+                vec![*x]
+            }
+            Op::CrossEntropy { x, lora, .. } => [*x].into_iter().chain(lora.iter().flat_map(HeadLora::reads)).collect(),
+            Op::CrossEntropyGrad { x, lora, .. } => {
+                [*x].into_iter().chain(lora.iter().flat_map(|(lora, _)| lora.reads())).collect()
+            }
+            Op::EmbedLora(l) => vec![l.x],
+            Op::EmbedLoraBackward { dy, .. } => vec![*dy],
+            Op::LoraHidden(l) => vec![l.x],
+            Op::LoraHiddenBackward { forward, e, dx, .. } => [forward.x, *e].into_iter().chain(*dx).collect(),
             Op::Gated { gate, up, .. } => vec![*gate, *up],
             Op::Lora(l) => vec![l.x, l.y],
             Op::LoraBackward(l) => [l.forward.x, l.forward.h, l.dy].into_iter().chain(l.dx).collect(),
@@ -545,6 +627,7 @@ impl Op {
             | Op::RmsNormBackward { out, .. }
             | Op::DropoutBackward { out, .. }
             | Op::RowNorms { out, .. }
+            | Op::LoraHiddenBackward { out, .. }
             | Op::RescaleBackward { out, .. }
             | Op::CrossEntropy { out, .. } => vec![*out],
             // They add to gradients of parameters only.
@@ -554,7 +637,10 @@ impl Op {
             | Op::EmbedBackward { .. } => vec![],
             Op::Dropout(d) => vec![d.out],
             Op::Rescale(r) => vec![r.out],
-            Op::CrossEntropyGrad { out, dx, .. } => vec![*out, *dx],
+            Op::CrossEntropyGrad { out, dx, lora, .. } => [*out, *dx].into_iter().chain(lora.map(|(_, e)| e)).collect(),
+            Op::EmbedLora(l) => vec![l.out],
+            Op::EmbedLoraBackward { e, .. } => vec![*e],
+            Op::LoraHidden(l) => vec![l.h],
             Op::Lora(l) => vec![l.h, l.out],
             Op::LoraBackward(l) => [l.e].into_iter().chain(l.out).collect(),
             Op::GatedBackward { d_gate, d_up, .. } => vec![*d_gate, *d_up],
@@ -587,9 +673,11 @@ impl Op {
             Op::LoraBackward(LoraBackward { dx: Some(dx), out: Some(out), .. }) => vec![(*dx, *out)],
             Op::LinearBackward { dx: Some(dx), out, .. }
             | Op::RmsNormBackward { dx: Some(dx), out, .. }
+            | Op::LoraHiddenBackward { dx: Some(dx), out, .. }
             | Op::DropoutBackward { dx: Some(dx), out, .. } => {
                 vec![(*dx, *out)]
             }
+            Op::EmbedLora(l) => vec![(l.x, l.out)],
             Op::Dropout(d) => vec![(d.x, d.out)],
             Op::Rescale(r) => vec![(r.y, r.out)],
             Op::RescaleBackward { dy, out, .. } => vec![(*dy, *out)],
