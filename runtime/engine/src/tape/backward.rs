@@ -7,7 +7,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::builder::Builder;
-use super::op::{AttentionBackward, Epilogue, KvSource, LoraBackward, Op, Rows, Value, WeightId};
+use super::op::{Epilogue, KvSource, Op, Rows, Value, WeightId};
+use super::op_learn::{AttentionBackward, LoraBackward};
 
 /// Gradients by value, and which values need one.
 struct Gradients {

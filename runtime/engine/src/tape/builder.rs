@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use super::op::{
-    Attention, Dropout, EmbedLora, Epilogue, HeadLora, KvSource, Linear, Lora, LoraHidden, Op, Param, ParamId, Part,
-    Rescale, Rope, Rows, Tape, Value, ValueInfo, WeightId,
+    Attention, Epilogue, KvSource, Linear, Op, Param, ParamId, Part, Rope, Rows, Tape, Value, ValueInfo, WeightId,
 };
+use super::op_learn::{Dropout, EmbedLora, HeadLora, Lora, LoraHidden, Rescale};
 use super::spec::{Gate, LayerSpec, LinearSpec, Spec, WeightRef};
 use super::weights::Weights;
 use crate::quant::DType;
