@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 
+use kinglet_engine::cpu::isa::Isa;
 use kinglet_engine::cpu::kernels::dropout::{Mask, dropout_inplace};
 use kinglet_engine::quant::dequantize;
 use kinglet_engine::random::{splitmix64, stream};
@@ -170,7 +171,7 @@ impl Point<'_> {
         let mask = Mask::new(stream(weight, 0) ^ splitmix64(seed, 0), self.reference.lora.dropout);
         let drop = |(row, x): (usize, &[f64])| {
             let mut factors = vec![1.0f32; width];
-            dropout_inplace(&mask, first + row, &mut factors);
+            dropout_inplace(Isa::detect(), &mask, first + row, &mut factors);
             x.iter().zip(factors).map(|(x, f)| x * f64::from(f)).collect::<Vec<f64>>()
         };
         x.chunks_exact(width).enumerate().flat_map(drop).collect()

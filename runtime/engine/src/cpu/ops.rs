@@ -126,7 +126,9 @@ impl<'a> Context<'a> {
         let info = self.weights.get(weight);
         let (dtype, bytes) = self.weight_rows(weight, first..first + rows.end);
         let task = linear::LinearTask { dtype, weight: bytes, k: info.width, rows, x, out: out.out(), accumulate };
-        let kernel = if self.exact { linear::linear_exact } else { linear::linear };
+        // The exact kernel is the one that is made for many tokens of f32.
+        let exact = self.exact || self.tape.trains_weights;
+        let kernel = if exact { linear::linear_exact } else { linear::linear };
         // The sizes were checked when the weights were resolved and the arena planned.
         if let Err(e) = kernel(self.isa, &task, scratch) {
             unreachable!("{}: {e}", info.name);

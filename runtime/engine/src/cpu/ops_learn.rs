@@ -83,7 +83,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let mask = mask(c, op);
                 for row in team.share(y.rows, 1) {
                     y.begin_from(&x, row, 0..y.width);
-                    dropout::dropout_inplace(&mask, token_row(c, op.out, row), y.row_mut(row));
+                    dropout::dropout_inplace(c.isa, &mask, token_row(c, op.out, row), y.row_mut(row));
                 }
             }
             Op::DropoutBackward { forward, dy, dx, out } => {
@@ -92,7 +92,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 for row in team.share(y.rows, 1) {
                     begin(c, *dx, *out, row..row + 1);
                     let token = token_row(c, *out, row);
-                    dropout::dropout(&mask, token, dy.row(row), y.row_mut(row), dx.is_some());
+                    dropout::dropout(c.isa, &mask, token, dy.row(row), y.row_mut(row), dx.is_some());
                 }
             }
             Op::RowNorms { weight, a, b, scale, out } => row_norms(c, *weight, (*a, *b), *scale, *out, team),
