@@ -14,6 +14,7 @@
 pub mod contender;
 pub mod kinglet;
 pub mod memory;
+#[cfg(feature = "llama-cpp")]
 pub mod peer;
 pub mod roof;
 pub mod stats;

@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use kinglet_engine::gguf::{Gguf, Writer};
 use kinglet_engine::quant::{DType, dequantize};
-use kinglet_engine::session::{LearnBatch, Learner, LearnerOptions, Model};
+use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions, Model};
 use kinglet_engine::tape::{Gate, LoraSpec, RopeStyle, Spec, Trained, Yarn};
 use kinglet_models::families;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
@@ -39,7 +39,8 @@ fn lora(model: &Model, rank: usize) -> LoraSpec {
 }
 
 fn options(trained: impl Into<Trained>) -> LearnerOptions {
-    LearnerOptions { trained: trained.into(), tokens: 64, exact: true, threads: 1, memory_budget: None }
+    let arithmetic = Arithmetic::Exact;
+    LearnerOptions { trained: trained.into(), tokens: 64, sequence: 0, arithmetic, threads: 1, memory_budget: None }
 }
 
 /// Sequences of several lengths; about two rows of three have a target, with weights of both signs.
@@ -394,29 +395,43 @@ fn quantized_weights_have_the_gradients_of_their_dense_twin() {
     }
 }
 
+/// The smallest budget, to a hundredth, with which there is a learner: it keeps as few layers as can be.
+fn least_budget(model: &Model, options: &LearnerOptions) -> u64 {
+    let fits = |budget: u64| Learner::new(model, &LearnerOptions { memory_budget: Some(budget), ..options.clone() });
+    let all = fits(u64::MAX).expect("a learner").estimate();
+    let budget = |hundredths: u64| all.resident() * hundredths / 100;
+    let least = (1..100).map(budget).find(|b| fits(*b).is_ok()).expect("a budget below that for all layers");
+    assert!(fits(least).expect("a learner").estimate().arena < all.arena);
+    least
+}
+
 /// Threads share rows, never sums; a layer that is computed again gives what it gave.
 #[test]
 fn threads_and_kept_layers_do_not_show() {
     let scratch = Scratch::new("bits");
-    for (arch, dtype, exact) in [
-        ("llama", DType::Q4_K, true),
-        ("llama", DType::Q4_K, false),
-        ("gemma3", DType::Q8_0, false),
-        ("qwen2", DType::F16, true),
-        ("qwen3", DType::F16, false),
+    for (arch, dtype, arithmetic) in [
+        ("llama", DType::Q4_K, Arithmetic::Exact),
+        ("llama", DType::Q4_K, Arithmetic::Wide),
+        ("llama", DType::Q4_K, Arithmetic::Narrow),
+        ("gemma3", DType::Q8_0, Arithmetic::Wide),
+        ("qwen2", DType::F16, Arithmetic::Exact),
+        ("qwen3", DType::F16, Arithmetic::Wide),
     ] {
         let model = tiny(&scratch, &TinyConfig { vocab: 1_120, ..TinyConfig::new(arch).with_dtype(dtype) });
         let batch = batch(&model, &[17, 1, 9, 2], 6);
         let mut first: Option<(Vec<f32>, Vec<f32>)> = None;
-        for (threads, memory_budget) in [(1, None), (1, Some(u64::MAX)), (2, None), (3, Some(u64::MAX))] {
-            let mut lora = LoraSpec { dropout: 0.2, dora: arch == "qwen2", ..lora(&model, 4) };
-            match arch {
-                "llama" => lora.weights.extend(["token_embd.weight", "output.weight"].map(String::from)),
-                "qwen2" => lora.weights.push("output.weight".into()),
-                _ => {}
-            }
-            let trained = if arch == "qwen3" { Trained::All } else { lora.into() };
-            let options = LearnerOptions { threads, memory_budget, exact, ..options(trained) };
+        let mut lora = LoraSpec { dropout: 0.2, dora: arch == "qwen2", ..lora(&model, 4) };
+        match arch {
+            "llama" => lora.weights.extend(["token_embd.weight", "output.weight"].map(String::from)),
+            "qwen2" => lora.weights.push("output.weight".into()),
+            _ => {}
+        }
+        let trained = if arch == "qwen3" { Trained::All } else { lora.into() };
+        // For three threads, whose scratch is the largest.
+        let options = LearnerOptions { threads: 3, arithmetic, ..options(trained) };
+        let least = least_budget(&model, &options);
+        for (threads, memory_budget) in [(1, Some(least)), (1, None), (2, Some(least)), (3, Some(least)), (3, None)] {
+            let options = LearnerOptions { threads, memory_budget, ..options.clone() };
             let mut learner = Learner::new(&model, &options).expect("a learner");
             let params = match arch {
                 "qwen3" => learner.initial().expect("first values"),

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use kinglet_engine::session::{LearnBatch, Learner, LearnerOptions};
+use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions};
 use kinglet_engine::tape::LoraSpec;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::data::{Scratch, file};
@@ -37,7 +37,9 @@ fn check(kind: &str) {
         dora: kind == "dora",
         dropout: 0.0,
     };
-    let options = LearnerOptions { trained: lora.into(), tokens: 64, exact: true, threads: 2, memory_budget: None };
+    let arithmetic = Arithmetic::Exact;
+    let options =
+        LearnerOptions { trained: lora.into(), tokens: 64, sequence: 0, arithmetic, threads: 2, memory_budget: None };
     let mut learner = Learner::new(&model, &options).expect("a learner");
     let mut params = learner.initial().expect("first values");
     for p in learner.params() {

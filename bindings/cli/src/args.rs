@@ -24,6 +24,7 @@ Examples:
   kinglet run smollm2                                  chat (the model is fetched on first use)
   kinglet run smollm2 \"Name three rivers.\"             one answer
   cat notes.txt | kinglet run qwen2.5-coder -          the prompt from standard input
+  kinglet train --model smollm2 --data my.jsonl -o mine   teach it, then: kinglet run smollm2 --adapter mine
   kinglet inspect model.gguf                           what is in a file
   kinglet bench smollm2 -p 512 -n 64                   how fast, and how near to the limit of this machine
 
@@ -122,7 +123,7 @@ impl MemoryArgs {
 }
 
 /// A number of bytes with an optional decimal unit: `500000`, `800M`, `1.5G`.
-fn size(text: &str) -> Result<u64, String> {
+pub fn size(text: &str) -> Result<u64, String> {
     let lower = text.trim().to_lowercase();
     let lower = lower.strip_suffix('b').unwrap_or(&lower);
     let (digits, unit) = match lower.chars().last() {

@@ -1,4 +1,4 @@
-//! `kinglet`: pull, look into, chat with and measure models on this machine.
+//! `kinglet`: pull, look into, chat with, teach and measure models on this machine.
 //!
 //! `main` parses and turns the outcome into an exit code; every command is one file under `commands/`. What a command
 //! produces goes to standard output, all else (bars, notes, errors) to standard error, so that output can be piped.

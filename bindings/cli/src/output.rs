@@ -1,5 +1,6 @@
 //! Standard output, which may be closed at any time, and numbers for people.
 
+use kinglet_engine::cpu::Timing;
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 
@@ -141,6 +142,19 @@ impl Table {
 fn pad(cell: &str, width: usize, right: bool) -> String {
     let fill = " ".repeat(width.saturating_sub(cell.chars().count()));
     if right { fill + cell } else { cell.to_string() + &fill }
+}
+
+/// The op timing table, the longest first.
+pub fn timings(title: &str, mut timings: Vec<Timing>) -> String {
+    timings.sort_by_key(|t| std::cmp::Reverse(t.total));
+    let all: f64 = timings.iter().map(|t| t.total.as_secs_f64()).sum();
+    let mut table = Table::new(&[title, ">calls", ">ms", ">share"]);
+    for t in &timings {
+        let seconds = t.total.as_secs_f64();
+        let share = format!("{:.1} %", 100.0 * seconds / all.max(f64::MIN_POSITIVE));
+        table.row(vec![t.op.into(), t.count.to_string(), format!("{:.2}", seconds * 1e3), share]);
+    }
+    table.aligned()
 }
 
 #[cfg(test)]

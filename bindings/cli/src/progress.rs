@@ -71,6 +71,14 @@ pub fn steps(what: &'static str, total: u64) -> ProgressBar {
     bar
 }
 
+/// A bar over the steps of a training, with room for what a step came to.
+pub fn training(total: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+    bar.set_style(style_of("step {pos}/{len} {bar:20}  {msg}  {eta} left"));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
 fn style_of(template: &str) -> ProgressStyle {
     // The templates are constants of this file; the default bar is as good an answer to a slip as any.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─")

@@ -152,7 +152,7 @@ impl Input {
 
     fn activations(&self) -> kinglet_engine::Result<Activations<'_>> {
         let q8 = Q8::new(bytemuck::cast_slice(&self.q8), self.tokens, self.k)?;
-        Ok(Activations { f32s: &self.f32s, q8: Some(q8), tokens: self.tokens, k: self.k, stride: self.k })
+        Ok(Activations { f32s: &self.f32s, q8: Some(q8), wide: None, tokens: self.tokens, k: self.k, stride: self.k })
     }
 }
 

@@ -103,11 +103,32 @@ fn linear_map(isa: Isa, dtype: DType, rows: usize, k: usize, tokens: usize) -> R
         failed = linear_backward(isa, &task, &mut scratch);
     });
     failed?;
-    let x = Activations { f32s: &x, q8: None, tokens, k, stride: k };
+    let mut buffers = [vec![0u64; wide_bytes(tokens, k) / 8], vec![0u64; wide_bytes(tokens, rows) / 8]];
+    let mut widen = |i: usize, values: &[f32], k: usize| {
+        // SAFETY: as large as it has to be, and used by nobody else.
+        let to = unsafe { WideMut::new(buffers[i].as_mut_ptr().cast(), tokens, k) };
+        widen_rows(isa, values, k, 0..tokens, &to)
+    };
+    widen(0, &x, k)?;
+    widen(1, &dy, rows)?;
+    let dy = Wide::new(bytemuck::cast_slice(&buffers[1]), tokens, rows)?;
+    let task = WideBackwardTask { dtype, weight, k, columns: 0..k, dy: &dy, dx, accumulate };
+    let mut failed = Ok(());
+    report(&format!("backward wide {dtype} {rows} × {k}, {tokens} tokens"), flops, || {
+        failed = linear_backward_wide(isa, &task, &mut scratch);
+    });
+    failed?;
+    let wide = Some(Wide::new(bytemuck::cast_slice(&buffers[0]), tokens, k)?);
+    let x = Activations { f32s: &x, q8: None, wide, tokens, k, stride: k };
     let task = LinearTask { dtype, weight, k, rows: 0..rows, x: &x, out: y, accumulate };
     let mut failed = Ok(());
     report(&format!("exact    {dtype} {rows} × {k}, {tokens} tokens"), flops, || {
         failed = linear_exact(isa, &task, &mut scratch);
+    });
+    failed?;
+    let mut failed = Ok(());
+    report(&format!("wide     {dtype} {rows} × {k}, {tokens} tokens"), flops, || {
+        failed = linear_wide(isa, &task, &mut scratch);
     });
     failed
 }
@@ -148,7 +169,8 @@ fn attention_pass(isa: Isa, heads: usize, kv_heads: usize, dim: usize, rows: usi
     let task = AttentionBackwardTask {
         rows: (0, rows),
         kv_head: 0,
-        group,
+        heads: (0, group),
+        d_head: 0,
         head_dim: dim,
         q: q.as_ptr(),
         q_stride: width,

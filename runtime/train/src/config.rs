@@ -45,6 +45,9 @@ impl Target {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
+    /// Train all weights of the model in f32 instead of adapters: for small models, from scratch or to go on with. What is
+    /// said about adapters does not count then.
+    pub full: bool,
     /// Rank of the adapter's matrices. 1 to 1,024.
     pub rank: usize,
     /// The adapter counts `alpha / rank` (or `alpha / √rank`). Above 0.
@@ -113,6 +116,7 @@ pub struct TrainConfig {
 impl Default for TrainConfig {
     fn default() -> TrainConfig {
         TrainConfig {
+            full: false,
             rank: 8,
             alpha: 16.0,
             rslora: false,
@@ -198,6 +202,18 @@ impl TrainConfig {
         })?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// The first field, in the order of the JSON's keys, in which `other` is different and so computes something else.
+    pub fn difference(&self, other: &TrainConfig) -> Option<String> {
+        let fields = |config: &TrainConfig| match serde_json::to_value(config) {
+            Ok(serde_json::Value::Object(fields)) => fields,
+            _ => serde_json::Map::new(),
+        };
+        let others = fields(other);
+        // How many checkpoints are kept changes nothing that is computed.
+        let counts = |key: &String| key != "keep_checkpoints";
+        fields(self).into_iter().find(|(key, value)| counts(key) && others.get(key) != Some(value)).map(|(key, _)| key)
     }
 
     /// What the adapter's product is multiplied with.

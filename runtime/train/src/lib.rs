@@ -8,6 +8,10 @@
 //! | [`init`], [`random`] | first values of adapters, and all other chance: counters and a hash, no hidden state |
 //! | [`optimizer`], [`schedule`] | AdamW (32 or 8 bits of state), clipping; the learning rate over the steps |
 //! | [`preference`] | DPO and its relatives, KTO, ORPO, SimPO: losses and gradients by log-probability |
+//! | [`trainer`] | [`Trainer`](trainer::Trainer): the loop that joins all of this, pulled step by step |
+//! | `objective` | a batch under a loss: one run, or scores first and then the gradient |
+//! | [`probe`] | whether the model forgets what it knew |
+//! | [`product`] | what a training leaves: adapter files, or a model |
 //! | [`guard`] | when to roll back and when to stop |
 //! | [`checkpoint`] | directories that are whole or absent |
 //! | [`metrics`], [`report`] | `metrics.jsonl`, and the page a person looks at |
@@ -22,10 +26,14 @@ pub mod data;
 pub mod guard;
 pub mod init;
 pub mod metrics;
+mod objective;
 pub mod optimizer;
 pub mod preference;
+pub mod probe;
+pub mod product;
 pub mod random;
 pub mod report;
 pub mod schedule;
+pub mod trainer;
 
 pub use kinglet_engine::{Error, Result};

@@ -175,15 +175,7 @@ fn cost(gguf: &Gguf) -> (u64, u64) {
 
 /// The table of operations, on standard error.
 fn show_ops(test: &str, session: &mut Session) {
-    let mut timings = session.take_timings();
+    let timings = session.take_timings();
     session.set_timing(false);
-    timings.sort_by_key(|t| std::cmp::Reverse(t.total));
-    let all: f64 = timings.iter().map(|t| t.total.as_secs_f64()).sum();
-    let mut table = Table::new(&[test, ">calls", ">ms", ">share"]);
-    for t in &timings {
-        let seconds = t.total.as_secs_f64();
-        let share = format!("{:.1} %", 100.0 * seconds / all.max(f64::MIN_POSITIVE));
-        table.row(vec![t.op.into(), t.count.to_string(), format!("{:.2}", seconds * 1e3), share]);
-    }
-    eprintln!("{}", table.aligned());
+    eprintln!("{}", output::timings(test, timings));
 }

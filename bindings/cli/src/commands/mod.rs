@@ -9,6 +9,7 @@ mod perplexity;
 mod pull;
 mod run;
 mod tokenize;
+mod train;
 
 use crate::args::Cli;
 use anyhow::Context;
@@ -18,6 +19,7 @@ use std::io::Read;
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Run(Box<run::Arguments>),
+    Train(Box<train::Arguments>),
     Pull(pull::Arguments),
     Models(models::Arguments),
     Inspect(inspect::Arguments),
@@ -32,6 +34,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     let global = &cli.global;
     match &cli.command {
         Command::Run(arguments) => run::run(arguments, global),
+        Command::Train(arguments) => train::run(arguments, global),
         Command::Pull(arguments) => pull::run(arguments, global),
         Command::Models(arguments) => models::run(arguments, global),
         Command::Inspect(arguments) => inspect::run(arguments, global),

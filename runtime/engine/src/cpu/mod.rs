@@ -9,6 +9,7 @@ mod matrix;
 mod ops;
 mod ops_head;
 mod ops_learn;
+mod ops_loss;
 mod ops_weights;
 mod patch;
 mod pool;
@@ -16,7 +17,7 @@ pub mod roof;
 mod timing;
 
 pub use buffer::Buffer;
-pub use executor::{Batch, Executor, ExecutorNeeds, ExecutorOptions, Learning, Segment};
+pub use executor::{Arithmetic, Batch, Executor, ExecutorNeeds, ExecutorOptions, Learning, Segment};
 pub use kv::{KvCache, KvLayout, PAGE};
 pub use patch::{Correction, Patches};
 pub use pool::{Pool, Team};

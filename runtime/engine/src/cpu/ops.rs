@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::executor::{Context, Scratch, SequenceView, VOCAB_CHUNK};
+use super::executor::{Arithmetic, Context, Scratch, SequenceView, VOCAB_CHUNK};
 use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
 use super::kv::PAGE;
 use super::matrix::Matrix;
@@ -78,6 +78,7 @@ impl<'a> Context<'a> {
             // SAFETY: by the caller's promise.
             f32s: unsafe { matrix.all(0..matrix.rows) },
             q8,
+            wide: None,
             tokens: matrix.rows,
             k: matrix.width,
             stride: matrix.width,
@@ -110,6 +111,53 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// As [`Context::activations`], for an op whose threads all come here: in 16-bit arithmetic they round the value
+    /// together first, and meet.
+    ///
+    /// # Safety
+    /// As for [`Context::activations`]; nobody reads what the last op has rounded.
+    pub(super) unsafe fn linear_input(&self, value: Value, team: &Team<'_>) -> linear::Activations<'_> {
+        // SAFETY: by the caller's promise.
+        let mut x = unsafe { self.activations(value) };
+        if self.arithmetic == Arithmetic::Wide {
+            let (matrix, place) = (self.matrix(value), self.tables.wide[0]);
+            // SAFETY: the place was reserved for the value; shares are disjoint, and complete behind the barrier.
+            x.wide = unsafe {
+                self.widen(&matrix, matrix.width, team.share(matrix.rows, 1), place);
+                team.wait();
+                Some(self.widened(matrix.rows, matrix.width, place))
+            };
+        }
+        x
+    }
+
+    /// Rounds the first `k` values of some rows of `x` to 16 bits, into `place` of the arena.
+    ///
+    /// # Safety
+    /// `place` was reserved for all rows of `k`; nobody else writes these rows, or reads them yet.
+    pub(super) unsafe fn widen(&self, x: &Matrix, k: usize, rows: Range<usize>, place: usize) {
+        // SAFETY: by the caller's promise.
+        let done = unsafe {
+            let to = linear::WideMut::new(self.arena.add(place), x.rows, k);
+            linear::widen_rows(self.isa, x.all(0..rows.end), x.width, rows, &to)
+        };
+        debug_assert!(done.is_ok());
+    }
+
+    /// What [`Context::widen`] has written to `place`.
+    ///
+    /// # Safety
+    /// All rows have been, with these sizes.
+    pub(super) unsafe fn widened(&self, rows: usize, k: usize, place: usize) -> linear::Wide<'_> {
+        // SAFETY: by the caller's promise.
+        let bytes = unsafe { std::slice::from_raw_parts(self.arena.add(place), linear::wide_bytes(rows, k)) };
+        match linear::Wide::new(bytes, rows, k) {
+            Ok(wide) => wide,
+            // The arena and its places are aligned to cache lines.
+            Err(e) => unreachable!("{e}"),
+        }
+    }
+
     /// Rows `rows` of a linear map, counted from row `first` of its matrix, into the same columns of `out`. Calls at the
     /// same time have disjoint rows, or outputs of their own.
     #[allow(clippy::too_many_arguments)]
@@ -126,9 +174,11 @@ impl<'a> Context<'a> {
         let info = self.weights.get(weight);
         let (dtype, bytes) = self.weight_rows(weight, first..first + rows.end);
         let task = linear::LinearTask { dtype, weight: bytes, k: info.width, rows, x, out: out.out(), accumulate };
-        // The exact kernel is the one that is made for many tokens of f32.
-        let exact = self.exact || self.tape.trains_weights;
-        let kernel = if exact { linear::linear_exact } else { linear::linear };
+        let kernel = match self.arithmetic {
+            Arithmetic::Exact => linear::linear_exact,
+            Arithmetic::Wide => linear::linear_wide,
+            Arithmetic::Narrow => linear::linear,
+        };
         // The sizes were checked when the weights were resolved and the arena planned.
         if let Err(e) = kernel(self.isa, &task, scratch) {
             unreachable!("{}: {e}", info.name);
@@ -386,7 +436,7 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
         return;
     }
     // SAFETY: the input was finished before the last barrier.
-    let x = unsafe { c.activations(op.x) };
+    let x = unsafe { c.linear_input(op.x, team) };
     let share = |index: usize| match op.epilogue {
         // Both halves of a gated pair in the same thread, which then joins them.
         Epilogue::Gated(..) => team.share(c.tape.info(op.parts[index].out).width, ROW_UNIT),
@@ -607,7 +657,7 @@ pub(super) unsafe fn cross_entropy(
     let vocab = c.weights.get(weight).rows;
     let chunks = vocab.div_ceil(VOCAB_CHUNK);
     // SAFETY: the input was finished before the last barrier.
-    let x = unsafe { c.activations(x) };
+    let x = unsafe { c.linear_input(x, team) };
     // SAFETY: the partial sums' place in the arena, `[chunk][row]` of maximum and sum, then `[row]` of target logits.
     let (partial, target_logits) = unsafe {
         let base = c.arena.add(c.tables.partial).cast::<f32>();

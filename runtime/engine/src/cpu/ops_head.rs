@@ -1,7 +1,8 @@
-//! The end of a learning tape: the cross-entropy's gradient, and the head's adapter, whose second half is part of both
-//! passes over the vocabulary.
+//! The end of a learning tape where the head learns: the cross-entropy's gradient in two passes, and the head's adapter,
+//! whose second half is part of both. (Where the head does not learn, `ops_loss` does it in one.)
 //!
-//! The logits are never whole. Each pass goes chunk by chunk of the vocabulary, and what the adapter adds to a chunk,
+//! What the head learns is a sum over rows of finished probabilities, so the logits are computed once for their sums and
+//! once for their gradients; they are never whole. Each pass goes chunk by chunk of the vocabulary, and what the adapter adds to a chunk,
 //! `scale·h·Bᵀ` and the learned lengths of DoRA, is added while the chunk is at hand.
 
 use std::ops::Range;
@@ -122,7 +123,7 @@ pub(super) unsafe fn cross_entropy_gradient(
     let (x, targets, probabilities) = unsafe {
         let targets = c.arena.add(c.tables.partial).cast::<f32>().add(2 * vocab.div_ceil(VOCAB_CHUNK) * rows);
         let probabilities = Matrix::new(c.arena.add(c.tables.probabilities).cast(), rows, VOCAB_CHUNK);
-        (c.activations(x), targets, probabilities)
+        (c.linear_input(x, team), targets, probabilities)
     };
     let (mut capped, mut unscaled) = (Vec::new(), Vec::new());
     for start in (0..vocab).step_by(VOCAB_CHUNK) {

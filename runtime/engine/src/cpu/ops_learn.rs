@@ -4,12 +4,12 @@
 //! Rows are divided among the threads; sums over rows (the adapters' gradients) are divided by the rows of the parameter
 //! instead, so that nothing is added up across threads and a run gives the same bits for any number of them.
 
-use super::executor::{Context, Scratch};
+use super::executor::{Arithmetic, Context, Scratch};
 use super::kernels::gemm::{self, Gemm};
 use super::kernels::{activation, attention, dropout, linear, norm, rope, vector};
 use super::matrix::Matrix;
 use super::pool::Team;
-use super::{ops, ops_head, ops_weights};
+use super::{ops, ops_head, ops_loss, ops_weights};
 use crate::tape::{
     AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
     magnitude_ratio,
@@ -102,6 +102,10 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let y = c.matrix(*out);
                 let rows = team.share(y.rows, 1);
                 begin(c, *dx, *out, rows.clone());
+                if c.arithmetic == Arithmetic::Wide {
+                    linear_backward_wide(c, parts, &y, dx.is_some(), team, scratch);
+                    return;
+                }
                 for (i, (dy, weight)) in parts.iter().enumerate() {
                     let dy = c.matrix(*dy);
                     let all = 0..c.weights.get(*weight).rows;
@@ -137,6 +141,9 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 }
             }
             Op::CrossEntropyGrad { x, weight, out, dx, lora } => {
+                if c.trained(*weight).is_none() && lora.is_none() {
+                    return ops_loss::cross_entropy_grad(c, (*x, *weight), (*out, *dx), team, scratch);
+                }
                 ops::cross_entropy(c, *x, *weight, *out, lora.as_ref().map(|(lora, _)| lora), team, scratch, round);
                 ops_head::cross_entropy_gradient(c, *x, *weight, *out, *dx, lora.as_ref(), team, scratch);
             }
@@ -193,6 +200,67 @@ pub(super) unsafe fn linear_backward(
     };
     // The sizes were checked when the weights were resolved and the arena planned.
     if let Err(e) = linear::linear_backward(c.isa, &task, &mut scratch.linear) {
+        unreachable!("{}: {e}", info.name);
+    }
+}
+
+/// The same in 16-bit integers for several maps of one input: all threads round the gradients of the outputs together,
+/// then divide the columns of `out`, so that each unpacks its own part of the weights.
+///
+/// # Safety
+/// All threads of the team come here; `out` has its first values.
+unsafe fn linear_backward_wide(
+    c: &Context<'_>,
+    parts: &[(Value, WeightId)],
+    out: &Matrix,
+    accumulate: bool,
+    team: &Team<'_>,
+    scratch: &mut Scratch,
+) {
+    if out.rows == 0 {
+        return;
+    }
+    let mut place = c.tables.wide[1];
+    let mut inputs = Vec::with_capacity(parts.len());
+    for (dy, weight) in parts {
+        let dy = c.matrix(*dy);
+        // SAFETY: the place was reserved for all parts together; shares are disjoint.
+        unsafe { c.widen(&dy, dy.width, team.share(dy.rows, 1), place) };
+        inputs.push((dy, *weight, place));
+        place += linear::wide_bytes(dy.rows, dy.width);
+    }
+    team.wait();
+    let columns = team.share(out.width, ops::ROW_UNIT);
+    for (i, (dy, weight, place)) in inputs.into_iter().enumerate() {
+        // SAFETY: complete behind the barrier; this thread's columns.
+        unsafe {
+            let dy = c.widened(dy.rows, dy.width, place);
+            wide_columns(c, weight, 0..dy.k, &dy, columns.clone(), out, accumulate || i > 0, scratch);
+        }
+    }
+}
+
+/// `out (+)= dy·W` for some columns, `W` being the rows `part` of a matrix.
+///
+/// # Safety
+/// This thread alone uses these columns of `out`.
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn wide_columns(
+    c: &Context<'_>,
+    weight: WeightId,
+    part: std::ops::Range<usize>,
+    dy: &linear::Wide<'_>,
+    columns: std::ops::Range<usize>,
+    out: &Matrix,
+    accumulate: bool,
+    scratch: &mut Scratch,
+) {
+    let info = c.weights.get(weight);
+    let (dtype, bytes) = c.weight_rows(weight, part);
+    let (weight, dx) = (bytes, out.out());
+    let task = linear::WideBackwardTask { dtype, weight, k: info.width, columns, dy, dx, accumulate };
+    // The sizes were checked when the weights were resolved and the arena planned.
+    if let Err(e) = linear::linear_backward_wide(c.isa, &task, &mut scratch.linear) {
         unreachable!("{}: {e}", info.name);
     }
 }
@@ -285,16 +353,23 @@ unsafe fn lora_backward(c: &Context<'_>, op: &LoraBackward, team: &Team<'_>) {
         if n == 0 {
             return;
         }
-        let (b_rows, a_rows) = (team.share(wide, 8), team.share(rank, 1));
+        let (b_rows, a_columns) = (team.share(wide, 8), team.share(width, ops::ROW_UNIT));
         if !b_rows.is_empty() {
             let dy = (&dy.all(0..n)[b_rows.start..], wide);
             let out = c.gradient(f.b, b_rows.clone());
             product(c, gemm::gemm_tn, (b_rows.len(), rank, n), f.scale, dy, (h.all(0..n), rank), out, true);
         }
-        if !a_rows.is_empty() {
-            let e = (&e.all(0..n)[a_rows.start..], rank);
-            let out = c.gradient(f.a, a_rows.clone());
-            product(c, gemm::gemm_tn, (a_rows.len(), width, n), 1.0, e, (x.all(0..n), width), out, true);
+        if !a_columns.is_empty() {
+            // Columns instead of rows, of which there are few.
+            let (m, n, k) = (rank, a_columns.len(), n);
+            let gradient = c.gradient_columns(f.a, 0, 0..width).as_mut_ptr().add(a_columns.start);
+            let out = linear::OutMut::new(gradient, width, rank * width - a_columns.start);
+            let (a, b) = (e.all(0..k), &x.all(0..k)[a_columns.start..]);
+            let task = Gemm { m, n, k, alpha: 1.0, a, a_stride: rank, b, b_stride: width, c: out, accumulate: true };
+            // The sizes come from the tape's own table.
+            if let Err(e) = gemm::gemm_tn(c.isa, &task) {
+                unreachable!("adapter: {e}");
+            }
         }
     }
 }
@@ -412,8 +487,15 @@ unsafe fn attention_backward(
     let [q, k, v] = op.qkv.map(|value| c.matrix(value));
     let [dq, dk, dv] = op.d_qkv.map(|value| c.matrix(value));
     let [out, lse, d_out] = [op.out, op.lse, op.d_out].map(|value| c.matrix(value));
-    team.claim(round, c.sequences.len() * spec.kv_heads, |piece| {
-        let s = &c.sequences[piece / spec.kv_heads];
+    // A piece is a query head, so that there are enough of them; what those of one group give is added up afterwards.
+    let [dk_parts, dv_parts] = [0, 1].map(|i| {
+        let at = c.tables.heads + i * q.rows * q.width * 4;
+        // SAFETY: reserved for as many rows of all query heads, twice.
+        unsafe { Matrix::new(c.arena.add(at).cast(), q.rows, q.width) }
+    });
+    let [dk_out, dv_out] = if group == 1 { [dk, dv] } else { [dk_parts, dv_parts] };
+    team.claim(round, c.sequences.len() * spec.heads, |piece| {
+        let (s, head) = (&c.sequences[piece / spec.heads], piece % spec.heads);
         let at = s.first_row;
         let task = attention::AttentionBackwardTask {
             rows: (0, s.rows),
@@ -430,12 +512,13 @@ unsafe fn attention_backward(
             lse_stride: lse.width,
             dq: dq.row_ptr(at),
             dq_stride: dq.width,
-            dk: dk.row_ptr(at),
-            dk_stride: dk.width,
-            dv: dv.row_ptr(at),
-            dv_stride: dv.width,
-            kv_head: piece % spec.kv_heads,
-            group,
+            dk: dk_out.row_ptr(at),
+            dk_stride: dk_out.width,
+            dv: dv_out.row_ptr(at),
+            dv_stride: dv_out.width,
+            kv_head: head / group,
+            heads: (head, head + 1),
+            d_head: head,
             head_dim: spec.head_dim,
             window: op.window,
             starts: None,
@@ -446,6 +529,22 @@ unsafe fn attention_backward(
         // SAFETY: all rows of the sequence lie in the arena; each piece writes its own heads.
         unsafe { attention::attention_backward(c.isa, &task, scratch.floats()) };
     });
+    if group == 1 {
+        return;
+    }
+    team.wait();
+    let dim = spec.head_dim;
+    for row in team.share(dk.rows, 1) {
+        // SAFETY: the parts are complete behind the barrier; this thread's rows.
+        unsafe {
+            for (parts, sums) in [(dk_parts.row(row), dk.row_mut(row)), (dv_parts.row(row), dv.row_mut(row))] {
+                for (parts, sum) in parts.chunks_exact(group * dim).zip(sums.chunks_exact_mut(dim)) {
+                    sum.copy_from_slice(&parts[..dim]);
+                    parts[dim..].chunks_exact(dim).for_each(|part| vector::add(c.isa, part, sum));
+                }
+            }
+        }
+    }
 }
 
 unsafe fn rope_backward(c: &Context<'_>, op: &Rope, [dq, dk]: [Value; 2], [q_out, k_out]: [Value; 2], team: &Team<'_>) {

@@ -2,7 +2,8 @@
 //!
 //! Decoding reads every weight once per token, so memory bandwidth bounds it (unless the weights fit the last-level
 //! cache, where a share over 100 % is real). Prefill multiplies 8-bit integers, so the rate of the widest such
-//! instruction, fed from the first-level cache, bounds it. Both are the best of several short passes. Callers: benchmarks.
+//! instruction, fed from the first-level cache, bounds it; training multiplies 16-bit integers or f32, so theirs do. All
+//! are the best of several short passes. Callers: benchmarks.
 
 use std::hint::black_box;
 use std::thread;
@@ -24,14 +25,53 @@ pub fn memory(threads: usize, bytes: usize, passes: usize) -> f64 {
 /// Operations per second (a multiplication and an addition are two) of 8-bit integer dot products, with `threads` threads
 /// and the best instructions of this CPU, and the name of what was measured.
 pub fn int8(threads: usize) -> (f64, &'static str) {
-    const PASSES: usize = 5;
-    const ROUNDS: usize = 200_000;
     let (dot, name, ops) = kernel();
+    rate(threads, dot, ops, name)
+}
+
+/// Operations per second (a multiplication and an addition are two) of f32 arithmetic, likewise.
+pub fn f32(threads: usize) -> (f64, &'static str) {
+    #[cfg(target_arch = "x86_64")]
+    match Isa::detect() {
+        Isa::Avx512(_) => return rate(threads, x86::fma512, x86::CHAINS * 16 * 2, "vfmadd, 512 bits"),
+        Isa::Avx2(_) => return rate(threads, x86::fma256, x86::CHAINS * 8 * 2, "vfmadd, 256 bits"),
+        _ => {}
+    }
+    rate(threads, plain_f32, 64 * 2, "portable code")
+}
+
+/// Operations per second of 16-bit integer dot products, likewise.
+pub fn int16(threads: usize) -> (f64, &'static str) {
+    #[cfg(target_arch = "x86_64")]
+    match Isa::detect() {
+        Isa::Avx512(_) => return rate(threads, x86::vnni16, x86::CHAINS * 32 * 2, "vpdpwssd, 512 bits"),
+        Isa::Avx2(_) => return rate(threads, x86::maddwd, x86::CHAINS * 16 * 2, "vpmaddwd, 256 bits"),
+        _ => {}
+    }
+    rate(threads, plain, 64 * 2, "portable code")
+}
+
+/// Operations per second of bf16 dot products, likewise; none where the CPU has no such instruction.
+pub fn bf16(threads: usize) -> Option<(f64, &'static str)> {
+    #[cfg(target_arch = "x86_64")]
+    if let Isa::Avx512(token) = Isa::detect()
+        && token.bf16
+    {
+        return Some(rate(threads, x86::dpbf16, x86::CHAINS * 32 * 2, "vdpbf16ps, 512 bits"));
+    }
+    let _ = threads;
+    None
+}
+
+/// The best rate of a few passes of `kernel`, which does `ops` operations per round.
+fn rate<R>(threads: usize, kernel: fn(usize) -> R, ops: usize, name: &'static str) -> (f64, &'static str) {
+    const PASSES: usize = 5;
+    // Milliseconds, beside which the start of the threads is nothing.
+    const ROUNDS: usize = 2_000_000;
     let jobs = vec![(); threads.max(1)];
     let ops = (jobs.len() * ROUNDS * ops) as f64;
-    let best =
-        (0..PASSES).map(|_| ops / together(&jobs, |()| black_box(dot(ROUNDS))).as_secs_f64()).fold(0.0, f64::max);
-    (best, name)
+    let best = (0..PASSES).map(|_| ops / together(&jobs, |()| black_box(kernel(ROUNDS))).as_secs_f64());
+    (best.fold(0.0, f64::max), name)
 }
 
 /// Wall time of `work` over all `items`, one thread each.
@@ -83,6 +123,18 @@ fn plain(rounds: usize) -> i32 {
     lanes.iter().fold(0, |x, y| x.wrapping_add(*y))
 }
 
+fn plain_f32(rounds: usize) -> f32 {
+    let (mut a, b) = (black_box([1.0f32; 64]), black_box([0.5f32; 64]));
+    let mut lanes = [0.0f32; 64];
+    for _ in 0..rounds {
+        for ((lane, a), b) in lanes.iter_mut().zip(&mut a).zip(&b) {
+            *lane += *a * *b;
+            *a = -*a;
+        }
+    }
+    lanes.iter().sum()
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::black_box;
@@ -99,6 +151,103 @@ mod x86 {
     pub(super) fn vnni(rounds: usize) -> i32 {
         // SAFETY: `kernel` picks this function only where `Isa::detect` found AVX-512 with VNNI.
         unsafe { vnni_avx512(rounds) }
+    }
+
+    pub(super) fn maddwd(rounds: usize) -> i32 {
+        // SAFETY: as above.
+        unsafe { maddwd_avx2(rounds) }
+    }
+
+    pub(super) fn vnni16(rounds: usize) -> i32 {
+        // SAFETY: as above.
+        unsafe { vnni16_avx512(rounds) }
+    }
+
+    pub(super) fn fma256(rounds: usize) -> f32 {
+        // SAFETY: as above.
+        unsafe { fma_avx2(rounds) }
+    }
+
+    pub(super) fn fma512(rounds: usize) -> f32 {
+        // SAFETY: as above.
+        unsafe { fma_avx512(rounds) }
+    }
+
+    pub(super) fn dpbf16(rounds: usize) -> f32 {
+        // SAFETY: `bf16` picks this function only where the token says that the CPU has the instruction.
+        unsafe { dpbf16_avx512(rounds) }
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn maddwd_avx2(rounds: usize) -> i32 {
+        let one = _mm256_set1_epi16(1);
+        let weights: [__m256i; CHAINS] = black_box(std::array::from_fn(|i| _mm256_set1_epi16(i as i16)));
+        let mut activations = one;
+        let mut sums = [_mm256_setzero_si256(); CHAINS];
+        for _ in 0..rounds {
+            for (sum, weight) in sums.iter_mut().zip(&weights) {
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(activations, *weight));
+            }
+            activations = _mm256_add_epi16(activations, one);
+        }
+        let sum = sums.into_iter().fold(_mm256_setzero_si256(), |a, b| _mm256_add_epi32(a, b));
+        _mm256_extract_epi32::<0>(sum)
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn vnni16_avx512(rounds: usize) -> i32 {
+        let one = _mm512_set1_epi16(1);
+        let weights: [__m512i; CHAINS] = black_box(std::array::from_fn(|i| _mm512_set1_epi16(i as i16)));
+        let mut activations = one;
+        let mut sums = [_mm512_setzero_si512(); CHAINS];
+        for _ in 0..rounds {
+            for (sum, weight) in sums.iter_mut().zip(&weights) {
+                *sum = _mm512_dpwssd_epi32(*sum, activations, *weight);
+            }
+            activations = _mm512_add_epi16(activations, one);
+        }
+        let sum = sums.into_iter().fold(_mm512_setzero_si512(), |a, b| _mm512_add_epi32(a, b));
+        _mm_cvtsi128_si32(_mm512_castsi512_si128(sum))
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn fma_avx2(rounds: usize) -> f32 {
+        let (x, y) = (black_box(_mm256_set1_ps(0.5)), black_box(_mm256_set1_ps(0.25)));
+        let mut sums = [_mm256_setzero_ps(); CHAINS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(x, *sum, y);
+            }
+        }
+        _mm256_cvtss_f32(sums.into_iter().fold(y, |a, b| _mm256_add_ps(a, b)))
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn fma_avx512(rounds: usize) -> f32 {
+        let (x, y) = (black_box(_mm512_set1_ps(0.5)), black_box(_mm512_set1_ps(0.25)));
+        let mut sums = [_mm512_setzero_ps(); CHAINS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(x, *sum, y);
+            }
+        }
+        _mm512_reduce_add_ps(sums.into_iter().fold(y, |a, b| _mm512_add_ps(a, b)))
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16,avx512bw")]
+    fn dpbf16_avx512(rounds: usize) -> f32 {
+        // SAFETY: both types are 64 bytes of any bits.
+        let bits = |v: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(v) };
+        let weights: [__m512i; CHAINS] = black_box(std::array::from_fn(|i| _mm512_set1_epi16(0x3f80 + i as i16)));
+        let mut activations = _mm512_set1_epi16(0x3f80);
+        let mut sums = [_mm512_setzero_ps(); CHAINS];
+        for _ in 0..rounds {
+            for (sum, weight) in sums.iter_mut().zip(&weights) {
+                *sum = _mm512_dpbf16_ps(*sum, bits(activations), bits(*weight));
+            }
+            activations = _mm512_xor_si512(activations, _mm512_set1_epi16(i16::MIN));
+        }
+        _mm512_reduce_add_ps(sums.into_iter().fold(_mm512_setzero_ps(), |a, b| _mm512_add_ps(a, b)))
     }
 
     #[target_feature(enable = "avx2")]
@@ -147,5 +296,8 @@ mod tests {
         assert!((1e8..1e13).contains(&memory), "{memory:e} bytes/s");
         let (ops, name) = int8(1);
         assert!((1e8..1e14).contains(&ops), "{ops:e} op/s with {name}");
+        for (ops, name) in [f32(1), int16(1)].into_iter().chain(bf16(1)) {
+            assert!((1e8..1e14).contains(&ops), "{ops:e} op/s with {name}");
+        }
     }
 }

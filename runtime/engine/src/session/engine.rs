@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::adapters::{self, AdapterReport, ScaledAdapter};
 use super::{Estimate, Model};
-use crate::cpu::{Batch, Executor, ExecutorOptions, KvCache, KvLayout, Segment, Timing};
+use crate::cpu::{Arithmetic, Batch, Executor, ExecutorOptions, KvCache, KvLayout, Segment, Timing};
 use crate::quant::DType;
 use crate::tape::{PlanLimits, Purpose};
 use crate::{Error, Result};
@@ -241,6 +241,6 @@ fn executor_options(options: &SessionOptions) -> ExecutorOptions {
         limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
         trained: None,
         kept_layers: 0,
-        exact: false,
+        arithmetic: Arithmetic::Narrow,
     }
 }

@@ -6,7 +6,7 @@
 use std::sync::atomic::AtomicBool;
 
 use super::{Estimate, Model};
-use crate::cpu::{Batch, Executor, ExecutorOptions, Learning, Segment, Timing};
+use crate::cpu::{Arithmetic, Batch, Executor, ExecutorOptions, Learning, Segment, Timing};
 use crate::tape::{LoraSpec, Param, PlanLimits, Purpose, Trained, adapted_norm};
 use crate::{Error, Result, quant};
 
@@ -15,18 +15,28 @@ use crate::{Error, Result, quant};
 pub struct LearnerOptions {
     /// What is trained.
     pub trained: Trained,
-    /// Most tokens per run.
+    /// Most tokens of a batch.
     pub tokens: usize,
-    /// Compute with f32 activations instead of 8-bit ones: slower, and what the mathematics says.
-    pub exact: bool,
+    /// Most tokens of a sequence; 0 for as many as a batch has. A batch of several sequences is computed in several runs
+    /// where that lets all layers' values be kept.
+    pub sequence: usize,
+    /// Arithmetic of the linear maps; the default is fast and close enough to take gradients of.
+    pub arithmetic: Arithmetic,
     /// Threads; 0 for one per core.
     pub threads: usize,
     /// Bytes the whole may take, the mapped file included: as many layers are kept from computing twice as fit.
-    /// `None` computes every layer but the last twice.
+    /// `None` allows 512 MB beside the file and the parameters, or what the smallest plan takes.
     pub memory_budget: Option<u64>,
 }
 
-/// Sequences of one run.
+/// Bytes of values that are kept without a budget.
+const DEFAULT_ARENA: u64 = 512_000_000;
+/// Between the seeds of a batch's runs: the odd number nearest 2⁶⁴ divided by the golden ratio.
+const SEED_STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+/// A run should have as many tokens, that unpacking the weights for it does not count.
+const FEWEST_TOKENS: usize = 256;
+
+/// Sequences of one batch.
 #[derive(Clone, Debug, Default)]
 pub struct LearnBatch {
     /// Token ids, sequence after sequence.
@@ -51,6 +61,10 @@ pub struct Learner {
     trained: Trained,
     executor: Executor,
     estimate: Estimate,
+    /// Most tokens of a batch, and of a run.
+    tokens: usize,
+    run_tokens: usize,
+    scores: Vec<f32>,
 }
 
 impl Learner {
@@ -63,7 +77,15 @@ impl Learner {
         let estimate = plan(model, options, &mut executor_options);
         estimate.check(options.memory_budget)?;
         let executor = Executor::new(model.spec(), model.weights().clone(), &executor_options)?;
-        Ok(Learner { model: model.clone(), trained: options.trained.clone(), executor, estimate })
+        Ok(Learner {
+            model: model.clone(),
+            trained: options.trained.clone(),
+            executor,
+            estimate,
+            tokens: options.tokens,
+            run_tokens: executor_options.limits.tokens,
+            scores: Vec::new(),
+        })
     }
 
     /// What [`Learner::new`] comes to need, the parameters and their gradients included.
@@ -150,20 +172,67 @@ impl Learner {
         gradients: &mut [f32],
         cancel: &AtomicBool,
     ) -> Result<&[f32]> {
-        let segments = batch.lengths.iter().map(|rows| Segment { cache: None, rows: *rows }).collect();
-        let batch = Batch {
-            tokens: &batch.tokens,
-            segments,
-            outputs: &batch.outputs,
-            targets: &batch.targets,
-            learning: Some(Learning {
-                params,
-                gradients,
-                row_weights: &batch.weights,
-                dropout_seed: batch.dropout_seed,
-            }),
-        };
-        self.executor.run(purpose, batch, cancel)
+        let rows = batch.tokens.len();
+        if rows > self.tokens || batch.lengths.iter().sum::<usize>() != rows {
+            return Err(Error::argument(format!(
+                "a batch takes at most {} tokens, in sequences of {rows} together, not {}",
+                self.tokens,
+                batch.lengths.iter().sum::<usize>()
+            )));
+        }
+        if let Some(long) = batch.lengths.iter().find(|l| **l > self.run_tokens) {
+            return Err(Error::argument(format!(
+                "a sequence has {long} tokens, runs were planned for {}: name the longest when setting up",
+                self.run_tokens
+            )));
+        }
+        if purpose == Purpose::Learn && batch.weights.len() < batch.outputs.len() {
+            return Err(Error::argument(format!(
+                "{} predicted tokens have {} weights",
+                batch.outputs.len(),
+                batch.weights.len()
+            )));
+        }
+        self.scores.clear();
+        let (mut sequence, mut row, mut output) = (0, 0, 0);
+        // At least one run, which has complaints about what is empty.
+        while sequence < batch.lengths.len() || row == 0 {
+            let (first_sequence, first_row, first_output) = (sequence, row, output);
+            while batch.lengths.get(sequence).is_some_and(|l| row - first_row + l <= self.run_tokens) {
+                row += batch.lengths[sequence];
+                sequence += 1;
+            }
+            output += batch.outputs[output..].iter().take_while(|o| (**o as usize) < row).count();
+            // The last run has what lies outside all, and complaints about it.
+            let outputs =
+                if sequence == batch.lengths.len() { first_output..batch.outputs.len() } else { first_output..output };
+            let targets = outputs.start.min(batch.targets.len())..match sequence == batch.lengths.len() {
+                true => batch.targets.len(),
+                false => output.min(batch.targets.len()),
+            };
+            let shifted: Vec<u32> =
+                batch.outputs[outputs.clone()].iter().map(|o| o.wrapping_sub(first_row as u32)).collect();
+            let run = Batch {
+                tokens: &batch.tokens[first_row..row],
+                segments: batch.lengths[first_sequence..sequence]
+                    .iter()
+                    .map(|rows| Segment { cache: None, rows: *rows })
+                    .collect(),
+                outputs: &shifted,
+                targets: &batch.targets[targets],
+                learning: Some(Learning {
+                    params,
+                    gradients,
+                    row_weights: batch.weights.get(outputs).unwrap_or_default(),
+                    dropout_seed: batch.dropout_seed.wrapping_add((first_sequence as u64).wrapping_mul(SEED_STEP)),
+                }),
+            };
+            self.scores.extend_from_slice(self.executor.run(purpose, run, cancel)?);
+            if row == 0 {
+                break;
+            }
+        }
+        Ok(&self.scores)
     }
 
     /// Time spent by kind of op since the last call; empty unless [`Learner::set_timing`] turned it on.
@@ -197,7 +266,11 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
         limits: PlanLimits { tokens: options.tokens, outputs: options.tokens },
         trained: Some(options.trained.clone()),
         kept_layers: 1,
-        exact: options.exact,
+        arithmetic: match options.trained {
+            Trained::Adapters(_) => options.arithmetic,
+            // Trained weights are f32.
+            Trained::All => Arithmetic::Exact,
+        },
     })
 }
 
@@ -227,7 +300,9 @@ fn check_adapters(model: &Model, lora: &LoraSpec) -> Result<()> {
     Ok(())
 }
 
-/// Keeps as many layers as the budget allows, and says what that takes.
+/// Chooses the tokens of a run and the layers to keep so that least is computed twice, and says what that takes.
+///
+/// The tokens of a run decide in which order gradients are added up, so they do not depend on the number of threads.
 fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut ExecutorOptions) -> Estimate {
     let estimate = |options: &ExecutorOptions| {
         let needs = Executor::needs(model.spec(), model.weights(), options);
@@ -240,18 +315,31 @@ fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut Executor
             scratch: needs.scratch as u64,
         }
     };
-    if let Some(budget) = options.memory_budget {
-        let (mut low, mut high) = (1, model.spec().layers.len());
-        while low < high {
-            let middle = (low + high).div_ceil(2);
-            let fits =
-                estimate(&ExecutorOptions { kept_layers: middle, ..executor_options.clone() }).resident() <= budget;
-            match fits {
-                true => low = middle,
-                false => high = middle - 1,
-            }
-        }
-        executor_options.kept_layers = low;
+    let fits = |e: &Estimate, scratch: u64| match options.memory_budget {
+        Some(budget) => e.resident() - e.scratch + scratch <= budget,
+        None => e.arena <= DEFAULT_ARENA,
+    };
+    let of = |tokens: usize, kept_layers: usize| ExecutorOptions {
+        limits: PlanLimits { tokens, outputs: tokens },
+        kept_layers,
+        ..executor_options.clone()
+    };
+    let layers = model.spec().layers.len();
+    let sequence = if options.sequence == 0 { options.tokens } else { options.sequence };
+    let fewest = sequence.max(FEWEST_TOKENS).min(options.tokens);
+    let mut tokens = options.tokens;
+    while tokens > fewest && !fits(&estimate(&of(tokens, layers)), 0) {
+        tokens = (tokens / 2).max(fewest);
     }
+    let (mut low, mut high) = (1, layers.max(1));
+    while low < high {
+        let middle = (low + high).div_ceil(2);
+        let e = estimate(&of(tokens, middle));
+        match fits(&e, e.scratch) {
+            true => low = middle,
+            false => high = middle - 1,
+        }
+    }
+    *executor_options = of(tokens, low);
     estimate(executor_options)
 }

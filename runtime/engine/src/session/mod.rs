@@ -19,6 +19,7 @@ mod model;
 mod session;
 mod trained;
 
+pub use crate::cpu::Arithmetic;
 pub use adapters::{AdapterReport, ScaledAdapter};
 pub use engine::{Engine, Sequence, SessionOptions};
 pub use estimate::Estimate;

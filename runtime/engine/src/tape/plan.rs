@@ -57,8 +57,9 @@ struct Slot {
 }
 
 impl Plan {
-    /// Places the values of `tape`. `quantized_bytes(rows, width)` is what the backend needs for the 8-bit form.
-    pub fn new(tape: &Tape, limits: PlanLimits, quantized_bytes: impl Fn(usize, usize) -> usize) -> Plan {
+    /// Places the values of `tape`. `quantized_bytes(rows, width)` is what the backend needs for the 8-bit form, if it wants
+    /// one.
+    pub fn new(tape: &Tape, limits: PlanLimits, quantized_bytes: impl Fn(usize, usize) -> Option<usize>) -> Plan {
         let last_read = last_reads(tape);
         let mut places = vec![Place::default(); tape.values.len()];
         let mut live: Vec<Slot> = Vec::new();
@@ -87,8 +88,7 @@ impl Plan {
                     }
                     None => place(&mut live, rows * info.width * 4, until, &mut arena_bytes),
                 };
-                if info.quantized {
-                    let bytes = quantized_bytes(rows, info.width);
+                if let Some(bytes) = quantized_bytes(rows, info.width).filter(|_| info.quantized) {
                     places[out.0 as usize].quantized = Some(place(&mut live, bytes, until, &mut arena_bytes));
                 }
             }

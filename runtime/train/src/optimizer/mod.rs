@@ -109,6 +109,12 @@ impl AdamW {
         AdamW { options, step: 0, states: parameters.iter().map(state).collect() }
     }
 
+    /// Forgets everything: the state before the first step.
+    pub fn reset(&mut self) {
+        let parameters: Vec<Parameter> = self.states.iter().map(|state| state.parameter.clone()).collect();
+        *self = AdamW::new(self.options, &parameters);
+    }
+
     /// Steps taken.
     pub fn steps(&self) -> u64 {
         self.step

@@ -2,9 +2,9 @@
 //! rows × rows is kept, and no sum is shared between threads, so there are no atomics and a rerun gives the same bits.
 //!
 //! A task is one sequence (a range of rows that see each other and nobody else) and one head of keys and values with
-//! its `group` query heads. With S the scores after cap and slope, P = exp(S − lse), and dO the incoming gradient,
+//! the query heads that read it, or some of them. With S the scores after cap and slope, P = exp(S − lse), and dO the incoming gradient,
 //!   Δᵢ = dOᵢ·Oᵢ,  dV = Pᵀ·dO,  dS = P ⊙ (dO·Vᵀ − Δ) · scale · cap′,  dQ = dS·K,  dK = dSᵀ·Q,
-//! where cap′ = 1 − tanh² of the soft cap. dK and dV are summed over the group's query heads.
+//! where cap′ = 1 − tanh² of the soft cap. dK and dV are summed over the task's query heads.
 //!
 //! **Keys and values** are plain f32 rows here, not a cache. The forward pass over the same rows is
 //! [`attention`](super::attention) with a [`KvPages`](super::KvPages) of a single page: the page starts where the buffer
@@ -27,10 +27,12 @@ use std::ops::Range;
 pub struct AttentionBackwardTask<'a> {
     /// The sequence's rows; row i sees rows `rows.0 ..= i`, less what window and `starts` take away.
     pub rows: (usize, usize),
-    /// The head of keys and values; query heads `kv_head · group ..` of it, `group` of them, read it.
+    /// The head of keys and values.
     pub kv_head: usize,
-    /// Query heads per head of keys and values.
-    pub group: usize,
+    /// The query heads, first to last: all that read it, or some of them.
+    pub heads: (usize, usize),
+    /// The head of `dk` and `dv` to which the gradients of these query heads go.
+    pub d_head: usize,
     /// Elements per head.
     pub head_dim: usize,
     /// Queries after rope, row 0.
@@ -102,7 +104,7 @@ impl AttentionBackwardTask<'_> {
 
     /// The query heads of the task.
     fn heads(&self) -> Range<usize> {
-        self.kv_head * self.group..(self.kv_head + 1) * self.group
+        self.heads.0..self.heads.1
     }
 }
 
@@ -128,7 +130,7 @@ pub const fn attention_backward_scratch_len(head_dim: usize) -> usize {
 /// pass over the same inputs, no other thread may write what is read here, and the places in `dq`, `dk` and `dv` must be
 /// this call's alone.
 pub unsafe fn attention_backward(isa: Isa, task: &AttentionBackwardTask<'_>, scratch: &mut [f32]) {
-    debug_assert!(task.group > 0 && task.head_dim > 0);
+    debug_assert!(task.heads.0 < task.heads.1 && task.head_dim > 0);
     if scratch.len() < attention_backward_scratch_len(task.head_dim) {
         debug_assert!(false, "attention scratch of {} floats is too small", scratch.len());
         return;
@@ -163,8 +165,8 @@ unsafe fn scalar(task: &AttentionBackwardTask<'_>) {
             std::slice::from_raw_parts_mut(at.add(row * stride + head * dim), dim)
         };
         for row in task.rows.0..task.rows.1 {
-            write(task.dk, task.dk_stride, row, task.kv_head).fill(0.0);
-            write(task.dv, task.dv_stride, row, task.kv_head).fill(0.0);
+            write(task.dk, task.dk_stride, row, task.d_head).fill(0.0);
+            write(task.dv, task.dv_stride, row, task.d_head).fill(0.0);
         }
         for head in task.heads() {
             for row in task.rows.0..task.rows.1 {
@@ -185,8 +187,8 @@ unsafe fn scalar(task: &AttentionBackwardTask<'_>) {
                     }
                     let p = exp(s - task.slope(head) * (row - j) as f32 - lse);
                     let ds = p * (dot_body(d_out, v) - delta) * slope;
-                    let dk = write(task.dk, task.dk_stride, j, task.kv_head);
-                    let dv = write(task.dv, task.dv_stride, j, task.kv_head);
+                    let dk = write(task.dk, task.dk_stride, j, task.d_head);
+                    let dv = write(task.dv, task.dv_stride, j, task.d_head);
                     dv.iter_mut().zip(d_out).for_each(|(dv, d)| *dv += p * d);
                     dk.iter_mut().zip(q).for_each(|(dk, q)| *dk += ds * q);
                     dq.iter_mut().zip(k).for_each(|(dq, k)| *dq += ds * k);
@@ -275,8 +277,8 @@ mod avx2 {
                 block.write_bytes(0, TILE * at.width);
             }
             for row in first..last {
-                let dq = task.dq.add(row * task.dq_stride + task.kv_head * task.group * at.dim);
-                dq.write_bytes(0, task.group * at.dim);
+                let dq = task.dq.add(row * task.dq_stride + task.heads.0 * at.dim);
+                dq.write_bytes(0, task.heads().len() * at.dim);
             }
             let inner = task.kv_head * at.dim;
             for block in (first..last).step_by(TILE) {
@@ -293,8 +295,8 @@ mod avx2 {
                     }
                 }
                 for j in 0..keys {
-                    let dk = task.dk.add((block + j) * task.dk_stride + inner);
-                    let dv = task.dv.add((block + j) * task.dv_stride + inner);
+                    let dk = task.dk.add((block + j) * task.dk_stride + task.d_head * at.dim);
+                    let dv = task.dv.add((block + j) * task.dv_stride + task.d_head * at.dim);
                     dk.copy_from_nonoverlapping(at.dk.add(j * at.width), at.dim);
                     dv.copy_from_nonoverlapping(at.dv.add(j * at.width), at.dim);
                 }
@@ -690,7 +692,8 @@ mod tests {
                         let task = AttentionBackwardTask {
                             rows,
                             kv_head,
-                            group,
+                            heads: (kv_head * group, (kv_head + 1) * group),
+                            d_head: kv_head,
                             head_dim: c.dim,
                             q: qkv,
                             q_stride: width,

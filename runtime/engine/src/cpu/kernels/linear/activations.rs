@@ -17,6 +17,7 @@
 //!
 //! The padding lets a kernel load eight scales at once at the end of a row.
 
+use super::wide::Wide;
 use crate::cpu::isa::Isa;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -31,6 +32,8 @@ pub struct Activations<'a> {
     pub f32s: &'a [f32],
     /// The same rows in 8 bits; must be there when [`needs_q8`](super::needs_q8) says so of the weight's type.
     pub q8: Option<Q8<'a>>,
+    /// The same rows in 16 bits; read by [`linear_wide`](super::linear_wide).
+    pub wide: Option<Wide<'a>>,
     /// Rows.
     pub tokens: usize,
     /// Values in a row.

@@ -17,6 +17,7 @@
 //! | `dense` | F32, F16, BF16 |
 //! | `tile` | the loops around an instruction set's tile kernel |
 //! | `transpose` | the gradient with respect to the input, and the map with exact activations |
+//! | `wide` | the same two in 16-bit integers: what training runs on |
 //! | `avx2/`, `avx512`, `neon` | the instruction sets |
 //! | `table` | all kernels as data |
 
@@ -31,6 +32,7 @@ mod scalar;
 mod table;
 mod tile;
 mod transpose;
+mod wide;
 
 #[cfg(test)]
 mod tests;
@@ -38,6 +40,7 @@ mod tests;
 pub use activations::{Activations, GROUP, Q8, Q8Layout, Q8Mut, activation_bytes, quantize_rows};
 pub use table::{KERNELS, KernelInfo, Shape, pick};
 pub use transpose::{LinearBackwardTask, linear_backward, linear_exact};
+pub use wide::{Wide, WideBackwardTask, WideMut, linear_backward_wide, linear_wide, wide_bytes, widen_rows};
 
 use crate::cpu::isa::Isa;
 use crate::quant::DType;
@@ -154,7 +157,8 @@ impl Default for Scratch {
 
 /// Bytes of a [`Scratch`]: what a planner counts for each thread.
 pub const fn scratch_bytes() -> usize {
-    TILE_ROWS_MAX * (TILE_CHUNK + 2 * TILE_CHUNK / 16 * 4 + TILE_TOKENS * 4)
+    let tile = TILE_ROWS_MAX * (TILE_CHUNK + 2 * TILE_CHUNK / 16 * 4 + TILE_TOKENS * 4);
+    if tile > wide::BLOCK_BYTES { tile } else { wide::BLOCK_BYTES }
 }
 
 /// The parts of a [`Scratch`], each on 64 bytes: a tile of `R` rows as `q[k/4][R][4]`, `d` and `m` as `[group][R]`
@@ -209,11 +213,19 @@ pub fn linear(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> Result<
 }
 
 fn check(task: &LinearTask<'_>) -> Result<()> {
-    check_sizes(task, !needs_q8(task.dtype))
+    check_sizes(task, if needs_q8(task.dtype) { Form::Q8 } else { Form::F32 })
 }
 
-/// Whether all sizes fit; `reads_f32` says which form of the input is read.
-fn check_sizes(task: &LinearTask<'_>, reads_f32: bool) -> Result<()> {
+/// The forms of an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    F32,
+    Q8,
+    Wide,
+}
+
+/// Whether all sizes fit, those of the form of the input that is read among them.
+fn check_sizes(task: &LinearTask<'_>, reads: Form) -> Result<()> {
     let LinearTask { dtype, weight, k, rows, x, out, .. } = task;
     let misfit = |what: String| {
         Err(Error::argument(format!("linear map, {dtype} rows {rows:?} of {k} values, {} tokens: {what}", x.tokens)))
@@ -237,13 +249,18 @@ fn check_sizes(task: &LinearTask<'_>, reads_f32: bool) -> Result<()> {
     if reach(out.stride, rows.end).is_none_or(|n| n > out.len) || out.stride < rows.end {
         return misfit(format!("the output has {} values at stride {}", out.len, out.stride));
     }
-    match x.q8 {
-        _ if reads_f32 => match reach(x.stride, *k) {
+    match (reads, x.q8, x.wide) {
+        (Form::F32, ..) => match reach(x.stride, *k) {
             Some(n) if n <= x.f32s.len() => Ok(()),
             _ => misfit(format!("the input has {} values at stride {}", x.f32s.len(), x.stride)),
         },
-        Some(q8) if q8.layout.k == *k && q8.layout.tokens >= x.tokens => Ok(()),
-        Some(q8) => misfit(format!("the quantized input has {} rows of {}", q8.layout.tokens, q8.layout.k)),
-        None => misfit("the input has not been quantized".into()),
+        (Form::Q8, Some(q8), _) if q8.layout.k == *k && q8.layout.tokens >= x.tokens => Ok(()),
+        (Form::Q8, Some(q8), _) => {
+            misfit(format!("the quantized input has {} rows of {}", q8.layout.tokens, q8.layout.k))
+        }
+        (Form::Q8, None, _) => misfit("the input has not been quantized".into()),
+        (Form::Wide, _, Some(wide)) if wide.k == *k && wide.tokens >= x.tokens => Ok(()),
+        (Form::Wide, _, Some(wide)) => misfit(format!("the input in 16 bits has {} rows of {}", wide.tokens, wide.k)),
+        (Form::Wide, _, None) => misfit("the input is not there in 16 bits".into()),
     }
 }

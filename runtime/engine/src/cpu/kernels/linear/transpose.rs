@@ -74,7 +74,7 @@ pub fn linear_backward(isa: Isa, task: &LinearBackwardTask<'_>, scratch: &mut Sc
 /// # Errors
 /// [`Error::Argument`] before anything is written, when a size does not fit.
 pub fn linear_exact(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> Result<()> {
-    super::check_sizes(task, true)?;
+    super::check_sizes(task, super::Form::F32)?;
     if task.rows.is_empty() || task.x.tokens == 0 {
         return Ok(());
     }
@@ -175,15 +175,11 @@ fn exact_scalar(task: &LinearTask<'_>) -> Result<()> {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     //! AVX2 and FMA. Functions marked `inline(always)` are inlined into those with the features.
-    use super::super::avx2::unpack::{self, Block};
-    use super::super::dense::avx2::{Bf16, Dense, F16, F32};
+    use super::super::avx2::source::{Source, by_type, unpack_turned};
     use super::super::{LinearTask, Scratch, scratch_bytes};
     use super::{LinearBackwardTask, UNIT};
     use crate::cpu::kernels::gemm::avx2::{Left, Slab, Target, slab};
-    use crate::cpu::kernels::vector::avx2::transpose;
     use crate::quant::DType;
-    use std::arch::x86_64::*;
-    use std::marker::PhantomData;
 
     /// Rows of a block of the backward pass.
     const ROWS: usize = 96;
@@ -196,127 +192,6 @@ mod avx2 {
 
     type Backward = unsafe fn(&LinearBackwardTask<'_>, &mut Scratch);
     type Exact = unsafe fn(&LinearTask<'_>, &mut Scratch);
-
-    /// Values of one row of a type as f32.
-    trait Source {
-        /// Writes the first `columns` (at most 256) values at `unit` eight at a time: value c to
-        /// `to[c / 16 · step + c % 16]`. A last group that is not whole is filled up with zeros.
-        ///
-        /// # Safety
-        /// The row has these values at `unit`, `to` has room, and the caller has AVX2, FMA and F16C.
-        unsafe fn unpack(unit: *const u8, columns: usize, to: *mut f32, step: usize);
-        /// Bytes of 256 values.
-        const UNIT_BYTES: usize;
-    }
-
-    struct Quantized<B>(PhantomData<B>);
-
-    impl<B: Block> Source for Quantized<B> {
-        const UNIT_BYTES: usize = B::BYTES;
-
-        #[inline(always)]
-        unsafe fn unpack(unit: *const u8, columns: usize, to: *mut f32, step: usize) {
-            let groups = columns / 32;
-            // SAFETY: by the contract; scales and minima of 16 halves at most.
-            unsafe {
-                let (d, m) = B::scales(unit, groups);
-                let (mut scales, mut minima) = ([0.0f32; 16], [0.0f32; 16]);
-                for h in 0..2 {
-                    _mm256_storeu_ps(scales.as_mut_ptr().add(8 * h), d[h]);
-                    _mm256_storeu_ps(minima.as_mut_ptr().add(8 * h), m[h]);
-                }
-                // The number of groups is a constant for almost every unit, which makes the shifts constants.
-                if groups == 8 {
-                    for g in 0..8 {
-                        expand::<B>(unit, g, &scales, &minima, to.add(2 * g * step), step);
-                    }
-                } else {
-                    for g in 0..groups {
-                        expand::<B>(unit, g, &scales, &minima, to.add(2 * g * step), step);
-                    }
-                }
-            }
-        }
-    }
-
-    /// The 32 values of group `g`.
-    ///
-    /// # Safety
-    /// As for [`Source::unpack`].
-    #[inline(always)]
-    unsafe fn expand<B: Block>(
-        unit: *const u8,
-        g: usize,
-        scales: &[f32; 16],
-        minima: &[f32; 16],
-        to: *mut f32,
-        step: usize,
-    ) {
-        // SAFETY: by the contract.
-        unsafe {
-            let bytes = B::group(unit, g);
-            let halves = [_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes)];
-            for (h, bytes) in halves.into_iter().enumerate() {
-                let at = if B::HALVES { 2 * g + h } else { g };
-                let (d, m) = (_mm256_set1_ps(scales[at]), _mm256_set1_ps(minima[at]));
-                for (i, bytes) in [bytes, _mm_unpackhi_epi64(bytes, bytes)].into_iter().enumerate() {
-                    let q = if B::SIGNED { _mm256_cvtepi8_epi32(bytes) } else { _mm256_cvtepu8_epi32(bytes) };
-                    let q = _mm256_cvtepi32_ps(q);
-                    let w = if B::SIGNED { _mm256_mul_ps(d, q) } else { _mm256_fmadd_ps(d, q, m) };
-                    _mm256_storeu_ps(to.add(h * step + 8 * i), w);
-                }
-            }
-        }
-    }
-
-    struct Plain<D>(PhantomData<D>);
-
-    impl<D: Dense> Source for Plain<D> {
-        const UNIT_BYTES: usize = UNIT * D::BYTES;
-
-        #[inline(always)]
-        unsafe fn unpack(unit: *const u8, columns: usize, to: *mut f32, step: usize) {
-            let whole = columns & !7;
-            // SAFETY: eight values below `whole` at a time; the rest by way of a buffer.
-            unsafe {
-                for c in (0..whole).step_by(8) {
-                    _mm256_storeu_ps(to.add(c / 16 * step + c % 16), D::load(unit.add(c * D::BYTES)));
-                }
-                if whole < columns {
-                    let mut last = [0u8; 32];
-                    let from = unit.add(whole * D::BYTES);
-                    std::ptr::copy_nonoverlapping(from, last.as_mut_ptr(), (columns - whole) * D::BYTES);
-                    _mm256_storeu_ps(to.add(whole / 16 * step + whole % 16), D::load(last.as_ptr()));
-                }
-            }
-        }
-    }
-
-    /// `$function` for the source of a type.
-    macro_rules! by_type {
-        ($dtype:expr, $function:ident) => {
-            match $dtype {
-                DType::F16 => $function::<Plain<F16>>,
-                DType::BF16 => $function::<Plain<Bf16>>,
-                DType::Q4_0 => $function::<Quantized<unpack::Q4_0>>,
-                DType::Q4_1 => $function::<Quantized<unpack::Q4_1>>,
-                DType::Q5_0 => $function::<Quantized<unpack::Q5_0>>,
-                DType::Q5_1 => $function::<Quantized<unpack::Q5_1>>,
-                DType::Q8_0 => $function::<Quantized<unpack::Q8_0>>,
-                DType::Q2_K => $function::<Quantized<unpack::Q2K>>,
-                DType::Q3_K => $function::<Quantized<unpack::Q3K>>,
-                DType::Q4_K => $function::<Quantized<unpack::Q4K>>,
-                DType::Q5_K => $function::<Quantized<unpack::Q5K>>,
-                DType::Q6_K => $function::<Quantized<unpack::Q6K>>,
-                DType::Q8_K => $function::<Quantized<unpack::Q8K>>,
-                DType::IQ4_NL => $function::<Quantized<unpack::Iq4Nl>>,
-                DType::IQ4_XS => $function::<Quantized<unpack::Iq4Xs>>,
-                DType::MXFP4 => $function::<Quantized<unpack::Mxfp4>>,
-                // The checks have let nothing else through.
-                _ => $function::<Plain<F32>>,
-            }
-        };
-    }
 
     /// The backward pass for a type; to be called with AVX2, FMA and F16C, and a task that has been checked.
     pub(super) fn backward_of(dtype: DType) -> Backward {
@@ -342,7 +217,7 @@ mod avx2 {
                     // SAFETY: row r + i of the matrix from a unit's beginning; the panel holds ROWS × UNIT values.
                     unsafe {
                         let unit = task.weight.as_ptr().add((r + i) * row_bytes + column / UNIT * S::UNIT_BYTES);
-                        S::unpack(unit, columns, panel.add(16 * i), 16 * ROWS);
+                        S::unpack(unit, 0..columns, panel.add(16 * i), 16 * ROWS);
                     }
                 }
                 for t in task.tokens.clone().step_by(TOKENS) {
@@ -385,29 +260,10 @@ mod avx2 {
             let rows = EXACT_ROWS.min(task.rows.end - r);
             for column in (0..task.k).step_by(UNIT) {
                 let columns = UNIT.min(task.k - column);
-                for i in (0..rows).step_by(8) {
-                    for j in 0..8 {
-                        // Rows past the end repeat the last one; their results are not stored.
-                        let row = r + (i + j).min(rows - 1);
-                        // SAFETY: a row of the matrix from a unit's beginning; `eight` holds 8 × UNIT values.
-                        unsafe {
-                            let unit = task.weight.as_ptr().add(row * row_bytes + column / UNIT * S::UNIT_BYTES);
-                            S::unpack(unit, columns, eight.add(UNIT * j), 16);
-                        }
-                    }
-                    for c in (0..columns).step_by(8) {
-                        // SAFETY: 8 × 8 tiles within both; a unit's last group of 8 has been filled up.
-                        unsafe {
-                            let mut tile = [_mm256_setzero_ps(); 8];
-                            for (j, tile) in tile.iter_mut().enumerate() {
-                                *tile = _mm256_loadu_ps(eight.add(UNIT * j + c));
-                            }
-                            let to = panel.add(i / 16 * (16 * UNIT) + 16 * c + i % 16);
-                            for (j, tile) in transpose(tile).into_iter().enumerate() {
-                                _mm256_storeu_ps(to.add(16 * j), tile);
-                            }
-                        }
-                    }
+                // SAFETY: rows of the matrix from a unit's beginning; both parts of the scratch have room.
+                unsafe {
+                    let at = |i: usize| task.weight.as_ptr().add((r + i) * row_bytes + column / UNIT * S::UNIT_BYTES);
+                    unpack_turned::<S>(at, rows, columns, panel, eight);
                 }
                 for t in (0..x.tokens).step_by(TOKENS) {
                     let tokens = TOKENS.min(x.tokens - t);
@@ -495,7 +351,14 @@ mod tests {
 
         fn exact(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
             let mut y = vec![start; self.tokens * (self.rows + PAD)];
-            let x = Activations { f32s: &self.x, q8: None, tokens: self.tokens, k: self.k, stride: self.k + PAD };
+            let x = Activations {
+                f32s: &self.x,
+                q8: None,
+                wide: None,
+                tokens: self.tokens,
+                k: self.k,
+                stride: self.k + PAD,
+            };
             // SAFETY: `y` outlives the calls.
             let out = unsafe { OutMut::new(y.as_mut_ptr(), self.rows + PAD, y.len()) };
             for rows in ranges {

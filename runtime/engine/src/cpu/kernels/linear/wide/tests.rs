@@ -1,0 +1,263 @@
+//! Both directions against f64 within what two roundings may cost, over all types, shapes and tails; every instruction
+//! set against the specification; that a split does not show.
+
+use super::super::tests::{Random, random_weights};
+use super::super::{Activations, LinearTask};
+use super::*;
+
+const PAD: usize = 3;
+
+/// A map of `rows` × `k` with its weights as f64, and rows of values for either side.
+struct Case {
+    dtype: DType,
+    k: usize,
+    rows: usize,
+    tokens: usize,
+    weight: Vec<u8>,
+    decoded: Vec<f64>,
+    x: Vec<f32>,
+    dy: Vec<f32>,
+}
+
+impl Case {
+    fn new(dtype: DType, k: usize, rows: usize, tokens: usize) -> Case {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let weight = random_weights(dtype, rows * dtype.row_bytes(k).unwrap(), &mut random);
+        let mut decoded = vec![0.0; rows * k];
+        dequantize(dtype, &weight, &mut decoded).unwrap();
+        let decoded = decoded.into_iter().map(f64::from).collect();
+        let mut noise = |n: usize| (0..n).map(|_| random.unit()).collect::<Vec<f32>>();
+        let (x, dy) = (noise(tokens * (k + PAD)), noise(tokens * (rows + PAD)));
+        Case { dtype, k, rows, tokens, weight, decoded, x, dy }
+    }
+
+    fn forward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
+        let mut y = vec![start; self.tokens * (self.rows + PAD)];
+        let buffer = widened(isa, &self.x, self.k + PAD, self.tokens, self.k);
+        let wide = Some(Wide::new(bytemuck::cast_slice(&buffer), self.tokens, self.k).unwrap());
+        let x = Activations { f32s: &self.x, q8: None, wide, tokens: self.tokens, k: self.k, stride: self.k + PAD };
+        // SAFETY: `y` outlives the calls.
+        let out = unsafe { OutMut::new(y.as_mut_ptr(), self.rows + PAD, y.len()) };
+        for rows in ranges {
+            let (dtype, weight, k, rows) = (self.dtype, &self.weight[..], self.k, rows.clone());
+            let task = LinearTask { dtype, weight, k, rows, x: &x, out, accumulate };
+            linear_wide(isa, &task, &mut Scratch::new()).unwrap();
+        }
+        y
+    }
+
+    fn backward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
+        let mut dx = vec![start; self.tokens * (self.k + PAD)];
+        let buffer = widened(isa, &self.dy, self.rows + PAD, self.tokens, self.rows);
+        let dy = Wide::new(bytemuck::cast_slice(&buffer), self.tokens, self.rows).unwrap();
+        // SAFETY: `dx` outlives the calls.
+        let out = unsafe { OutMut::new(dx.as_mut_ptr(), self.k + PAD, dx.len()) };
+        for columns in ranges {
+            let (dtype, weight, k, columns) = (self.dtype, &self.weight[..], self.k, columns.clone());
+            let task = WideBackwardTask { dtype, weight, k, columns, dy: &dy, dx: out, accumulate };
+            linear_backward_wide(isa, &task, &mut Scratch::new()).unwrap();
+        }
+        dx
+    }
+}
+
+/// Rows in 16 bits; what lies behind them was not zero.
+fn widened(isa: Isa, x: &[f32], stride: usize, tokens: usize, k: usize) -> Vec<u64> {
+    let mut buffer = vec![u64::MAX; wide_bytes(tokens, k).div_ceil(8)];
+    // SAFETY: large enough, and this function's own.
+    let dst = unsafe { WideMut::new(buffer.as_mut_ptr().cast(), tokens, k) };
+    widen_rows(isa, x, stride, 0..tokens, &dst).unwrap();
+    buffer
+}
+
+fn shapes(dtype: DType) -> &'static [(usize, usize, usize)] {
+    match dtype.block_len() {
+        1 => &[(1, 1, 1), (31, 5, 7), (257, 97, 13), (300, 200, 5), (1537, 20, 2)],
+        32 => &[(32, 3, 1), (96, 97, 6), (288, 200, 19), (1056, 33, 7)],
+        _ => &[(256, 3, 1), (512, 97, 19), (1280, 200, 6)],
+    }
+}
+
+/// The product of activations and weights in f64, and the most that rounding either by the largest of a group may
+/// change it.
+fn product(x: &[f64], w: &[f64]) -> (f64, f64) {
+    let most = |v: &[f64]| v.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+    let (mut sum, mut error) = (0.0, 0.0);
+    for (x, w) in x.chunks(GROUP).zip(w.chunks(GROUP)) {
+        let (ex, ew) = (0.5 * most(x) / f64::from(MOST), 0.5 * most(w) / f64::from(MOST_WEIGHT));
+        for (x, w) in x.iter().zip(w) {
+            sum += x * w;
+            error += x.abs() * ew + w.abs() * ex + 2.0 * ex * ew;
+        }
+    }
+    (sum, error)
+}
+
+/// Errors of all results relative to their bounds, squared and summed, with their number.
+#[derive(Default)]
+struct Errors {
+    sum: f64,
+    count: usize,
+}
+
+impl Errors {
+    fn check(&mut self, got: f32, start: f32, (sum, bound): (f64, f64), what: &dyn Fn() -> String) {
+        // Weights have one scale for a longer block than a group's, hence the 3: they are of one size here.
+        let bound = 3.0 * bound + 3e-6 * (sum.abs() + f64::from(start.abs())) + 1e-7;
+        let error = (f64::from(got) - sum - f64::from(start)).abs() / bound;
+        assert!(error <= 1.0, "{}: {got}, not {sum} + {start} ± {bound}", what());
+        self.sum += error * error;
+        self.count += 1;
+    }
+}
+
+#[test]
+fn both_directions_agree_with_f64_over_types_and_shapes() {
+    for isa in Isa::available() {
+        let mut errors = Errors::default();
+        for dtype in DType::WEIGHTS {
+            for &(k, rows, tokens) in shapes(dtype) {
+                let case = Case::new(dtype, k, rows, tokens);
+                for accumulate in [false, true] {
+                    let (start, before) = if accumulate { (0.5, 0.5) } else { (0.0, f32::NAN) };
+                    let what = |side: &str, t, i| {
+                        format!("{side} {dtype} {} k={k} rows={rows} tokens={tokens} [{t}][{i}]", isa.name())
+                    };
+                    let from = rows / 3;
+                    let y = case.forward(isa, &[from..rows], before, accumulate);
+                    for (at, &got) in y.iter().enumerate() {
+                        let (t, r) = (at / (rows + PAD), at % (rows + PAD));
+                        if r < from || r >= rows {
+                            assert_eq!(got.to_bits(), before.to_bits(), "wrote outside");
+                            continue;
+                        }
+                        let x: Vec<f64> = case.x[t * (k + PAD)..][..k].iter().map(|v| f64::from(*v)).collect();
+                        let want = product(&x, &case.decoded[r * k..][..k]);
+                        errors.check(got, start, want, &|| what("y", t, r));
+                    }
+                    let from = k / 3 / 32 * 32;
+                    let dx = case.backward(isa, &[from..k], before, accumulate);
+                    for (at, &got) in dx.iter().enumerate() {
+                        let (t, c) = (at / (k + PAD), at % (k + PAD));
+                        if c < from || c >= k {
+                            assert_eq!(got.to_bits(), before.to_bits(), "wrote outside");
+                            continue;
+                        }
+                        let dy: Vec<f64> = case.dy[t * (rows + PAD)..][..rows].iter().map(|v| f64::from(*v)).collect();
+                        let column: Vec<f64> = (0..rows).map(|r| case.decoded[r * k + c]).collect();
+                        errors.check(got, start, product(&dy, &column), &|| what("dx", t, c));
+                    }
+                }
+            }
+        }
+        // Roundings are independent: the usual error is far below the worst.
+        let usual = (errors.sum / errors.count as f64).sqrt();
+        assert!((1e-4..0.1).contains(&usual), "{}: {usual} of the bound", isa.name());
+    }
+}
+
+/// The specification rounds the same values by the same scales, so only the order of f32 sums may differ, and a weight
+/// that the unpackers round differently in its last bit.
+#[test]
+fn every_instruction_set_meets_the_specification() {
+    for dtype in DType::WEIGHTS {
+        for &(k, rows, tokens) in shapes(dtype) {
+            let case = Case::new(dtype, k, rows, tokens);
+            let want = (
+                case.forward(Isa::Scalar, std::slice::from_ref(&(0..rows)), 0.0, false),
+                case.backward(Isa::Scalar, std::slice::from_ref(&(0..k)), 0.0, false),
+            );
+            for isa in Isa::available() {
+                let y = case.forward(isa, std::slice::from_ref(&(0..rows)), 0.0, false);
+                let dx = case.backward(isa, std::slice::from_ref(&(0..k)), 0.0, false);
+                let most = want.0.iter().chain(&want.1).fold(0.0f32, |m, v| m.max(v.abs()));
+                for (got, want) in y.iter().zip(&want.0).chain(dx.iter().zip(&want.1)) {
+                    assert!((got - want).abs() <= 1e-5 * most, "{dtype} {k} × {rows} {}: {got} {want}", isa.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_is_the_same_on_every_instruction_set() {
+    let mut random = Random(7);
+    for k in [1, 31, 32, 33, 100, 576] {
+        let mut x: Vec<f32> = (0..3 * k).map(|i| random.unit() * 10f32.powi(i as i32 % 9 - 4)).collect();
+        x[k / 2] = 0.0;
+        x[2 * k..].fill(1e-38);
+        let want = widened(Isa::Scalar, &x, k, 3, k);
+        let of = |buffer: &[u64]| {
+            let wide = Wide::new(bytemuck::cast_slice(buffer), 3, k).unwrap();
+            (wide.q.to_vec(), wide.d.to_vec())
+        };
+        for isa in Isa::available() {
+            assert_eq!(of(&widened(isa, &x, k, 3, k)), of(&want), "{} {k}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_so() {
+    let case = Case::new(DType::Q8_0, 64, 40, 3);
+    for isa in Isa::available() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = case.x.clone();
+            x[64 + PAD + 5] = bad;
+            let y = Case { x, weight: case.weight.clone(), decoded: vec![], dy: case.dy.clone(), ..case }.forward(
+                isa,
+                std::slice::from_ref(&(0..40)),
+                0.0,
+                false,
+            );
+            for (t, row) in y.chunks_exact(40 + PAD).enumerate() {
+                assert!(row[..40].iter().all(|v| v.is_nan() == (t == 1)), "{} {t}", isa.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_split_does_not_show() {
+    for isa in Isa::available() {
+        for dtype in [DType::F16, DType::Q4_1, DType::Q6_K] {
+            let case = Case::new(dtype, 512, 150, 23);
+            let whole = case.forward(isa, std::slice::from_ref(&(0..150)), 0.25, true);
+            assert!(case.forward(isa, &[0..1, 1..70, 70..70, 70..150], 0.25, true) == whole, "{dtype}");
+            let whole = case.backward(isa, std::slice::from_ref(&(0..512)), 0.25, true);
+            assert!(case.backward(isa, &[0..32, 32..288, 288..288, 288..512], 0.25, true) == whole, "{dtype}");
+        }
+    }
+}
+
+#[test]
+fn sizes_that_do_not_fit_are_refused() {
+    let case = Case::new(DType::Q8_0, 64, 4, 2);
+    let buffer = widened(Isa::Scalar, &case.dy, 4 + PAD, 2, 4);
+    let dy = Wide::new(bytemuck::cast_slice(&buffer), 2, 4).unwrap();
+    assert!(Wide::new(&bytemuck::cast_slice(&buffer)[1..], 2, 4).is_err());
+    let mut dx = vec![0.0; 2 * 64];
+    // SAFETY: `dx` outlives the calls.
+    let (out, short, narrow) = unsafe {
+        let at = dx.as_mut_ptr();
+        (OutMut::new(at, 64, 128), OutMut::new(at, 64, 127), OutMut::new(at, 63, 128))
+    };
+    let (dtype, weight, k, accumulate) = (DType::Q8_0, &case.weight[..], 64, false);
+    let good = WideBackwardTask { dtype, weight, k, columns: 0..64, dy: &dy, dx: out, accumulate };
+    let refused = |task: WideBackwardTask<'_>, word: &str| {
+        let message = linear_backward_wide(Isa::detect(), &task, &mut Scratch::new()).expect_err(word).to_string();
+        assert!(message.contains(word), "{message}");
+    };
+    refused(WideBackwardTask { weight: &weight[1..], ..good.clone() }, "matrix");
+    refused(WideBackwardTask { k: 48, ..good.clone() }, "multiple of 32");
+    refused(WideBackwardTask { dtype: DType::I8, ..good.clone() }, "type");
+    refused(WideBackwardTask { columns: 16..64, ..good.clone() }, "groups");
+    refused(WideBackwardTask { columns: 0..96, ..good.clone() }, "groups");
+    refused(WideBackwardTask { dx: short, ..good.clone() }, "dx");
+    refused(WideBackwardTask { dx: narrow, ..good.clone() }, "dx");
+    linear_backward_wide(Isa::detect(), &good, &mut Scratch::new()).unwrap();
+    let x = Activations { f32s: &case.x, q8: None, wide: None, tokens: 2, k: 64, stride: 64 + PAD };
+    let task = LinearTask { dtype, weight, k, rows: 0..4, x: &x, out, accumulate };
+    let message = linear_wide(Isa::detect(), &task, &mut Scratch::new()).unwrap_err().to_string();
+    assert!(message.contains("16 bits"), "{message}");
+}

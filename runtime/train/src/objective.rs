@@ -1,0 +1,327 @@
+//! What a step minimises, on the tape: batches of examples to a loss and to gradients.
+//!
+//! Cross-entropy is one run per batch. Losses on preferences need the model's scores of the answers before they know how
+//! much each answer weighs, so they score first (policy, and reference where there is one) and then run for the gradient
+//! with these weights. The reference is the model as it was before training; its scores of an example never change and
+//! are kept.
+
+use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
+
+use kinglet_engine::session::{LearnBatch, Learner};
+use sha2::{Digest, Sha256};
+
+use crate::batch::collate;
+use crate::data::{Dataset, Example, Examples, PairExample, RatedExample};
+use crate::preference::{Loss, PairScores, RatedScores, kto, kto_distance};
+use crate::{Result, random};
+
+/// Which of the two sets of a [`Dataset`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Set {
+    Train,
+    Validation,
+}
+
+/// What a step or a validation came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Outcome {
+    /// Mean loss: of the trained tokens, or of the pairs or answers.
+    pub loss: f64,
+    /// Tokens of the examples.
+    pub tokens: usize,
+    /// Of losses on preferences: the share of pairs (or of answers, for KTO) that are judged right, and the mean margin.
+    pub preference: Option<(f64, f64)>,
+}
+
+/// Sums on the way to an [`Outcome`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    loss: f64,
+    /// What the loss is a mean of.
+    items: usize,
+    tokens: usize,
+    right: usize,
+    margin: f64,
+}
+
+/// A model and where it stands.
+pub(crate) struct Policy<'a> {
+    pub learner: &'a mut Learner,
+    pub params: &'a [f32],
+    /// The parameters before training; empty where the loss needs no reference.
+    pub reference: &'a [f32],
+    pub cancel: &'a AtomicBool,
+}
+
+/// The data under a loss.
+#[derive(Debug)]
+pub(crate) struct Objective {
+    loss: Loss,
+    train: Examples,
+    validation: Examples,
+    /// The reference's scores by set and number: of a pair's two answers, or of an answer.
+    reference: HashMap<(Set, usize), [f64; 2]>,
+}
+
+impl Objective {
+    pub fn new(loss: Loss, data: Dataset) -> Objective {
+        Objective { loss, train: data.train, validation: data.validation, reference: HashMap::new() }
+    }
+
+    fn set(&self, set: Set) -> &Examples {
+        match set {
+            Set::Train => &self.train,
+            Set::Validation => &self.validation,
+        }
+    }
+
+    /// The length of each example, in tokens: what a batch is filled by.
+    pub fn lengths(&self, set: Set) -> Vec<usize> {
+        match self.set(set) {
+            Examples::Plain(all) => all.iter().map(|e| e.tokens.len()).collect(),
+            Examples::Pairs(all) => all.iter().map(|p| p.chosen.tokens.len() + p.rejected.tokens.len()).collect(),
+            Examples::Rated(all) => all.iter().map(|r| r.example.tokens.len()).collect(),
+        }
+    }
+
+    /// Sequences that an example puts into a row.
+    pub fn sequences(&self) -> usize {
+        if matches!(self.train, Examples::Pairs(_)) { 2 } else { 1 }
+    }
+
+    /// A number that follows from all tokens and marks: whether a checkpoint was written with the same data.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        let mut add = |example: &Example, mark: u8| {
+            hash.update([mark]);
+            hash.update((example.tokens.len() as u64).to_le_bytes());
+            example.tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
+            example.trained.iter().for_each(|trained| hash.update([u8::from(*trained)]));
+        };
+        for (mark, set) in [(0, &self.train), (128, &self.validation)] {
+            match set {
+                Examples::Plain(all) => all.iter().for_each(|e| add(e, mark)),
+                Examples::Pairs(all) => all.iter().for_each(|p| {
+                    add(&p.chosen, mark + 1);
+                    add(&p.rejected, mark + 2);
+                }),
+                Examples::Rated(all) => all.iter().for_each(|r| add(&r.example, mark + 3 + u8::from(r.good))),
+            }
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Loss of the training examples in `batches`, and its gradients, which are added to `gradients`. `seed` decides over
+    /// dropout.
+    pub fn learn(
+        &mut self,
+        policy: &mut Policy<'_>,
+        batches: &[Vec<usize>],
+        gradients: &mut [f32],
+        seed: u64,
+    ) -> Result<Outcome> {
+        let items = batches.iter().map(|batch| self.items(Set::Train, batch)).sum();
+        let mut sums = Sums::default();
+        for (batch, number) in batches.iter().zip(0..) {
+            let gradients = Some((&mut *gradients, items, random::splitmix64(seed, number)));
+            self.run(policy, Set::Train, batch, gradients, &mut sums)?;
+        }
+        Ok(self.outcome(sums))
+    }
+
+    /// Loss of the validation examples, at most `tokens` of them in a run.
+    pub fn validate(&mut self, policy: &mut Policy<'_>, tokens: usize) -> Result<Outcome> {
+        let lengths = self.lengths(Set::Validation);
+        let mut sums = Sums::default();
+        let (mut batch, mut used) = (Vec::new(), 0);
+        for (number, length) in lengths.into_iter().enumerate() {
+            if used + length > tokens && !batch.is_empty() {
+                self.run(policy, Set::Validation, &batch, None, &mut sums)?;
+                batch.clear();
+                used = 0;
+            }
+            batch.push(number);
+            used += length;
+        }
+        self.run(policy, Set::Validation, &batch, None, &mut sums)?;
+        Ok(self.outcome(sums))
+    }
+
+    /// What the mean of a batch is taken of.
+    fn items(&self, set: Set, batch: &[usize]) -> usize {
+        match self.set(set) {
+            Examples::Plain(all) => batch.iter().map(|i| all[*i].trained_tokens()).sum(),
+            _ => batch.len(),
+        }
+    }
+
+    fn outcome(&self, sums: Sums) -> Outcome {
+        let items = sums.items.max(1) as f64;
+        let preference = (self.loss != Loss::CrossEntropy).then_some((sums.right as f64 / items, sums.margin / items));
+        Outcome { loss: sums.loss / items, tokens: sums.tokens, preference }
+    }
+
+    /// Adds a batch to `sums` and, where `gradients` are given with what their mean is taken of and a seed, to those.
+    fn run(
+        &mut self,
+        policy: &mut Policy<'_>,
+        set: Set,
+        batch: &[usize],
+        gradients: Option<(&mut [f32], usize, u64)>,
+        sums: &mut Sums,
+    ) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let Objective { loss, train, validation, reference } = self;
+        let examples = if set == Set::Train { train } else { validation };
+        sums.items += match examples {
+            Examples::Plain(all) => batch.iter().map(|i| all[*i].trained_tokens()).sum(),
+            _ => batch.len(),
+        };
+        match examples {
+            Examples::Plain(all) => {
+                let run = collate(batch.iter().map(|i| &all[*i]));
+                sums.tokens += run.tokens.len();
+                let scores = policy.run(run, gradients)?;
+                sums.loss += scores.iter().map(|score| f64::from(*score)).sum::<f64>();
+                Ok(())
+            }
+            Examples::Pairs(all) => pairs(policy, loss, all, (set, batch), reference, gradients, sums),
+            Examples::Rated(all) => rated(policy, loss, all, (set, batch), reference, gradients, sums),
+        }
+    }
+}
+
+impl Policy<'_> {
+    /// `−ln p` of the run's targets; with `gradients`, also those of the weighted sum, divided by a number.
+    fn run(&mut self, mut run: LearnBatch, gradients: Option<(&mut [f32], usize, u64)>) -> Result<&[f32]> {
+        let Some((gradients, items, seed)) = gradients else {
+            return self.learner.score(&run, self.params, self.cancel);
+        };
+        let share = 1.0 / items.max(1) as f32;
+        run.weights.iter_mut().for_each(|weight| *weight *= share);
+        run.dropout_seed = seed;
+        self.learner.learn(&run, self.params, gradients, self.cancel)
+    }
+
+    /// The log-probability of each example's trained tokens, by the model in training or by the reference.
+    pub fn scores(&mut self, examples: &[&Example], reference: bool) -> Result<Vec<f64>> {
+        let run = collate(examples.iter().copied());
+        let params = if reference { self.reference } else { self.params };
+        let mut tokens = self.learner.score(&run, params, self.cancel)?.iter();
+        let sum =
+            |example: &&Example| -tokens.by_ref().take(example.trained_tokens()).map(|s| f64::from(*s)).sum::<f64>();
+        Ok(examples.iter().map(sum).collect())
+    }
+
+    /// Gradients of `Σ slope · score` over the examples.
+    fn descend(&mut self, examples: &[&Example], slopes: &[f64], gradients: (&mut [f32], usize, u64)) -> Result<()> {
+        let mut run = collate(examples.iter().copied());
+        let mut weights = run.weights.iter_mut();
+        for (example, slope) in examples.iter().zip(slopes) {
+            // The tape's gradients are those of −ln p.
+            weights.by_ref().take(example.trained_tokens()).for_each(|weight| *weight = -*slope as f32);
+        }
+        self.run(run, Some(gradients)).map(|_| ())
+    }
+}
+
+fn pairs(
+    policy: &mut Policy<'_>,
+    loss: &Loss,
+    all: &[PairExample],
+    (set, batch): (Set, &[usize]),
+    reference: &mut HashMap<(Set, usize), [f64; 2]>,
+    gradients: Option<(&mut [f32], usize, u64)>,
+    sums: &mut Sums,
+) -> Result<()> {
+    let answers = |batch: &[usize]| -> Vec<&Example> {
+        batch.iter().flat_map(|i| [&all[*i].chosen, &all[*i].rejected]).collect()
+    };
+    if loss.needs_reference() {
+        let new: Vec<usize> = batch.iter().copied().filter(|i| !reference.contains_key(&(set, *i))).collect();
+        let scores = if new.is_empty() { Vec::new() } else { policy.scores(&answers(&new), true)? };
+        reference.extend(new.iter().map(|i| (set, *i)).zip(scores.as_chunks().0.iter().copied()));
+    }
+    let examples = answers(batch);
+    let scores = policy.scores(&examples, false)?;
+    let mut slopes = Vec::with_capacity(examples.len());
+    for (i, score) in batch.iter().zip(scores.as_chunks::<2>().0) {
+        let [reference_chosen, reference_rejected] = reference.get(&(set, *i)).copied().unwrap_or_default();
+        let scores = PairScores {
+            policy_chosen: score[0],
+            policy_rejected: score[1],
+            reference_chosen,
+            reference_rejected,
+            tokens_chosen: all[*i].chosen.trained_tokens(),
+            tokens_rejected: all[*i].rejected.trained_tokens(),
+        };
+        let Some(pair) = loss.pair(&scores) else { continue };
+        sums.loss += pair.loss;
+        sums.right += usize::from(pair.correct());
+        sums.margin += pair.reward_chosen - pair.reward_rejected;
+        slopes.extend([pair.d_chosen, pair.d_rejected]);
+    }
+    sums.tokens += examples.iter().map(|e| e.tokens.len()).sum::<usize>();
+    gradients.map_or(Ok(()), |gradients| policy.descend(&examples, &slopes, gradients))
+}
+
+fn rated(
+    policy: &mut Policy<'_>,
+    loss: &Loss,
+    all: &[RatedExample],
+    (set, batch): (Set, &[usize]),
+    reference: &mut HashMap<(Set, usize), [f64; 2]>,
+    gradients: Option<(&mut [f32], usize, u64)>,
+    sums: &mut Sums,
+) -> Result<()> {
+    let Loss::Kto { beta, good, bad } = *loss else { return Ok(()) };
+    let answers = |batch: &[usize]| -> Vec<&Example> { batch.iter().map(|i| &all[*i].example).collect() };
+    let new: Vec<usize> = batch.iter().copied().filter(|i| !reference.contains_key(&(set, *i))).collect();
+    let scores = if new.is_empty() { Vec::new() } else { policy.scores(&answers(&new), true)? };
+    reference.extend(new.iter().map(|i| (set, *i)).zip(scores.iter().map(|score| [*score, 0.0])));
+
+    // Each prompt with the answer of the one before it.
+    let mut distance = 0.0;
+    if batch.len() > 1 {
+        let before = batch.iter().cycle().skip(batch.len() - 1);
+        let limit = batch.iter().map(|i| all[*i].example.tokens.len()).max().unwrap_or(0);
+        let strange: Vec<Example> =
+            batch.iter().zip(before).map(|(i, before)| mismatched(&all[*i], &all[*before], limit)).collect();
+        let strange: Vec<&Example> = strange.iter().collect();
+        let by_policy = policy.scores(&strange, false)?;
+        let by_reference = policy.scores(&strange, true)?;
+        distance = kto_distance(&by_policy.into_iter().zip(by_reference).collect::<Vec<_>>());
+    }
+    let examples = answers(batch);
+    let scores = policy.scores(&examples, false)?;
+    let mut slopes = Vec::with_capacity(examples.len());
+    for (i, score) in batch.iter().zip(scores) {
+        let rated = &all[*i];
+        let reference = reference.get(&(set, *i)).map_or(0.0, |scores| scores[0]);
+        let scores = RatedScores { policy: score, reference, good: rated.good };
+        let result = kto(&scores, distance, beta, if rated.good { good } else { bad });
+        let towards = if rated.good { result.reward } else { -result.reward };
+        sums.loss += result.loss;
+        sums.right += usize::from(towards > 0.0);
+        sums.margin += towards;
+        slopes.push(result.d_policy);
+    }
+    sums.tokens += examples.iter().map(|e| e.tokens.len()).sum::<usize>();
+    gradients.map_or(Ok(()), |gradients| policy.descend(&examples, &slopes, gradients))
+}
+
+/// The prompt of one example with the answer of another, cut at `limit` tokens.
+fn mismatched(prompt: &RatedExample, answer: &RatedExample, limit: usize) -> Example {
+    let front = prompt.prompt.min(prompt.example.tokens.len()).min(limit.saturating_sub(1));
+    let back = answer.prompt.min(answer.example.tokens.len());
+    let mut tokens = prompt.example.tokens[..front].to_vec();
+    let mut trained = vec![false; front];
+    tokens.extend_from_slice(&answer.example.tokens[back..]);
+    trained.extend_from_slice(&answer.example.trained[back..]);
+    tokens.truncate(limit);
+    trained.truncate(limit);
+    Example { tokens, trained }
+}
