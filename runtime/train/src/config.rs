@@ -185,7 +185,6 @@ impl TrainConfig {
         check("keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "at least 1")?;
         if let Some(patience) = self.early_stop {
             check("early_stop", patience, patience >= 1, "at least 1 validation, or null")?;
-            check("early_stop", patience, self.val_fraction > 0.0, "null where val_fraction is 0")?;
         }
         self.loss.validate()
     }
@@ -278,7 +277,6 @@ mod tests {
             (r#"{"lr": 0.1, "min_lr": 0.2}"#, ["min_lr is 0.2", "0.1"]),
             (r#"{"steps": 5, "warmup": 6}"#, ["warmup is 6", "5 steps"]),
             (r#"{"betas": [0.9, 1.0]}"#, ["betas is 1.0", "below 1"]),
-            (r#"{"val_fraction": 0, "early_stop": 2}"#, ["early_stop is 2", "val_fraction"]),
             (r#"{"loss": {"dpo": {"beta": -1}}}"#, ["beta is -1", "above 0"]),
             (r#"{"ranks": 8}"#, ["train.json: line 1", "ranks"]),
             (r#"{"schedule": "step"}"#, ["train.json: line 1", "cosine"]),

@@ -85,6 +85,16 @@ impl Objective {
         }
     }
 
+    /// Tokens of the longest sequence; answers under strange prompts are no longer than that.
+    pub fn longest(&self) -> usize {
+        let of = |set: &Examples| match set {
+            Examples::Plain(all) => all.iter().map(|e| e.tokens.len()).max(),
+            Examples::Pairs(all) => all.iter().map(|p| p.chosen.tokens.len().max(p.rejected.tokens.len())).max(),
+            Examples::Rated(all) => all.iter().map(|r| r.example.tokens.len()).max(),
+        };
+        of(&self.train).max(of(&self.validation)).unwrap_or(0)
+    }
+
     /// Sequences that an example puts into a row.
     pub fn sequences(&self) -> usize {
         if matches!(self.train, Examples::Pairs(_)) { 2 } else { 1 }

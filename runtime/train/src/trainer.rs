@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use kinglet_engine::adapter::fingerprint;
-use kinglet_engine::session::{Learner, LearnerOptions, Model};
+use kinglet_engine::session::{Arithmetic, Learner, LearnerOptions, Model};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Cursor, Loader, LoaderOptions, Packing};
@@ -193,6 +193,9 @@ impl Trainer {
             )));
         }
         let (summary, validation) = (data.summary, data.validation.len());
+        if config.early_stop.is_some() && validation == 0 {
+            return Err(Error::argument("early stopping needs data to validate on; set val_fraction or give a file"));
+        }
         let objective = Objective::new(config.loss, data);
         let lengths = objective.lengths(Set::Train);
         let probe = Probe::new(&Encoder::new(model, config.seq, config.truncation)?, options.probe.as_deref())?;
@@ -211,10 +214,17 @@ impl Trainer {
         let row = if packing == Packing::None { longest(&lengths) } else { config.seq };
         let rows = config.batch.min(lengths.len());
         let tokens = (rows * row).max(longest(&objective.lengths(Set::Validation))).max(probe.longest());
+        let sequence = objective.longest().max(probe.longest());
 
         let trained = product::trained(config, model)?;
-        let mut learner_options =
-            LearnerOptions { trained, tokens, exact: true, threads: options.threads, memory_budget: None };
+        let mut learner_options = LearnerOptions {
+            trained,
+            tokens,
+            sequence,
+            arithmetic: Arithmetic::default(),
+            threads: options.threads,
+            memory_budget: None,
+        };
         // What is held beside the learner follows from the number of parameters, which the smallest plan tells.
         let count = Learner::new(model, &learner_options)?.param_count();
         let state_bytes = if config.state_8bit { 2 } else { 8 };

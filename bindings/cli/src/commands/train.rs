@@ -42,6 +42,9 @@ pub struct Arguments {
     /// Files to learn from; may be given again
     #[arg(short, long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
+    /// Files to validate on, in place of a share of the data; may be given again
+    #[arg(long, value_name = "FILE", conflicts_with = "val_fraction")]
+    validation: Vec<PathBuf>,
     /// Folder for the result; made where it is missing
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
@@ -277,7 +280,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         None => None,
     };
     let model = models::open(&arguments.model)?;
-    let data = data::load(&arguments.data, &model, &config)?;
+    let data = data::load(&arguments.data, &arguments.validation, &model, &config)?;
     let names: Vec<String> =
         arguments.data.iter().map(|p| p.file_name().unwrap_or_default().to_string_lossy().into()).collect();
     let options = TrainerOptions {

@@ -137,27 +137,31 @@ pub struct Dataset {
     pub summary: Summary,
 }
 
-/// Reads `files`, keeps `config.val_fraction` of the records for validation and encodes them for `model`.
+/// Reads `files` and encodes them for `model`. What is validated on is read from the files `validation`, or where there are
+/// none, `config.val_fraction` of the records is kept for it.
 ///
 /// A single plain text cannot be split by documents; its end is kept for validation then.
 ///
 /// # Errors
 /// [`Error::Io`] and [`Error::Format`] that name the file and the line; [`Error::Argument`] where nothing is left to
 /// train on.
-pub fn load<P: AsRef<Path>>(files: &[P], model: &Model, config: &TrainConfig) -> Result<Dataset> {
-    let mut records = Vec::new();
-    for file in files {
-        records.append(&mut read(file.as_ref())?);
-    }
-    let mut summary = Summary { records: records.len(), ..Summary::default() };
+pub fn load<P: AsRef<Path>>(files: &[P], validation: &[P], model: &Model, config: &TrainConfig) -> Result<Dataset> {
+    let records = |files: &[P]| -> Result<Vec<Record>> {
+        let read = files.iter().map(|file| read(file.as_ref())).collect::<Result<Vec<_>>>()?;
+        Ok(read.into_iter().flatten().collect())
+    };
+    let (train, apart) = (records(files)?, records(validation)?);
+    let mut summary = Summary { records: train.len() + apart.len(), ..Summary::default() };
     let encoder = Encoder::new(model, config.seq, config.truncation)?;
-    let single = matches!(records.as_slice(), [Record { sample: Sample::Text(_), .. }]);
-    let (train, validation) = split(records, if single { 0.0 } else { config.val_fraction });
+    let single = matches!(train.as_slice(), [Record { sample: Sample::Text(_), .. }]);
+    let fraction = if validation.is_empty() { config.val_fraction } else { 0.0 };
+    let (train, mut kept) = split(train, if single { 0.0 } else { fraction });
+    kept.extend(apart);
     let mut train = encoder.examples(&train, &config.loss, &mut summary)?;
-    let mut validation = encoder.examples(&validation, &config.loss, &mut summary)?;
+    let mut validation = encoder.examples(&kept, &config.loss, &mut summary)?;
     if let (true, Examples::Plain(train), Examples::Plain(validation)) = (single, &mut train, &mut validation) {
-        let kept = (train.len() as f64 * config.val_fraction).round() as usize;
-        *validation = train.split_off(train.len() - kept.min(train.len().saturating_sub(1)));
+        let kept = (train.len() as f64 * fraction).round() as usize;
+        validation.splice(..0, train.split_off(train.len() - kept.min(train.len().saturating_sub(1))));
     }
     if train.is_empty() {
         return Err(Error::argument(format!(
