@@ -89,8 +89,8 @@ def tiny():
     return model
 
 
-def run(dora):
-    targets = [m.split(".")[1] for m in MAPS.values()]
+def run(dora, ends=False):
+    targets = [m.split(".")[1] for m in MAPS.values()] + (["embed_tokens", "lm_head"] if ends else [])
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, use_dora=dora, lora_dropout=0.0)
     model = peft.get_peft_model(tiny(), config).eval()
     tensors = {}
@@ -102,6 +102,15 @@ def run(dora):
             tensors[f"{key}.lora_b"] = m.lora_B["default"].weight
             if dora:
                 tensors[f"{key}.lora_magnitude"] = m.lora_magnitude_vector["default"].weight
+    if ends:
+        # The embedding's halves the way the GGUF side has them: B is [vocab, rank].
+        m = model.base_model.model.model.embed_tokens
+        tensors["token_embd.weight.lora_a"] = m.lora_embedding_B["default"]
+        tensors["token_embd.weight.lora_b"] = m.lora_embedding_A["default"]
+        m = model.base_model.model.lm_head
+        tensors["output.weight.lora_a"] = m.lora_A["default"].weight
+        tensors["output.weight.lora_b"] = m.lora_B["default"].weight
+    turn = lambda key, w: w.T if key.startswith("token_embd") else w
     norms = {}
     with torch.no_grad():
         for key, w in tensors.items():
@@ -110,13 +119,13 @@ def run(dora):
                 norms[key] = float(w.double().sum())
                 w.mul_(1.0 + 0.3 * uniform(key, tuple(w.shape), 7))
             else:
-                w.copy_(uniform(key, tuple(w.shape), 7))
+                turn(key, w).copy_(uniform(key, tuple(turn(key, w).shape), 7))
     tokens = torch.tensor([[(37 * t + 11 * t * t) % 256 for t in range(24)]])
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     described = {}
     for key, w in tensors.items():
-        g = w.grad.double().flatten()
+        g = turn(key, w.grad).double().flatten()
         along = (g * uniform(f"{key}.direction", tuple(g.shape), 7).double()).sum()
         described[key] = {"norm": float(g.norm()), "along": float(along), "first": [float(v) for v in g[:3]]}
     return {"loss": float(loss.detach()), "sums_of_magnitudes": norms, "gradients": described}
@@ -127,6 +136,7 @@ def main():
         "made_with": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
         "lora": run(False),
         "dora": run(True),
+        "ends": run(False, ends=True),
     }
     path = pathlib.Path(__file__).with_suffix(".json")
     path.write_text(json.dumps(out, indent=1) + "\n")

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 
+use kinglet_engine::cpu::isa::Isa;
 use kinglet_engine::cpu::kernels::dropout::{Mask, dropout_inplace};
 use kinglet_engine::quant::dequantize;
 use kinglet_engine::random::{splitmix64, stream};
@@ -73,7 +74,7 @@ impl Reference {
                 let row = (*output as usize).wrapping_sub(first);
                 if row < *length {
                     let width = self.spec.width;
-                    loss += f64::from(*weight) * point.nll(&hidden[row * width..][..width], *target as usize);
+                    loss += f64::from(*weight) * point.nll(&hidden[row * width..][..width], row, *target as usize);
                 }
             }
             first += length;
@@ -170,7 +171,7 @@ impl Point<'_> {
         let mask = Mask::new(stream(weight, 0) ^ splitmix64(seed, 0), self.reference.lora.dropout);
         let drop = |(row, x): (usize, &[f64])| {
             let mut factors = vec![1.0f32; width];
-            dropout_inplace(&mask, first + row, &mut factors);
+            dropout_inplace(Isa::detect(), &mask, first + row, &mut factors);
             x.iter().zip(factors).map(|(x, f)| x * f64::from(f)).collect::<Vec<f64>>()
         };
         x.chunks_exact(width).enumerate().flat_map(drop).collect()
@@ -256,7 +257,18 @@ impl Point<'_> {
         let spec = &self.reference.spec;
         let table = self.weight(&spec.embedding);
         let embed = |t: &u32| table[*t as usize * spec.width..][..spec.width].iter();
-        let mut x: Rows = tokens.iter().flat_map(embed).map(|v| v * f64::from(spec.embed_scale)).collect();
+        let mut x: Rows = tokens.iter().flat_map(embed).copied().collect();
+        let adapter = |part: &str| self.param(&format!("{}.{part}", name(&spec.embedding)));
+        if let (Some(a), Some(b)) = (adapter("lora_a"), adapter("lora_b")) {
+            let rank = a.len() / spec.width;
+            for (x, token) in x.chunks_exact_mut(spec.width).zip(tokens) {
+                for r in 0..rank {
+                    let factor = f64::from(self.reference.lora.scale) * b[*token as usize * rank + r];
+                    x.iter_mut().zip(&a[r * spec.width..][..spec.width]).for_each(|(x, a)| *x += factor * a);
+                }
+            }
+        }
+        x.iter_mut().for_each(|x| *x *= f64::from(spec.embed_scale));
         for layer in &spec.layers {
             let h = self.rms_norm(&x, &layer.attention_norm);
             let y = self.linear(&self.attention(&h, layer), spec.heads * spec.head_dim, &layer.o);
@@ -270,9 +282,18 @@ impl Point<'_> {
         self.rms_norm(&x, &spec.output_norm)
     }
 
-    fn nll(&self, hidden: &[f64], target: usize) -> f64 {
+    /// `−ln p` behind one row, number `row` of the sequence.
+    fn nll(&self, hidden: &[f64], row: usize, target: usize) -> f64 {
         let spec = &self.reference.spec;
-        let mut z = product(hidden, self.weight(&spec.head), spec.width);
+        let head = LinearSpec { weight: spec.head.clone(), bias: None };
+        let mut z = match spec.head == spec.embedding {
+            // What adapts a shared matrix adapts the embedding.
+            true => product(hidden, self.weight(&spec.head), spec.width),
+            false => {
+                let dropout = self.dropout.map(|(seed, first)| (seed, first + row));
+                Point { dropout, ..*self }.linear(hidden, spec.width, &head)
+            }
+        };
         if let Some(cap) = spec.logit_softcap.map(f64::from) {
             z.iter_mut().for_each(|z| *z = cap * (*z / cap).tanh());
         }

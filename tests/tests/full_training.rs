@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use kinglet_engine::gguf::Gguf;
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::{LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions};
+use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions};
 use kinglet_engine::tape::{LoraSpec, Trained};
 use kinglet_engine::text::EncodeOptions;
 use kinglet_models::scratch::write_scratch;
@@ -30,7 +30,8 @@ fn batch(tokens: &[u32], length: usize) -> LearnBatch {
 }
 
 fn options(trained: Trained) -> LearnerOptions {
-    LearnerOptions { trained, tokens: 256, exact: true, threads: 1, memory_budget: None }
+    let arithmetic = Arithmetic::Exact;
+    LearnerOptions { trained, tokens: 256, sequence: 0, arithmetic, threads: 1, memory_budget: None }
 }
 
 fn mean(scores: &[f32]) -> f64 {
@@ -123,12 +124,19 @@ fn a_model_from_nothing_learns_a_text_by_heart_and_is_written() {
 #[test]
 fn a_session_computes_what_was_trained() {
     let scratch = Scratch::new("trained-adapters");
-    for (arch, dora) in [("llama", false), ("qwen2", true), ("gemma3", true)] {
+    let cases: [(&str, bool, &[&str]); 4] = [
+        ("llama", false, &["token_embd.weight", "output.weight"]),
+        ("qwen2", true, &["output.weight"]),
+        ("gemma3", true, &[]),
+        ("gemma3", false, &["token_embd.weight"]),
+    ];
+    for (arch, dora, ends) in cases {
         let path = scratch.path("tiny.gguf");
         write_tiny(&path, &TinyConfig::new(arch)).expect("a tiny model");
         let model = kinglet_models::open(&path).expect("the model opens");
         let matrices = model.weights().iter().filter(|(_, w)| w.name.starts_with("blk.") && w.rows > 1);
-        let weights = matrices.map(|(_, w)| w.name.clone()).collect();
+        let mut weights: Vec<String> = matrices.map(|(_, w)| w.name.clone()).collect();
+        weights.extend(ends.iter().map(|name| name.to_string()));
         let lora = LoraSpec { rank: 4, scale: 0.75, weights, dora, dropout: 0.5 };
         let mut learner = Learner::new(&model, &options(lora.into())).expect("a learner");
         let mut random = Random::new(3);

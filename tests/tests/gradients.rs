@@ -129,6 +129,10 @@ fn check_adapters(model: &Model, lengths: &[usize], lora: LoraSpec) -> f64 {
 
 /// A tiny model whose description is changed before it is computed with.
 fn check_switches(name: &str, config: &TinyConfig, change: impl Fn(&mut Spec)) {
+    check_switches_with(name, config, change, |model| lora(model, 4));
+}
+
+fn check_switches_with(name: &str, config: &TinyConfig, change: impl Fn(&mut Spec), lora: impl Fn(&Model) -> LoraSpec) {
     let scratch = Scratch::new(name);
     let path = scratch.path("tiny.gguf");
     write_tiny(&path, config).expect("a tiny model");
@@ -136,7 +140,8 @@ fn check_switches(name: &str, config: &TinyConfig, change: impl Fn(&mut Spec)) {
     let mut spec = families::spec(&gguf).expect("a description");
     change(&mut spec);
     let model = Model::new(Arc::new(gguf), spec).expect("the model opens");
-    println!("{}: {:.1e}", config.arch, check_model(&model, &[12, 1, 6], 4));
+    let lora = lora(&model);
+    println!("{}: {:.1e}", config.arch, check_adapters(&model, &[12, 1, 6], lora));
 }
 
 /// What no family combines in this way, one after the other in every layer and for all heads.
@@ -219,6 +224,67 @@ fn dropout_and_learned_lengths() {
             println!("{arch} {dropout} {dora}: {:.1e}", check_adapters(&model, &[11, 1, 9], lora));
         }
     }
+}
+
+/// The two ends of a model: embedding and head, tied and not, with several chunks of vocabulary.
+#[test]
+fn adapters_of_embedding_and_head() {
+    let scratch = Scratch::new("gradient-ends");
+    for (arch, vocab, dora, dropout) in [
+        ("llama", 256, false, 0.0),
+        ("llama", 1_120, false, 0.2),
+        ("qwen2", 1_120, true, 0.0),
+        ("qwen3", 256, true, 0.1),
+        ("gemma3", 1_120, false, 0.0),
+    ] {
+        let model = tiny(&scratch, &TinyConfig { layers: 1, vocab, ..TinyConfig::new(arch) });
+        let mut lora = LoraSpec { dora, dropout, ..lora(&model, 4) };
+        if !dora {
+            lora.weights.push("token_embd.weight".into());
+        }
+        if model.gguf().tensor("output.weight").is_some() {
+            lora.weights.push("output.weight".into());
+        }
+        println!("{arch} ends: {:.1e}", check_adapters(&model, &[11, 1, 9], lora));
+    }
+    // With the softcap of logits, and nothing adapted but the ends.
+    for dora in [false, true] {
+        check_switches_with(
+            "gradient-ends-cap",
+            &TinyConfig::new("llama"),
+            |spec| spec.logit_softcap = Some(3.0),
+            |_| {
+                let ends = ["output.weight", "token_embd.weight"];
+                let weights = ends.into_iter().take(if dora { 1 } else { 2 }).map(String::from).collect();
+                LoraSpec { rank: 3, scale: SCALE, weights, dora, ..LoraSpec::default() }
+            },
+        );
+    }
+}
+
+/// A few adapters only: gradients are computed where they are needed, and are right there.
+#[test]
+fn adapters_of_some_maps() {
+    let scratch = Scratch::new("gradient-some");
+    let model = tiny(&scratch, &TinyConfig { layers: 4, ..TinyConfig::new("llama") });
+    let sets: [&[&str]; 6] = [
+        &["blk.3.ffn_down.weight"],
+        &["blk.2.attn_k.weight"],
+        &["blk.1.attn_output.weight", "blk.3.attn_v.weight"],
+        &["blk.0.ffn_gate.weight", "output.weight"],
+        &["output.weight"],
+        &["token_embd.weight"],
+    ];
+    for names in sets {
+        let lora = LoraSpec { weights: names.iter().map(|n| n.to_string()).collect(), ..lora(&model, 4) };
+        check_adapters(&model, &[11, 1, 9], lora);
+    }
+    // The lower layers are not computed again when nothing there learns.
+    let arena = |names: &[&str]| {
+        let lora = LoraSpec { weights: names.iter().map(|n| n.to_string()).collect(), ..lora(&model, 4) };
+        Learner::new(&model, &options(lora)).expect("a learner").estimate().arena
+    };
+    assert!(arena(&["output.weight"]) < arena(&["blk.0.attn_q.weight"]));
 }
 
 /// All weights: norms, biases, head norms, embeddings whose tokens repeat, heads tied and not, several chunks of them.
@@ -354,7 +420,12 @@ fn threads_and_kept_layers_do_not_show() {
         let model = tiny(&scratch, &TinyConfig { vocab: 1_120, ..TinyConfig::new(arch).with_dtype(dtype) });
         let batch = batch(&model, &[17, 1, 9, 2], 6);
         let mut first: Option<(Vec<f32>, Vec<f32>)> = None;
-        let lora = LoraSpec { dropout: 0.2, dora: arch == "qwen2", ..lora(&model, 4) };
+        let mut lora = LoraSpec { dropout: 0.2, dora: arch == "qwen2", ..lora(&model, 4) };
+        match arch {
+            "llama" => lora.weights.extend(["token_embd.weight", "output.weight"].map(String::from)),
+            "qwen2" => lora.weights.push("output.weight".into()),
+            _ => {}
+        }
         let trained = if arch == "qwen3" { Trained::All } else { lora.into() };
         // For three threads, whose scratch is the largest.
         let options = LearnerOptions { threads: 3, arithmetic, ..options(trained) };

@@ -29,10 +29,11 @@ fn check(kind: &str) {
     write_tiny(&path, &TinyConfig { layers: 2, ..TinyConfig::new("qwen2") }).expect("a tiny model");
     let model = kinglet_models::open(&path).expect("the model opens");
     let weights = model.weights().iter().filter(|(_, w)| w.name.starts_with("blk.") && w.rows > 1);
+    let ends = ["token_embd.weight", "output.weight"].into_iter().filter(|_| kind == "ends");
     let lora = LoraSpec {
         rank: 4,
         scale: 1.5,
-        weights: weights.map(|(_, w)| w.name.clone()).collect(),
+        weights: weights.map(|(_, w)| w.name.clone()).chain(ends.map(String::from)).collect(),
         dora: kind == "dora",
         dropout: 0.0,
     };
@@ -84,6 +85,11 @@ fn check(kind: &str) {
 #[test]
 fn lora_has_the_gradients_of_peft() {
     check("lora");
+}
+
+#[test]
+fn embedding_and_head_have_the_gradients_of_peft() {
+    check("ends");
 }
 
 #[test]

@@ -7,6 +7,7 @@ pub mod kernels;
 mod kv;
 mod matrix;
 mod ops;
+mod ops_head;
 mod ops_learn;
 mod ops_loss;
 mod ops_weights;

@@ -10,10 +10,11 @@ use super::executor::{Arithmetic, Context, Scratch, SequenceView, VOCAB_CHUNK};
 use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
 use super::kv::PAGE;
 use super::matrix::Matrix;
+use super::ops_head;
 use super::patch::{GAIN_COLUMNS, PartPatch, Patch};
 use super::pool::Team;
 use crate::quant::DType;
-use crate::tape::{Attention, Epilogue, KvSource, Linear, Op, Part, Rope, Value, WeightId};
+use crate::tape::{Attention, Epilogue, HeadLora, KvSource, Linear, Op, Part, Rope, Value, WeightId};
 
 /// Rows of weights that stay with one thread: whole tiles of every kernel, whole groups of 32 for the 8-bit form.
 pub(super) const ROW_UNIT: usize = 32;
@@ -361,7 +362,9 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                     }
                 }
             }
-            Op::CrossEntropy { x, weight, out } => cross_entropy(c, *x, *weight, *out, team, scratch, round),
+            Op::CrossEntropy { x, weight, out, lora } => {
+                cross_entropy(c, *x, *weight, *out, lora.as_ref(), team, scratch, round)
+            }
             Op::Gated { kind, gate, up, out } => {
                 let (gate, up, y) = (c.matrix(*gate), c.matrix(*up), c.matrix(*out));
                 for row in team.share(y.rows, 1) {
@@ -636,11 +639,13 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
 
 /// Sums `exp(z − max)` chunk by chunk of the vocabulary: chunks are fixed, so the result does not depend on who
 /// computes them.
+#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn cross_entropy(
     c: &Context<'_>,
     x: Value,
     weight: WeightId,
     out: Value,
+    adapter: Option<&HeadLora>,
     team: &Team<'_>,
     scratch: &mut Scratch,
     round: usize,
@@ -672,6 +677,13 @@ pub(super) unsafe fn cross_entropy(
         if let Some(patch) = patch {
             // SAFETY: `h` is complete behind the barrier; this thread's scratch.
             unsafe { correct(c, patch, 0, columns.clone(), &logits, 0, false) };
+        }
+        if let Some(adapter) = adapter {
+            // SAFETY: this thread's scratch; the adapter's hidden values and norms were computed before.
+            unsafe {
+                ops_head::add(c, adapter, columns.clone(), &logits, 0);
+                ops_head::rescale(c, adapter, columns.clone(), &logits, 0);
+            }
         }
         for row in 0..rows {
             // SAFETY: this thread's scratch; `[chunk][row]` is written by whoever claimed the chunk.

@@ -1,15 +1,15 @@
-//! The ops of learning on the CPU: adapters, gradients of values, the cross-entropy with its gradient. Gradients of the
-//! weights themselves are in `ops_weights`.
+//! The ops of learning on the CPU: adapters and gradients of values. The cross-entropy's gradient and the head's adapter
+//! are in `ops_head`, gradients of the weights and of the embedding's adapter in `ops_weights`.
 //!
 //! Rows are divided among the threads; sums over rows (the adapters' gradients) are divided by the rows of the parameter
 //! instead, so that nothing is added up across threads and a run gives the same bits for any number of them.
 
-use super::executor::{Arithmetic, Context, Scratch, VOCAB_CHUNK};
+use super::executor::{Arithmetic, Context, Scratch};
 use super::kernels::gemm::{self, Gemm};
 use super::kernels::{activation, attention, dropout, linear, norm, rope, vector};
 use super::matrix::Matrix;
 use super::pool::Team;
-use super::{ops, ops_loss, ops_weights};
+use super::{ops, ops_head, ops_loss, ops_weights};
 use crate::tape::{
     AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
     magnitude_ratio,
@@ -62,7 +62,7 @@ impl<'a> Context<'a> {
         }
     }
 
-    fn param_shape(&self, id: ParamId) -> (usize, usize) {
+    pub(super) fn param_shape(&self, id: ParamId) -> (usize, usize) {
         let p = &self.tape.params[id.0 as usize];
         (p.rows, p.width)
     }
@@ -83,7 +83,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let mask = mask(c, op);
                 for row in team.share(y.rows, 1) {
                     y.begin_from(&x, row, 0..y.width);
-                    dropout::dropout_inplace(&mask, token_row(c, op.out, row), y.row_mut(row));
+                    dropout::dropout_inplace(c.isa, &mask, token_row(c, op.out, row), y.row_mut(row));
                 }
             }
             Op::DropoutBackward { forward, dy, dx, out } => {
@@ -92,7 +92,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 for row in team.share(y.rows, 1) {
                     begin(c, *dx, *out, row..row + 1);
                     let token = token_row(c, *out, row);
-                    dropout::dropout(&mask, token, dy.row(row), y.row_mut(row), dx.is_some());
+                    dropout::dropout(c.isa, &mask, token, dy.row(row), y.row_mut(row), dx.is_some());
                 }
             }
             Op::RowNorms { weight, a, b, scale, out } => row_norms(c, *weight, (*a, *b), *scale, *out, team),
@@ -140,13 +140,14 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                     }
                 }
             }
-            Op::CrossEntropyGrad { x, weight, out, dx } => {
-                if c.trained(*weight).is_none() {
+            Op::CrossEntropyGrad { x, weight, out, dx, lora } => {
+                if c.trained(*weight).is_none() && lora.is_none() {
                     return ops_loss::cross_entropy_grad(c, (*x, *weight), (*out, *dx), team, scratch);
                 }
-                ops::cross_entropy(c, *x, *weight, *out, team, scratch, round);
-                cross_entropy_gradient(c, *x, *weight, *out, *dx, team, scratch);
+                ops::cross_entropy(c, *x, *weight, *out, lora.as_ref().map(|(lora, _)| lora), team, scratch, round);
+                ops_head::cross_entropy_gradient(c, *x, *weight, *out, *dx, lora.as_ref(), team, scratch);
             }
+            Op::LoraHidden(_) | Op::LoraHiddenBackward { .. } => ops_head::run(c, op, team),
             _ => ops_weights::run(c, op, team),
         }
     }
@@ -156,7 +157,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
 ///
 /// # Safety
 /// This thread alone uses these rows.
-unsafe fn begin(c: &Context<'_>, dx: Option<Value>, out: Value, rows: std::ops::Range<usize>) {
+pub(super) unsafe fn begin(c: &Context<'_>, dx: Option<Value>, out: Value, rows: std::ops::Range<usize>) {
     let Some(dx) = dx else { return };
     let (dx, y) = (c.matrix(dx), c.matrix(out));
     for row in rows {
@@ -274,13 +275,28 @@ pub(super) unsafe fn product(
     form: fn(super::isa::Isa, &Gemm<'_>) -> crate::Result<()>,
     (m, n, k): (usize, usize, usize),
     alpha: f32,
-    (a, a_stride): (&[f32], usize),
-    (b, b_stride): (&[f32], usize),
+    a: (&[f32], usize),
+    b: (&[f32], usize),
     out: &mut [f32],
     accumulate: bool,
 ) {
     // SAFETY: the slice is as long as it says, and exclusive.
     let out = unsafe { linear::OutMut::new(out.as_mut_ptr(), n, out.len()) };
+    product_to(c, form, (m, n, k), alpha, a, b, out, accumulate);
+}
+
+/// As [`product`], to some columns of a matrix.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn product_to(
+    c: &Context<'_>,
+    form: fn(super::isa::Isa, &Gemm<'_>) -> crate::Result<()>,
+    (m, n, k): (usize, usize, usize),
+    alpha: f32,
+    (a, a_stride): (&[f32], usize),
+    (b, b_stride): (&[f32], usize),
+    out: linear::OutMut,
+    accumulate: bool,
+) {
     let task = Gemm { m, n, k, alpha, a, a_stride, b, b_stride, c: out, accumulate };
     // The sizes come from the tape's own table.
     if let Err(e) = form(c.isa, &task) {
@@ -454,7 +470,7 @@ unsafe fn rescale_backward(c: &Context<'_>, op: &Rescale, dy: Value, out: Value,
 ///
 /// # Safety
 /// This thread alone uses them.
-unsafe fn rows_mut<'a>(matrix: &Matrix, rows: std::ops::Range<usize>) -> &'a mut [f32] {
+pub(super) unsafe fn rows_mut<'a>(matrix: &Matrix, rows: std::ops::Range<usize>) -> &'a mut [f32] {
     // SAFETY: in bounds, as rows are contiguous; exclusive by the caller's promise.
     unsafe { std::slice::from_raw_parts_mut(matrix.row_ptr(rows.start), rows.len() * matrix.width) }
 }
@@ -563,69 +579,4 @@ pub(super) fn turn_back(c: &Context<'_>, op: &Rope, row: usize, head: &mut [f32]
     let Some(index) = op.rope else { return };
     let (cos, sin) = ops::rope_row(c, row, index);
     rope::rope_backward(c.isa, head, head.len(), cos, sin, c.tape.spec.ropes[index].style);
-}
-
-/// The second pass of a cross-entropy whose head is trained too, so that finished probabilities are needed: chunk by chunk of the vocabulary all threads compute `g·(softmax − onehot)`, then
-/// each multiplies it with the chunk's weights for its own rows.
-unsafe fn cross_entropy_gradient(
-    c: &Context<'_>,
-    x: Value,
-    weight: WeightId,
-    nll: Value,
-    dx: Value,
-    team: &Team<'_>,
-    scratch: &mut Scratch,
-) {
-    let rows = c.outputs.len();
-    if rows == 0 {
-        return;
-    }
-    team.wait();
-    let vocab = c.weights.get(weight).rows;
-    let (nll, dx, input) = (c.matrix(nll), c.matrix(dx), c.matrix(x));
-    // SAFETY: the input was finished long before; the partial sums' and target logits' places as in `cross_entropy`,
-    // and the probabilities' place behind them.
-    let x = unsafe { c.linear_input(x, team) };
-    // SAFETY: as above.
-    let (targets, probabilities) = unsafe {
-        let targets = c.arena.add(c.tables.partial).cast::<f32>().add(2 * vocab.div_ceil(VOCAB_CHUNK) * rows);
-        let probabilities = Matrix::new(c.arena.add(c.tables.probabilities).cast(), rows, VOCAB_CHUNK);
-        (targets, probabilities)
-    };
-    let mut capped = Vec::new();
-    for start in (0..vocab).step_by(VOCAB_CHUNK) {
-        let chunk = start..(start + VOCAB_CHUNK).min(vocab);
-        let mine = team.share(chunk.len(), ops::ROW_UNIT);
-        if !mine.is_empty() {
-            c.linear_rows(weight, chunk.start, mine.clone(), &x, &probabilities, false, &mut scratch.linear);
-        }
-        for row in 0..rows {
-            // SAFETY: this thread's columns.
-            unsafe {
-                let z = probabilities.columns_mut(row, mine.clone());
-                // Log-sum-exp is what the cross-entropy adds to the target's logit.
-                let lse = *targets.add(row) + nll.row(row)[0];
-                let g = c.row_weights[row];
-                let at = (c.targets[row] as usize).checked_sub(chunk.start + mine.start).filter(|t| *t < mine.len());
-                let Some(cap) = c.tape.spec.logit_softcap else {
-                    vector::cross_entropy_backward(c.isa, z, lse, at, g);
-                    continue;
-                };
-                activation::softcap(c.isa, z, cap);
-                capped.clear();
-                capped.extend_from_slice(z);
-                vector::cross_entropy_backward(c.isa, z, lse, at, g);
-                activation::softcap_backward(c.isa, &capped, cap, z);
-            }
-        }
-        team.wait();
-        let mine = team.share(rows, 1);
-        // SAFETY: this thread's rows of the gradient; the chunk's probabilities are complete.
-        unsafe { linear_backward(c, weight, chunk.clone(), &probabilities, mine, &dx, start > 0, scratch) };
-        if let Some(head) = c.trained(weight) {
-            // SAFETY: the probabilities are complete until the next barrier; threads divide the head's rows.
-            unsafe { ops_weights::add_product(c, head, chunk, &probabilities, &input, team) };
-        }
-        team.wait();
-    }
 }

@@ -1,5 +1,5 @@
 //! Gradients of the weights themselves, where all of a model is trained: matrices and biases of linear maps, norms, the
-//! embedding, the head.
+//! embedding, the head. And the embedding's adapter, which is like an embedding in its one half.
 //!
 //! Each is a sum over the rows of a run. Threads divide the elements of the parameter and add up all rows in order, so
 //! that a run gives the same bits for any number of threads, also where a token occurs twice and its row of the embedding
@@ -12,7 +12,7 @@ use super::kernels::{gemm, norm, vector};
 use super::matrix::Matrix;
 use super::pool::Team;
 use super::{ops, ops_learn};
-use crate::tape::{Op, ParamId, Rope, Value, WeightId};
+use crate::tape::{EmbedLora, Op, ParamId, Rope, Value, WeightId};
 
 /// Executes this thread's part of an op that computes gradients of weights.
 ///
@@ -27,7 +27,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>) {
                 for (dy, weight, bias) in parts {
                     let dy = c.matrix(*dy);
                     if let Some(id) = c.trained(*weight) {
-                        add_product(c, id, 0..dy.width, &dy, &x, team);
+                        add_product(c, id, 0..dy.width, 1.0, &dy, &x, team);
                     }
                     if let Some(id) = bias.and_then(|bias| c.trained(bias)) {
                         let columns = team.share(dy.width, ops::ROW_UNIT);
@@ -57,19 +57,23 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>) {
                     vector::axpy(c.isa, *scale, &dy.row(row)[columns.clone()], sum);
                 }
             }
+            Op::EmbedLora(op) => embed_lora(c, op, team),
+            Op::EmbedLoraBackward { forward, dy, e } => embed_lora_backward(c, forward, *dy, *e, team),
             _ => unreachable!("{} is no op of learning", op.name()),
         }
     }
 }
 
-/// Adds `dyᵀ·x` to rows `part` of a matrix' gradient, which belong to the first columns of `dy`.
+/// Adds `alpha·dyᵀ·x` to rows `part` of a matrix' gradient, which belong to the first columns of `dy`.
 ///
 /// # Safety
 /// All threads of the team come here, with `dy` and `x` complete; nobody else uses these rows.
+#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn add_product(
     c: &Context<'_>,
     id: ParamId,
     part: Range<usize>,
+    alpha: f32,
     dy: &Matrix,
     x: &Matrix,
     team: &Team<'_>,
@@ -83,7 +87,43 @@ pub(super) unsafe fn add_product(
         let out = c.gradient(id, part.start + mine.start..part.start + mine.end);
         let dy = (&dy.all(0..x.rows)[mine.start..], dy.width);
         let sizes = (mine.len(), x.width, x.rows);
-        ops_learn::product(c, gemm::gemm_tn, sizes, 1.0, dy, (x.all(0..x.rows), x.width), out, true);
+        ops_learn::product(c, gemm::gemm_tn, sizes, alpha, dy, (x.all(0..x.rows), x.width), out, true);
+    }
+}
+
+unsafe fn embed_lora(c: &Context<'_>, op: &EmbedLora, team: &Team<'_>) {
+    let (x, out) = (c.matrix(op.x), c.matrix(op.out));
+    let (a, b, rank) = (c.param(op.a), c.param(op.b), c.param_shape(op.a).0);
+    for row in team.share(out.rows, 1) {
+        // SAFETY: this thread's row; input and output are the same memory or apart.
+        unsafe {
+            out.begin_from(&x, row, 0..out.width);
+            let y = out.row_mut(row);
+            for (b, a) in b[c.tokens[row] as usize * rank..][..rank].iter().zip(a.chunks_exact(out.width)) {
+                vector::axpy(c.isa, op.scale * b, a, y);
+            }
+        }
+    }
+}
+
+unsafe fn embed_lora_backward(c: &Context<'_>, op: &EmbedLora, dy: Value, e: Value, team: &Team<'_>) {
+    let (dy, e) = (c.matrix(dy), c.matrix(e));
+    let (a, b, rank) = (c.param(op.a), c.param(op.b), e.width);
+    // SAFETY: this thread's rows first; then its ranks, which are rows of `A` and columns of `B`.
+    unsafe {
+        for row in team.share(dy.rows, 1) {
+            for (e, a) in e.row_mut(row).iter_mut().zip(a.chunks_exact(dy.width)) {
+                *e = op.scale * vector::dot(c.isa, a, dy.row(row));
+            }
+        }
+        team.wait();
+        for r in team.share(rank, 1) {
+            let of_a = c.gradient_columns(op.a, r, 0..dy.width);
+            for (row, token) in c.tokens.iter().enumerate() {
+                c.gradient_columns(op.b, *token as usize, r..r + 1)[0] += e.row(row)[r];
+                vector::axpy(c.isa, op.scale * b[*token as usize * rank + r], dy.row(row), of_a);
+            }
+        }
     }
 }
 

@@ -266,7 +266,11 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
         limits: PlanLimits { tokens: options.tokens, outputs: options.tokens },
         trained: Some(options.trained.clone()),
         kept_layers: 1,
-        arithmetic: options.arithmetic,
+        arithmetic: match options.trained {
+            Trained::Adapters(_) => options.arithmetic,
+            // Trained weights are f32.
+            Trained::All => Arithmetic::Exact,
+        },
     })
 }
 
@@ -276,6 +280,16 @@ fn check_adapters(model: &Model, lora: &LoraSpec) -> Result<()> {
     }
     if let Some(unknown) = lora.weights.iter().find(|name| !model.weights().iter().any(|(_, w)| w.name == **name)) {
         return Err(Error::argument(format!("there is no weight {unknown:?} to adapt; `inspect` lists them")));
+    }
+    let table = &model.weights().get(model.weights().id(&model.spec().embedding)).name;
+    if lora.dora && lora.weights.contains(table) {
+        return Err(Error::Unsupported(format!(
+            "learned lengths (DoRA) of the embedding {table}; leave it out, or train without them"
+        )));
+    }
+    let vector = |name: &&String| model.weights().iter().any(|(_, w)| w.name == **name && !w.vector().is_empty());
+    if let Some(vector) = lora.weights.iter().find(vector) {
+        return Err(Error::argument(format!("{vector} is no matrix: adapters are for matrices")));
     }
     if !(1..=1024).contains(&lora.rank) || !lora.scale.is_finite() {
         return Err(Error::argument(format!("a rank between 1 and 1024 and a finite scale are needed, not {lora:?}")));

@@ -7,7 +7,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::builder::Builder;
-use super::op::{AttentionBackward, Epilogue, KvSource, LoraBackward, Op, Rows, Value, WeightId};
+use super::op::{Epilogue, KvSource, Op, Rows, Value, WeightId};
+use super::op_learn::{AttentionBackward, LoraBackward};
 
 /// Gradients by value, and which values need one.
 struct Gradients {
@@ -182,6 +183,10 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
         | Op::Head { .. }
         | Op::CrossEntropy { .. }
         | Op::CrossEntropyGrad { .. }
+        | Op::EmbedLora(_)
+        | Op::EmbedLoraBackward { .. }
+        | Op::LoraHidden(_)
+        | Op::LoraHiddenBackward { .. }
         | Op::RowNorms { .. }
         | Op::LoraBackward(_)
         | Op::DropoutBackward { .. }

@@ -3,26 +3,28 @@
 use std::collections::HashMap;
 
 use super::op::{
-    Attention, Dropout, Epilogue, KvSource, Linear, Lora, Op, Param, ParamId, Part, Rescale, Rope, Rows, Tape, Value,
-    ValueInfo, WeightId,
+    Attention, Epilogue, KvSource, Linear, Op, Param, ParamId, Part, Rope, Rows, Tape, Value, ValueInfo, WeightId,
 };
+use super::op_learn::{Dropout, EmbedLora, HeadLora, Lora, LoraHidden, Rescale};
 use super::spec::{Gate, LayerSpec, LinearSpec, Spec, WeightRef};
 use super::weights::Weights;
 use crate::quant::DType;
 use crate::random;
 
-/// Which linear maps get a trained low-rank adapter, and of what size.
+/// Which matrices get a trained low-rank adapter, and of what size.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoraSpec {
     /// Rank of every adapter.
     pub rank: usize,
     /// Factor on the adapter's output: `α/r`, or `α/√r`.
     pub scale: f32,
-    /// Names of the adapted weights, such as `blk.0.attn_q.weight`.
+    /// Names of the adapted weights: linear maps such as `blk.0.attn_q.weight`, the embedding, the head. A matrix that is
+    /// both is adapted as the embedding.
     pub weights: Vec<String>,
     /// Share of the adapters' inputs that are zeroed in a run for learning; scoring leaves none out.
     pub dropout: f32,
-    /// Whether the lengths of the adapted matrices' rows are learned apart from their directions (DoRA).
+    /// Whether the lengths of the adapted matrices' rows are learned apart from their directions (DoRA). Together with
+    /// dropout, what falls is missing from the low-rank product only; PEFT leaves it out of the matrix' own rescaled part too.
     pub dora: bool,
 }
 
@@ -125,8 +127,36 @@ impl<'a> Builder<'a> {
     pub fn embed(&mut self) -> Value {
         let out = self.value(Rows::Tokens, self.spec.width, "embedding");
         let table = self.weights.id(&self.spec.embedding);
-        self.ops.push(Op::Embed { table, scale: self.spec.embed_scale, out });
+        let scale = self.spec.embed_scale;
+        self.ops.push(Op::Embed { table, scale, out });
+        let Some(lora) = self.adapter(&self.spec.embedding) else { return out };
+        let (weight, x) = (self.weights.get(table).name.as_str(), out);
+        let a = self.param(weight, "lora_a", lora.rank, self.spec.width);
+        let b = self.param(weight, "lora_b", self.spec.vocab, lora.rank);
+        let out = self.value(Rows::Tokens, self.spec.width, "adapted embedding");
+        self.ops.push(Op::EmbedLora(EmbedLora { x, a, b, scale: scale * lora.scale, out }));
         out
+    }
+
+    /// Gradients of what is trained about the embedding: `forward` are the ops of [`Builder::embed`].
+    pub(super) fn embed_backward(&mut self, forward: &[Op], dy: Value) {
+        for op in forward {
+            match op {
+                Op::Embed { table, scale, .. } if self.trains_weights() => {
+                    self.ops.push(Op::EmbedBackward { table: *table, scale: *scale, dy });
+                }
+                Op::EmbedLora(lora) => {
+                    let e = self.value(Rows::Tokens, self.params[lora.a.0 as usize].rows, "d lora");
+                    self.ops.push(Op::EmbedLoraBackward { forward: *lora, dy, e });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Whether anything about the embedding is trained.
+    pub(super) fn trains_embedding(&self) -> bool {
+        self.trains_weights() || self.adapter(&self.spec.embedding).is_some()
     }
 
     /// RMS norm with a weight, same shape as `x`.
@@ -169,50 +199,78 @@ impl<'a> Builder<'a> {
         self.params.push(Param { name, rows, width, offset });
     }
 
-    /// The adapters' settings, if `linear` gets one.
-    fn adapter(&self, linear: &LinearSpec) -> Option<&'a LoraSpec> {
-        let weight = &self.weights.get(self.weights.id(&linear.weight)).name;
+    /// The adapters' settings, if this matrix gets one.
+    fn adapter(&self, matrix: &WeightRef) -> Option<&'a LoraSpec> {
+        let weight = &self.weights.get(self.weights.id(matrix)).name;
         self.trained?.lora().filter(|lora| lora.weights.contains(weight))
     }
 
     /// Whether bias and residual are added behind the map's adapter, which rescales its rows.
     fn adds_later(&self, linear: &LinearSpec) -> bool {
-        self.adapter(linear).is_some_and(|lora| lora.dora)
+        self.adapter(&linear.weight).is_some_and(|lora| lora.dora)
+    }
+
+    /// The input of a weight's adapter, with the op in which some of it falls.
+    fn adapter_input(&mut self, x: Value, weight: &str, lora: &LoraSpec) -> (Value, Option<Dropout>) {
+        if lora.dropout <= 0.0 || !self.drops {
+            return (x, None);
+        }
+        let (rows, width) = self.shape(x);
+        let out = self.value(rows, width, "dropped out");
+        let dropout = Dropout { x, stream: random::stream(weight, 0), rate: lora.dropout, out };
+        self.ops.push(Op::Dropout(dropout));
+        (out, Some(dropout))
+    }
+
+    /// Magnitude and lengths of the rows of an adapted weight.
+    fn rescaling(&mut self, id: WeightId, a: ParamId, b: ParamId, scale: f32) -> (ParamId, Value) {
+        let (name, rows) = (self.weights.get(id).name.as_str(), self.weights.get(id).rows);
+        let magnitude = self.param(name, "lora_magnitude", 1, rows);
+        if let Some(norms) = self.norms.get(&id) {
+            return (magnitude, *norms);
+        }
+        let out = self.value(Rows::One, rows, "row norms");
+        self.ops.push(Op::RowNorms { weight: id, a, b, scale, out });
+        self.norms.insert(id, out);
+        (magnitude, out)
     }
 
     /// `y` with the adapter of `linear`, if it has one; the residual is added if the map has left it to the adapter.
     fn adapt(&mut self, x: Value, linear: &LinearSpec, y: Value, residual: Option<Value>) -> Value {
-        let Some(lora) = self.adapter(linear) else { return y };
+        let Some(lora) = self.adapter(&linear.weight) else { return y };
         let id = self.weights.id(&linear.weight);
         let weight = self.weights.get(id).name.as_str();
         let ((rows, width), out_width) = (self.shape(x), self.shape(y).1);
         let a = self.param(weight, "lora_a", lora.rank, width);
         let b = self.param(weight, "lora_b", out_width, lora.rank);
-        let (scale, mut input) = (lora.scale, x);
-        if lora.dropout > 0.0 && self.drops {
-            input = self.value(rows, width, "dropped out");
-            let stream = random::stream(weight, 0);
-            self.ops.push(Op::Dropout(Dropout { x, stream, rate: lora.dropout, out: input }));
-        }
+        let scale = lora.scale;
+        let (input, _) = self.adapter_input(x, weight, lora);
         let (h, adapted) = (self.value(rows, lora.rank, "lora"), self.value(rows, out_width, "adapted"));
         self.ops.push(Op::Lora(Lora { x: input, y, a, b, scale, h, out: adapted }));
         if !lora.dora {
             return adapted;
         }
-        let magnitude = self.param(weight, "lora_magnitude", 1, out_width);
-        let norms = match self.norms.get(&id) {
-            Some(norms) => *norms,
-            None => {
-                let out = self.value(Rows::One, out_width, "row norms");
-                self.ops.push(Op::RowNorms { weight: id, a, b, scale, out });
-                self.norms.insert(id, out);
-                out
-            }
-        };
+        let (magnitude, norms) = self.rescaling(id, a, b, scale);
         let bias = linear.bias.as_ref().map(|bias| self.weights.id(bias));
         let out = self.value(rows, out_width, "rescaled");
         self.ops.push(Op::Rescale(Rescale { y: adapted, magnitude, norms, bias, residual, out }));
         out
+    }
+
+    /// The adapter of the head, with its first half and the op in which some of its input falls. A head that is the
+    /// embedding has none: there an adapter corrects the embedding.
+    fn adapt_head(&mut self, x: Value) -> Option<(HeadLora, LoraHidden, Option<Dropout>)> {
+        let spec = self.spec;
+        let lora = self.adapter(&spec.head).filter(|_| spec.head != spec.embedding)?;
+        let id = self.weights.id(&spec.head);
+        let weight = self.weights.get(id).name.as_str();
+        let a = self.param(weight, "lora_a", lora.rank, spec.width);
+        let b = self.param(weight, "lora_b", spec.vocab, lora.rank);
+        let (input, dropout) = self.adapter_input(x, weight, lora);
+        let hidden = LoraHidden { x: input, a, h: self.value(Rows::Outputs, lora.rank, "lora") };
+        self.ops.push(Op::LoraHidden(hidden));
+        let rescale = lora.dora.then(|| self.rescaling(id, a, b, lora.scale));
+        Some((HeadLora { h: hidden.h, b, scale: lora.scale, rescale }, hidden, dropout))
     }
 
     /// One linear map.
@@ -294,8 +352,9 @@ impl<'a> Builder<'a> {
     pub fn cross_entropy(&mut self, x: Value) -> Value {
         let weight = self.weights.id(&self.spec.head);
         self.mark_quantized(x, self.weights.get(weight).dtype);
+        let lora = self.adapt_head(x).map(|(lora, ..)| lora);
         let out = self.value(Rows::Outputs, 1, "cross-entropy");
-        self.ops.push(Op::CrossEntropy { x, weight, out });
+        self.ops.push(Op::CrossEntropy { x, weight, out, lora });
         out
     }
 
@@ -303,10 +362,26 @@ impl<'a> Builder<'a> {
     pub fn cross_entropy_grad(&mut self, x: Value) -> (Value, Value) {
         let weight = self.weights.id(&self.spec.head);
         self.mark_quantized(x, self.weights.get(weight).dtype);
+        let adapter = self.adapt_head(x);
         let out = self.value(Rows::Outputs, 1, "cross-entropy");
-        let dx = self.value(Rows::Outputs, self.spec.width, "cross-entropy gradient");
-        self.ops.push(Op::CrossEntropyGrad { x, weight, out, dx });
-        (out, dx)
+        let gradient = |b: &mut Self| b.value(Rows::Outputs, b.spec.width, "cross-entropy gradient");
+        let dx = gradient(self);
+        let Some((lora, hidden, dropout)) = adapter else {
+            self.ops.push(Op::CrossEntropyGrad { x, weight, out, dx, lora: None });
+            return (out, dx);
+        };
+        let e = self.value(Rows::Outputs, self.shape(lora.h).1, "d lora");
+        self.ops.push(Op::CrossEntropyGrad { x, weight, out, dx, lora: Some((lora, e)) });
+        let all = gradient(self);
+        match dropout {
+            None => self.ops.push(Op::LoraHiddenBackward { forward: hidden, e, dx: Some(dx), out: all }),
+            Some(dropout) => {
+                let dy = gradient(self);
+                self.ops.push(Op::LoraHiddenBackward { forward: hidden, e, dx: None, out: dy });
+                self.ops.push(Op::DropoutBackward { forward: dropout, dy, dx: Some(dx), out: all });
+            }
+        }
+        (out, all)
     }
 
     /// The finished tape; `result` is what a caller reads.

@@ -4,6 +4,8 @@
 //! key heads and of each branch's output. Everything else is in the [`Spec`]. For learning, the gradient
 //! follows behind: see [`backward`](super::backward).
 
+use std::ops::Range;
+
 use super::backward::backward;
 use super::builder::{Builder, Trained};
 use super::op::{Op, Tape, Value};
@@ -62,7 +64,14 @@ pub fn build_learning(spec: &Spec, weights: &Weights, trained: &Trained, purpose
     }
     let norm = b.ops[start..].to_vec();
     let (result, dh) = b.cross_entropy_grad(h);
-    let mut dx = backward(&mut b, &norm, h, dh, Some(x));
+    // Nothing below the first layer that learns needs a gradient, unless the embedding learns.
+    let learns = |range: &Range<usize>| b.ops[range.clone()].iter().any(|op| matches!(op, Op::Lora(_)));
+    let lowest = match b.trains_embedding() {
+        true => None,
+        false => Some(ranges.iter().position(learns).unwrap_or(ranges.len())),
+    };
+    let needed = |index: usize| lowest.is_none_or(|lowest| index > lowest);
+    let mut dx = backward(&mut b, &norm, h, dh, needed(ranges.len()).then_some(x));
     let first_kept = spec.layers.len().saturating_sub(kept.max(1));
     for (index, range) in ranges.into_iter().enumerate().rev() {
         let Some(gradient) = dx else { break };
@@ -74,13 +83,12 @@ pub fn build_learning(spec: &Spec, weights: &Weights, trained: &Trained, purpose
             (b.ops[start..].to_vec(), out)
         };
         b.section(format!("blk.{index} gradient "));
-        // Below the first layer only the embedding may learn: else its input needs no gradient.
-        let input = (index > 0 || b.trains_weights()).then_some(inputs[index]);
-        dx = backward(&mut b, &ops, out, gradient, input);
+        dx = backward(&mut b, &ops, out, gradient, needed(index).then_some(inputs[index]));
         x = inputs[index];
     }
-    if let (Some(gradient), [Op::Embed { table, scale, .. }]) = (dx, embed.as_slice()) {
-        b.ops.push(Op::EmbedBackward { table: *table, scale: *scale, dy: gradient });
+    if let Some(gradient) = dx {
+        b.section("");
+        b.embed_backward(&embed, gradient);
     }
     b.finish(result)
 }

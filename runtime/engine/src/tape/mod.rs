@@ -11,6 +11,7 @@ mod builder;
 pub mod decoder;
 mod dora;
 mod op;
+mod op_learn;
 mod plan;
 mod rope;
 mod spec;
@@ -20,9 +21,9 @@ pub use builder::{Builder, LoraSpec, Trained};
 pub use decoder::Purpose;
 pub use dora::{adapted_norm, magnitude_ratio};
 pub use op::{
-    Attention, AttentionBackward, Dropout, Epilogue, KvSource, Linear, Lora, LoraBackward, Op, Param, ParamId, Part,
-    Rescale, Rope, Rows, Tape, Value, ValueInfo, WeightId,
+    Attention, Epilogue, KvSource, Linear, Op, Param, ParamId, Part, Rope, Rows, Tape, Value, ValueInfo, WeightId,
 };
+pub use op_learn::{AttentionBackward, Dropout, EmbedLora, HeadLora, Lora, LoraBackward, LoraHidden, Rescale};
 pub use plan::{Place, Plan, PlanLimits};
 pub use rope::Frequencies;
 pub use spec::{Gate, LayerSpec, LinearSpec, RopeSpec, RopeStyle, Spec, WeightRef, Yarn};

@@ -1,8 +1,10 @@
 //! Values and operations.
 //!
 //! A value is a matrix of f32 with a run-time number of rows and a fixed width; it is written by exactly one op.
-//! Shapes in the comments are `[rows, width]`, T the rows of a run (tokens), S the rows whose logits are wanted.
+//! Shapes in the comments are `[rows, width]`, T the rows of a run (tokens), S the rows whose logits are wanted. What the
+//! larger ops of learning consist of is in `op_learn`.
 
+use super::op_learn::{AttentionBackward, Dropout, EmbedLora, HeadLora, Lora, LoraBackward, LoraHidden, Rescale};
 use super::spec::Spec;
 
 /// A value of the tape.
@@ -141,90 +143,6 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
-/// `out = mask ∘ x / (1 − rate)`, the mask drawn anew for each run: an adapter's input in training (Srivastava et al.
-/// 2014). Which elements fall follows from the run's seed, the map and the element's place, so that a layer which is
-/// computed again loses the same ones.
-#[derive(Clone, Copy, Debug)]
-pub struct Dropout {
-    /// `[T, in]`.
-    pub x: Value,
-    /// Hash of the adapted weight's name.
-    pub stream: u64,
-    /// Share of the elements that become zero.
-    pub rate: f32,
-    /// `[T, in]`.
-    pub out: Value,
-}
-
-/// `out = magnitude/norms ∘ y + bias + residual`: what gives the rows of an adapted matrix the lengths that are learned
-/// (DoRA, arXiv:2402.09353). The norms count as constants in the gradient, as they do in the paper (§4.3).
-#[derive(Clone, Copy, Debug)]
-pub struct Rescale {
-    /// The map's output with the adapter and without bias, `[T, out]`.
-    pub y: Value,
-    /// `[1, out]`.
-    pub magnitude: ParamId,
-    /// Lengths of the matrix' rows before, `[1, out]`; where one is 0, so is the result.
-    pub norms: Value,
-    /// `[out]`.
-    pub bias: Option<WeightId>,
-    /// `[T, out]`.
-    pub residual: Option<Value>,
-    /// `[T, out]`.
-    pub out: Value,
-}
-
-/// `out = y + scale·h·Bᵀ` with `h = x·Aᵀ`: a low-rank adapter behind a linear map.
-#[derive(Clone, Copy, Debug)]
-pub struct Lora {
-    /// Input of the map, `[T, in]`.
-    pub x: Value,
-    /// Its output without the adapter, `[T, out]`.
-    pub y: Value,
-    /// `[r, in]`.
-    pub a: ParamId,
-    /// `[out, r]`.
-    pub b: ParamId,
-    /// `α/r`.
-    pub scale: f32,
-    /// `[T, r]`, out.
-    pub h: Value,
-    /// `[T, out]`, out.
-    pub out: Value,
-}
-
-/// Gradient of [`Lora`]: `e = scale·dy·B`, `out = dx + e·A`, `dB += scale·dyᵀ·h`, `dA += eᵀ·x`.
-#[derive(Clone, Copy, Debug)]
-pub struct LoraBackward {
-    /// The forward op.
-    pub forward: Lora,
-    /// Gradient of the output, `[T, out]`.
-    pub dy: Value,
-    /// Gradient of the input so far, `[T, in]`.
-    pub dx: Option<Value>,
-    /// `[T, r]`, out.
-    pub e: Value,
-    /// Gradient of the input with the adapter's part, out; none when nobody needs it.
-    pub out: Option<Value>,
-}
-
-/// Gradient of [`Attention`] over the run's own keys and values.
-#[derive(Clone, Copy, Debug)]
-pub struct AttentionBackward {
-    /// Rotated queries, keys, and values.
-    pub qkv: [Value; 3],
-    /// The attention's output.
-    pub out: Value,
-    /// Log-sum-exp of the scores.
-    pub lse: Value,
-    /// Gradient of the output.
-    pub d_out: Value,
-    /// Gradients of queries, keys and values, out.
-    pub d_qkv: [Value; 3],
-    /// Sliding window.
-    pub window: Option<usize>,
-}
-
 /// An operation.
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -294,6 +212,30 @@ pub enum Op {
     Lora(Lora),
     /// Gradient of a low-rank adapter.
     LoraBackward(LoraBackward),
+    /// A low-rank adapter of the embedding.
+    EmbedLora(EmbedLora),
+    /// Gradient of [`Op::EmbedLora`]: `e = scale·dy·Aᵀ`, `dB[token t] += e[t]`, `dA += scale·Σ B[token t]ᵀ·dy[t]`.
+    EmbedLoraBackward {
+        /// The forward op.
+        forward: EmbedLora,
+        /// `[T, width]`.
+        dy: Value,
+        /// `[T, r]`, out.
+        e: Value,
+    },
+    /// First half of the head's adapter.
+    LoraHidden(LoraHidden),
+    /// Its gradient: `out = dx + e·A`, `dA += eᵀ·x`.
+    LoraHiddenBackward {
+        /// The forward op.
+        forward: LoraHidden,
+        /// Gradient of `h`, `[S, r]`.
+        e: Value,
+        /// Gradient of the input so far.
+        dx: Option<Value>,
+        /// Gradient of the input.
+        out: Value,
+    },
     /// Random zeros in an adapter's input.
     Dropout(Dropout),
     /// Gradient of dropout: `out = dx + mask ∘ dy / (1 − rate)`.
@@ -420,7 +362,7 @@ pub enum Op {
     },
     /// Cross-entropy and its gradient in one: `out` as in [`Op::CrossEntropy`], and `dx[s] = dz[s]·W` with
     /// `dz[s] = g[s]·(softmax(z) − onehot(target s))`, `g` being the run's weight of the row. Where the head is trained,
-    /// `dW += dzᵀ·x`.
+    /// `dW += dzᵀ·x`; with an adapter `e = scale·dz·B` and `dB += scale·dzᵀ·h`.
     CrossEntropyGrad {
         /// `[S, width]`.
         x: Value,
@@ -430,6 +372,8 @@ pub enum Op {
         out: Value,
         /// `[S, width]`, out.
         dx: Value,
+        /// The head's adapter, and the gradient of its hidden values, `[S, r]`, out.
+        lora: Option<(HeadLora, Value)>,
     },
     /// `out[s] = log-sum-exp(z) − z[target s]` with `z = cap(x[s]·Wᵀ)`, without keeping the logits.
     CrossEntropy {
@@ -439,6 +383,8 @@ pub enum Op {
         weight: WeightId,
         /// `[S, 1]`: nats.
         out: Value,
+        /// The head's adapter.
+        lora: Option<HeadLora>,
     },
 }
 
@@ -458,6 +404,10 @@ impl Op {
             Op::Gated { .. } => "gated",
             Op::Lora(_) => "lora",
             Op::LoraBackward(_) => "lora_backward",
+            Op::EmbedLora(_) => "embed_lora",
+            Op::EmbedLoraBackward { .. } => "embed_lora_backward",
+            Op::LoraHidden(_) => "lora_hidden",
+            Op::LoraHiddenBackward { .. } => "lora_hidden_backward",
             Op::Dropout(_) => "dropout",
             Op::DropoutBackward { .. } => "dropout_backward",
             Op::RowNorms { .. } => "row_norms",
@@ -493,12 +443,17 @@ impl Op {
             Op::DropoutBackward { dy, dx, .. } => [*dy].into_iter().chain(*dx).collect(),
             Op::Rescale(r) => [r.y, r.norms].into_iter().chain(r.residual).collect(),
             Op::RescaleBackward { forward, dy, .. } => vec![forward.y, forward.norms, *dy],
-            Op::RmsNorm { x, .. }
-            | Op::GatherOutputs { x, .. }
-            | Op::ScatterOutputs { x, .. }
-            | Op::Head { x, .. }
-            | Op::CrossEntropy { x, .. }
-            | Op::CrossEntropyGrad { x, .. } => vec![*x],
+            Op::RmsNorm { x, .. } | Op::GatherOutputs { x, .. } | Op::ScatterOutputs { x, .. } | Op::Head { x, .. } => {
+                vec![*x]
+            }
+            Op::CrossEntropy { x, lora, .. } => [*x].into_iter().chain(lora.iter().flat_map(HeadLora::reads)).collect(),
+            Op::CrossEntropyGrad { x, lora, .. } => {
+                [*x].into_iter().chain(lora.iter().flat_map(|(lora, _)| lora.reads())).collect()
+            }
+            Op::EmbedLora(l) => vec![l.x],
+            Op::EmbedLoraBackward { dy, .. } => vec![*dy],
+            Op::LoraHidden(l) => vec![l.x],
+            Op::LoraHiddenBackward { forward, e, dx, .. } => [forward.x, *e].into_iter().chain(*dx).collect(),
             Op::Gated { gate, up, .. } => vec![*gate, *up],
             Op::Lora(l) => vec![l.x, l.y],
             Op::LoraBackward(l) => [l.forward.x, l.forward.h, l.dy].into_iter().chain(l.dx).collect(),
@@ -545,6 +500,7 @@ impl Op {
             | Op::RmsNormBackward { out, .. }
             | Op::DropoutBackward { out, .. }
             | Op::RowNorms { out, .. }
+            | Op::LoraHiddenBackward { out, .. }
             | Op::RescaleBackward { out, .. }
             | Op::CrossEntropy { out, .. } => vec![*out],
             // They add to gradients of parameters only.
@@ -554,7 +510,10 @@ impl Op {
             | Op::EmbedBackward { .. } => vec![],
             Op::Dropout(d) => vec![d.out],
             Op::Rescale(r) => vec![r.out],
-            Op::CrossEntropyGrad { out, dx, .. } => vec![*out, *dx],
+            Op::CrossEntropyGrad { out, dx, lora, .. } => [*out, *dx].into_iter().chain(lora.map(|(_, e)| e)).collect(),
+            Op::EmbedLora(l) => vec![l.out],
+            Op::EmbedLoraBackward { e, .. } => vec![*e],
+            Op::LoraHidden(l) => vec![l.h],
             Op::Lora(l) => vec![l.h, l.out],
             Op::LoraBackward(l) => [l.e].into_iter().chain(l.out).collect(),
             Op::GatedBackward { d_gate, d_up, .. } => vec![*d_gate, *d_up],
@@ -587,9 +546,11 @@ impl Op {
             Op::LoraBackward(LoraBackward { dx: Some(dx), out: Some(out), .. }) => vec![(*dx, *out)],
             Op::LinearBackward { dx: Some(dx), out, .. }
             | Op::RmsNormBackward { dx: Some(dx), out, .. }
+            | Op::LoraHiddenBackward { dx: Some(dx), out, .. }
             | Op::DropoutBackward { dx: Some(dx), out, .. } => {
                 vec![(*dx, *out)]
             }
+            Op::EmbedLora(l) => vec![(l.x, l.out)],
             Op::Dropout(d) => vec![(d.x, d.out)],
             Op::Rescale(r) => vec![(r.y, r.out)],
             Op::RescaleBackward { dy, out, .. } => vec![(*dy, *out)],
