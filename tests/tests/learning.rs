@@ -9,13 +9,15 @@ use std::sync::atomic::AtomicBool;
 use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions};
 use kinglet_engine::tape::LoraSpec;
 use kinglet_engine::text::EncodeOptions;
-use kinglet_tests::data::{alone, file, model};
+use kinglet_tests::data::{alone, file, heavy, model};
 use kinglet_train::init::golden_init;
 use kinglet_train::optimizer::{AdamW, Options, Parameter};
 
 const MAPS: [&str; 7] = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
 const SEQUENCES: usize = 4;
 const LENGTH: usize = 128;
+/// Batches that the training goes through again and again.
+const BATCHES: usize = 10;
 
 fn norm(values: &[f32]) -> f64 {
     values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
@@ -55,7 +57,8 @@ fn train_within(
     let tokens = model.tokenizer().encode(&text, EncodeOptions { add_special: false, parse_special: false });
     let all = Parameter { name: "adapters".into(), len: params.len(), decay: false };
     let mut optimizer = AdamW::new(Options::default(), &[all]);
-    for (step, tokens) in tokens.chunks_exact(SEQUENCES * LENGTH).take(steps).enumerate() {
+    let batches: Vec<&[u32]> = tokens.chunks_exact(SEQUENCES * LENGTH).take(BATCHES).collect();
+    for (step, tokens) in batches.into_iter().cycle().take(steps).enumerate() {
         let outputs: Vec<u32> =
             (0..SEQUENCES * LENGTH).filter(|i| i % LENGTH != LENGTH - 1).map(|i| i as u32).collect();
         let batch = LearnBatch {
@@ -121,6 +124,24 @@ fn gradients_in_16_bit_integers_hardly_differ_from_those_of_torch() {
             }
         }
     });
+}
+
+/// The whole curve: every loss within 1 %, every gradient norm within 2 %.
+#[test]
+fn fifty_steps_are_those_of_torch() {
+    if !heavy() {
+        return;
+    }
+    let golden = golden();
+    let (mut worst_loss, mut worst_norm, mut steps) = (0.0f64, 0.0f64, 0);
+    let off = |ours: f64, theirs: &serde_json::Value| (ours / theirs.as_f64().expect("a number") - 1.0).abs();
+    train(Arithmetic::default(), 50, |step, loss, _, gradients| {
+        worst_loss = worst_loss.max(off(loss, &golden["loss"][step]));
+        worst_norm = worst_norm.max(off(norm(gradients), &golden["grad_norm"][step]));
+        steps += 1;
+    });
+    println!("{steps} steps: losses within {worst_loss:.1e}, gradient norms within {worst_norm:.1e}");
+    assert!(worst_loss < 0.01 && worst_norm < 0.02 && steps == 50, "losses {worst_loss}, norms {worst_norm}");
 }
 
 /// A batch that is computed in several runs gives what it gives in one, but for the order of sums.

@@ -8,6 +8,7 @@ use kinglet_engine::session::Model;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::data::Scratch;
 use kinglet_tests::process::{kinglet, start};
+use kinglet_train::batch::Packing;
 use kinglet_train::config::TrainConfig;
 use kinglet_train::data;
 use kinglet_train::metrics::{self, StepMetrics};
@@ -201,32 +202,55 @@ fn preferences_are_learned_by_every_loss() {
     }
 }
 
-/// A learning rate that tears a model apart ends in a message, not in a ruined adapter.
+/// Data that suddenly are of another kind: the step is dropped, training goes on behind them from the last checkpoint, at
+/// half the rate. If it happens again and again it ends with a message, and the last checkpoint is there.
 #[test]
-fn a_training_that_explodes_goes_back() {
-    let bench = Bench::new("explodes");
-    let data = write_pairs(&bench.scratch);
-    let config = TrainConfig { lr: 1.0, clip: 0.0, steps: Some(200), warmup: 100, early_stop: None, ..config() };
-    let mut trainer = bench.trainer(&config, &data, "out", false).expect("a trainer");
-    let go = AtomicBool::new(false);
-    let mut back = 0;
-    let end = loop {
-        match trainer.advance(&go) {
-            Ok(Progress::RolledBack { step, why }) => {
-                back += 1;
-                assert_eq!(trainer.step(), step);
-                assert!(why.contains("step"), "{why}");
-                assert!(trainer.params().iter().all(|v| v.is_finite()));
-            }
-            Ok(Progress::Stepped(_)) => {}
-            Ok(Progress::Done(_)) => break None,
-            Err(error) => break Some(error.to_string()),
-        }
+fn a_spike_is_rolled_back() {
+    let bench = Bench::new("spikes");
+    let data = bench.scratch.path("text.jsonl");
+    let easy = "{\"text\": \"one two one two one two\"}\n";
+    let config = TrainConfig {
+        dropout: 0.0,
+        accumulation: 1,
+        packing: Packing::None,
+        shuffle: false,
+        val_fraction: 0.0,
+        steps: Some(130),
+        checkpoint_every: 20,
+        early_stop: None,
+        ..config()
     };
-    assert!(back > 0, "nothing exploded");
-    assert_eq!(trainer.notes().len(), back);
-    if let Some(message) = end {
-        assert!(message.contains("rolled back 3 times"), "{message}");
+    for (name, strange, rolled_back) in [("once", 3, 1), ("often", 15, 3)] {
+        let noise: String =
+            (0..strange).map(|i| format!("{{\"text\": \"\\u00{:02x}\\u4e2d#{i}~\\u00e9Q&%\"}}\n", 161 + i)).collect();
+        std::fs::write(&data, easy.repeat(300) + &noise + &easy.repeat(120)).expect("a file");
+        let mut trainer = bench.trainer(&config, &data, name, false).expect("a trainer");
+        let go = AtomicBool::new(false);
+        let mut back = 0;
+        let end = loop {
+            match trainer.advance(&go) {
+                Ok(Progress::RolledBack { step, why }) => {
+                    back += 1;
+                    assert_eq!((trainer.step(), step), (100, 100));
+                    assert!(why.contains("step 101"), "{why}");
+                }
+                Ok(Progress::Stepped(_)) => {}
+                Ok(Progress::Done(_)) => break None,
+                Err(error) => break Some(error.to_string()),
+            }
+        };
+        assert_eq!((back, trainer.notes().len()), (rolled_back, rolled_back), "{name}");
+        let last =
+            metrics::read(&bench.scratch.path(name).join("metrics.jsonl")).expect("metrics").pop().expect("a line");
+        match end {
+            None => assert_eq!((name, last.step), ("once", 130)),
+            Some(message) => {
+                assert!(message.contains("rolled back 3 times"), "{message}");
+                assert_eq!((name, last.step), ("often", 100));
+                let resumed = bench.trainer(&config, &data, name, true).expect("a trainer");
+                assert_eq!(resumed.step(), 100);
+            }
+        }
     }
 }
 
@@ -243,8 +267,8 @@ fn what_does_not_fit_is_refused() {
     let begun = TrainConfig { steps: Some(3), ..config.clone() };
     assert!(error(&TrainConfig { rank: 5, ..begun.clone() }, &data, true).contains("rank"));
     let other = bench.scratch.path("other.jsonl");
-    std::fs::write(&other, "{\"prompt\": \"a\", \"completion\": \" b\"}\n{\"prompt\": \"c\", \"completion\": \" d\"}")
-        .expect("a file");
+    let text = std::fs::read_to_string(&data).expect("the data");
+    std::fs::write(&other, text.replace("odd", "strange")).expect("a file");
     assert!(error(&begun, &other, true).contains("other data"));
     let options = TrainerOptions {
         output: bench.scratch.path("small"),

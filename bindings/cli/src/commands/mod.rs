@@ -2,8 +2,10 @@
 
 mod bench;
 mod chat;
+mod create;
 mod estimate;
 mod inspect;
+mod merge;
 mod models;
 mod perplexity;
 mod pull;
@@ -15,11 +17,14 @@ use crate::args::Cli;
 use anyhow::Context;
 use clap::Subcommand;
 use std::io::Read;
+use std::path::Path;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Run(Box<run::Arguments>),
     Train(Box<train::Arguments>),
+    Merge(merge::Arguments),
+    Create(create::Arguments),
     Pull(pull::Arguments),
     Models(models::Arguments),
     Inspect(inspect::Arguments),
@@ -35,6 +40,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Run(arguments) => run::run(arguments, global),
         Command::Train(arguments) => train::run(arguments, global),
+        Command::Merge(arguments) => merge::run(arguments, global),
+        Command::Create(arguments) => create::run(arguments, global),
         Command::Pull(arguments) => pull::run(arguments, global),
         Command::Models(arguments) => models::run(arguments, global),
         Command::Inspect(arguments) => inspect::run(arguments, global),
@@ -61,4 +68,12 @@ fn file_or_stdin(path: &str) -> anyhow::Result<Vec<u8>> {
         return text_or_stdin(path);
     }
     std::fs::read(path).with_context(|| path.to_string())
+}
+
+/// An error where there is a file already: what took hours to make is not overwritten by a slip.
+fn refuse_existing(path: &Path) -> anyhow::Result<()> {
+    match path.exists() {
+        true => anyhow::bail!("{} exists; choose another name, or delete it first", path.display()),
+        false => Ok(()),
+    }
 }
