@@ -1,12 +1,20 @@
 //! Cache-line aligned memory whose allocation can fail without ending the program.
+//!
+//! Large blocks are mapped, on Linux with the wish for pages of 2 MiB: kernels go through the rows of a matrix 64 bytes at a
+//! time, every row on another page, and a core remembers the places of only so many pages.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
+
+use memmap2::MmapMut;
 
 use crate::{Error, Result};
 
 /// Alignment of every buffer, in bytes.
 pub const ALIGN: usize = 64;
+
+/// From how many bytes on a block is mapped.
+const LARGE: usize = 4 << 20;
 
 /// An owned, zeroed, 64-byte aligned block of memory. Its contents are reached by raw pointer: threads of a team write
 /// disjoint parts of it at once.
@@ -14,6 +22,8 @@ pub const ALIGN: usize = 64;
 pub struct Buffer {
     base: NonNull<u8>,
     bytes: usize,
+    /// What `base` points into, when it is not the allocator's.
+    map: Option<MmapMut>,
 }
 
 // SAFETY: a plain block of bytes, with no ties to the thread that allocated it.
@@ -32,10 +42,18 @@ impl Buffer {
             available: 0,
             what: format!("the system refused memory for {what}; close other programs or ask for a smaller context"),
         };
+        if bytes >= LARGE {
+            let mut map = MmapMut::map_anon(bytes).map_err(|_| refused())?;
+            // A wish: without it everything works as well, if slower.
+            #[cfg(target_os = "linux")]
+            let _ = map.advise(memmap2::Advice::HugePage);
+            let base = NonNull::new(map.as_mut_ptr()).ok_or_else(refused)?;
+            return Ok(Buffer { base, bytes, map: Some(map) });
+        }
         let layout = Layout::from_size_align(bytes.max(ALIGN), ALIGN).map_err(|_| refused())?;
         // SAFETY: the size is not zero.
         let base = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?;
-        Ok(Buffer { base, bytes })
+        Ok(Buffer { base, bytes, map: None })
     }
 
     /// Size in bytes.
@@ -73,6 +91,9 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        if self.map.is_some() {
+            return;
+        }
         // SAFETY: the layout that `new` allocated with, checked there.
         unsafe { dealloc(self.base.as_ptr(), Layout::from_size_align_unchecked(self.bytes.max(ALIGN), ALIGN)) }
     }
