@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Learner, Model};
-use kinglet_engine::tape::{LinearSpec, LoraSpec, Trained};
+use kinglet_engine::tape::{LayerSpec, LinearSpec, LoraSpec, Trained, WeightRef};
 use kinglet_models::peft;
 
 use crate::config::{Target, TrainConfig};
@@ -19,34 +19,39 @@ use crate::{Error, Result};
 /// What `config` asks of the tape, for `model`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for targets that are not trained here.
+/// [`Error::Unsupported`] for a head that is the embedding, and for parts of tensors.
 pub fn trained(config: &TrainConfig, model: &Model) -> Result<Trained> {
     if config.full {
         return Ok(Trained::All);
     }
+    let spec = model.spec();
     let mut weights = Vec::new();
-    for layer in &model.spec().layers {
-        for target in &config.targets {
-            let linear: &LinearSpec = match target {
-                Target::Q => &layer.q,
-                Target::K => &layer.k,
-                Target::V => &layer.v,
-                Target::O => &layer.o,
-                Target::Gate => &layer.gate,
-                Target::Up => &layer.up,
-                Target::Down => &layer.down,
-                Target::Embedding | Target::Head => {
-                    return Err(Error::Unsupported(
-                        "adapters on the embedding and the head cannot be trained yet; leave these targets out".into(),
-                    ));
-                }
-            };
-            if let (tensor, Some(rows)) = (&linear.weight.tensor, &linear.weight.rows) {
+    for target in &config.targets {
+        let layers = |map: fn(&LayerSpec) -> &LinearSpec| spec.layers.iter().map(|l| &map(l).weight).collect();
+        let matrices: Vec<&WeightRef> = match target {
+            Target::Q => layers(|l| &l.q),
+            Target::K => layers(|l| &l.k),
+            Target::V => layers(|l| &l.v),
+            Target::O => layers(|l| &l.o),
+            Target::Gate => layers(|l| &l.gate),
+            Target::Up => layers(|l| &l.up),
+            Target::Down => layers(|l| &l.down),
+            Target::Embedding => vec![&spec.embedding],
+            Target::Head if spec.head == spec.embedding => {
+                return Err(Error::Unsupported(format!(
+                    "an adapter of the head: in {} it is the embedding; name that instead, or leave it out",
+                    model.gguf().name()
+                )));
+            }
+            Target::Head => vec![&spec.head],
+        };
+        for matrix in matrices {
+            if let (tensor, Some(rows)) = (&matrix.tensor, &matrix.rows) {
                 return Err(Error::Unsupported(format!(
                     "an adapter of rows {rows:?} of {tensor}: adapter files know whole tensors only; leave {target:?} out"
                 )));
             }
-            weights.push(linear.weight.tensor.clone());
+            weights.push(matrix.tensor.clone());
         }
     }
     Ok(Trained::Adapters(LoraSpec {
@@ -82,5 +87,27 @@ pub fn write(
         Ok(()) => Ok((vec![gguf, folder.join("adapter_config.json"), folder.join("adapter_model.safetensors")], None)),
         Err(Error::Unsupported(what)) => Ok((vec![gguf], Some(format!("no PEFT files: {what}")))),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kinglet_models::tiny::{TinyConfig, write_tiny};
+
+    #[test]
+    fn targets_become_matrices_and_a_shared_head_is_refused() {
+        let path = std::env::temp_dir().join(format!("kinglet-targets-{}.gguf", std::process::id()));
+        let targets = vec![Target::Q, Target::Embedding, Target::Head];
+        let config = TrainConfig { targets, ..TrainConfig::default() };
+        let of = |tied: bool| {
+            write_tiny(&path, &TinyConfig { tied, layers: 2, ..TinyConfig::new("llama") }).unwrap();
+            trained(&config, &kinglet_models::open(&path).unwrap())
+        };
+        let Ok(Trained::Adapters(lora)) = of(false) else { panic!("adapters") };
+        let names = ["blk.0.attn_q.weight", "blk.1.attn_q.weight", "token_embd.weight", "output.weight"];
+        assert_eq!(lora.weights, names);
+        assert!(of(true).unwrap_err().to_string().contains("embedding"));
+        std::fs::remove_file(&path).unwrap();
     }
 }
