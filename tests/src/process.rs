@@ -4,7 +4,7 @@
 //! than the sources.
 
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
 use crate::source::root;
@@ -60,6 +60,17 @@ pub fn kinglet(arguments: &[&str]) -> Output {
         stdout: String::from_utf8(output.stdout).expect("output is UTF-8"),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
+}
+
+/// Starts `kinglet` with `arguments` and no input, and lets it run; what it prints is lost.
+pub fn start(arguments: &[&str]) -> Child {
+    Command::new(program())
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program starts")
 }
 
 /// Runs `kinglet` and gives its standard output.

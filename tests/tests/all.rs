@@ -15,6 +15,7 @@
 //! | `gradients` | gradients of tiny models against a decoder in double precision | nothing |
 //! | `learning` | gradients of adapters against torch | smollm2 |
 //! | `peft_gradients` | gradients of LoRA and DoRA against PEFT | nothing |
+//! | `training` | the training loop: learning, interruptions, preferences, refusals | nothing |
 //! | `perplexity` | perplexity of the handbook | smollm2; the others with `KINGLET_HEAVY=1` |
 
 #[cfg(feature = "oracle")]
@@ -36,3 +37,4 @@ mod quant_parity;
 mod tiny_parity;
 #[cfg(feature = "oracle")]
 mod tokenizer_parity;
+mod training;

@@ -130,6 +130,7 @@ fn main() -> anyhow::Result<()> {
         "int16_roof_gop_per_second": wide_roof / 1e9,
         "bf16_roof_gflop_per_second": bf16_roof,
         "share_of_f32_roof": if roof > 0.0 { run.speeds.median() * per_token / roof } else { 0.0 },
+        "share_of_int16_roof": if roof > 0.0 { run.speeds.median() * per_token / wide_roof } else { 0.0 },
         "ops": run.timings.iter().map(|t| json!({
             "op": t.op, "count": t.count / args.steps as u64,
             "milliseconds_per_step": t.total.as_secs_f64() * 1e3 / args.steps as f64,
@@ -260,7 +261,7 @@ fn to_markdown(report: &Value) -> String {
         number("gflop_per_second"),
         100.0 * number("share_of_f32_roof"),
         number("f32_roof_gflop_per_second"),
-        100.0 * number("gflop_per_second") / number("int16_roof_gop_per_second").max(1e-9),
+        100.0 * number("share_of_int16_roof"),
         number("int16_roof_gop_per_second"),
     );
     for op in report["ops"].as_array().into_iter().flatten() {

@@ -9,6 +9,7 @@ use std::ops::Range;
 use super::backward::backward;
 use super::builder::{Builder, Trained};
 use super::op::{Op, Tape, Value};
+use super::recompute::again;
 use super::spec::Spec;
 use super::weights::Weights;
 
@@ -42,7 +43,7 @@ pub fn build(spec: &Spec, weights: &Weights, purpose: Purpose) -> Tape {
 /// Writes the tape that scores sequences with what is trained and, for [`Purpose::Learn`], adds up its gradients.
 ///
 /// A layer's input is kept and the layer computed again when its gradient is due, but for the last `kept` layers, whose
-/// values all stay: more memory, less work.
+/// values stay, all that are not cheap to compute: more memory, less work.
 pub fn build_learning(spec: &Spec, weights: &Weights, trained: &Trained, purpose: Purpose, kept: usize) -> Tape {
     let mut b = Builder::learning(spec, weights, trained, purpose == Purpose::Learn);
     let mut x = b.embed();
@@ -76,7 +77,9 @@ pub fn build_learning(spec: &Spec, weights: &Weights, trained: &Trained, purpose
     for (index, range) in ranges.into_iter().enumerate().rev() {
         let Some(gradient) = dx else { break };
         let (ops, out) = if index >= first_kept {
-            (b.ops[range].to_vec(), x)
+            b.section(format!("blk.{index} "));
+            let kept = b.ops[range].to_vec();
+            (again(&mut b, &kept), x)
         } else {
             let start = b.ops.len();
             let out = layer(&mut b, inputs[index], index);

@@ -13,6 +13,7 @@ mod dora;
 mod op;
 mod op_learn;
 mod plan;
+mod recompute;
 mod rope;
 mod spec;
 mod weights;

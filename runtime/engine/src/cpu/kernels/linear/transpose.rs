@@ -263,7 +263,7 @@ mod avx2 {
                 // SAFETY: rows of the matrix from a unit's beginning; both parts of the scratch have room.
                 unsafe {
                     let at = |i: usize| task.weight.as_ptr().add((r + i) * row_bytes + column / UNIT * S::UNIT_BYTES);
-                    unpack_turned::<S>(at, rows, columns, panel, eight);
+                    unpack_turned::<S>(at, rows, columns, (panel, 16 * UNIT), eight);
                 }
                 for t in (0..x.tokens).step_by(TOKENS) {
                     let tokens = TOKENS.min(x.tokens - t);

@@ -9,8 +9,8 @@
 //!
 //! | | lanes | block of weights | sums run over |
 //! | --- | --- | --- | --- |
-//! | forward, [`linear_wide`] | rows of W | 64 rows × 256 columns | columns |
-//! | backward, [`linear_backward_wide`] | columns of W | 192 rows × 256 columns | rows |
+//! | forward, [`linear_wide`] | rows of W | 64 rows × 512 columns | columns |
+//! | backward, [`linear_backward_wide`] | columns of W | 384 rows × 128 columns | rows |
 //!
 //! A block is unpacked to f32 and rounded in place, once for all tokens, so what it costs hardly depends on the type.
 //! Rows of activations are rounded once ([`widen_rows`]) for all maps and all threads that read them. In memory (each
@@ -43,9 +43,13 @@ const UNIT: usize = 256;
 /// Threads divide the columns of a matrix at multiples of this.
 const COLUMNS: usize = 32;
 /// Rows of a block of the backward pass, a multiple of [`GROUP`].
-const BACKWARD_ROWS: usize = 192;
+const BACKWARD_ROWS: usize = 384;
+/// Its columns, a part of a unit.
+const BACKWARD_COLUMNS: usize = 128;
+/// Columns of a block of the forward map, at most: whole units.
+const FORWARD_COLUMNS: usize = 512;
 /// Bytes of scratch for a block.
-pub(super) const BLOCK_BYTES: usize = 4 * BACKWARD_ROWS * UNIT;
+pub(super) const BLOCK_BYTES: usize = 4 * BACKWARD_ROWS * BACKWARD_COLUMNS;
 
 /// Rows of 16-bit values, laid out as the module describes.
 #[derive(Clone, Copy, Debug)]
@@ -271,6 +275,13 @@ fn check_backward(task: &WideBackwardTask<'_>) -> Result<()> {
     Ok(())
 }
 
+/// The columns of the forward map's blocks: whole units but for the last, as few and as equal as can be.
+fn chunks(k: usize) -> impl Iterator<Item = Range<usize>> {
+    let (units, count) = (k.div_ceil(UNIT), k.div_ceil(FORWARD_COLUMNS));
+    let cut = move |i: usize| (units * i / count * UNIT).min(k);
+    (0..count).map(move |i| cut(i)..cut(i + 1))
+}
+
 /// The specification of [`linear_wide`].
 fn forward_scalar(task: &LinearTask<'_>, x: &Wide<'_>) -> Result<()> {
     let (dtype, groups) = (task.dtype, x.groups());
@@ -284,16 +295,17 @@ fn forward_scalar(task: &LinearTask<'_>, x: &Wide<'_>) -> Result<()> {
             if task.k == 0 {
                 add(0.0, task.accumulate);
             }
-            for (u, unit) in values.chunks(UNIT).enumerate() {
-                let (d, inverse) = scale_of(unit.iter().copied(), MOST_WEIGHT);
+            for chunk in chunks(task.k) {
+                let block = &values[chunk.clone()];
+                let (d, inverse) = scale_of(block.iter().copied(), MOST_WEIGHT);
                 let mut sum = 0.0f32;
-                for (g, w) in unit.chunks(GROUP).enumerate() {
-                    let at = t * groups + u * (UNIT / GROUP) + g;
+                for (g, w) in block.chunks(GROUP).enumerate() {
+                    let at = t * groups + chunk.start / GROUP + g;
                     let q = &x.q[at * GROUP..][..w.len()];
                     let dot: i32 = w.iter().zip(q).map(|(w, q)| i32::from(round(*w, inverse)) * i32::from(*q)).sum();
                     sum += dot as f32 * x.d[at];
                 }
-                add(d * sum, task.accumulate || u > 0);
+                add(d * sum, task.accumulate || chunk.start > 0);
             }
         }
     }
@@ -335,7 +347,10 @@ mod avx2 {
     //! AVX2 and FMA. Functions marked `inline(always)` are inlined into those with the features.
     use super::super::avx2::source::{Source, by_type, unpack_turned};
     use super::super::{LinearTask, Scratch, scratch_bytes};
-    use super::{BACKWARD_ROWS, GROUP, MOST, MOST_WEIGHT, SMALLEST, UNIT, Wide, WideBackwardTask};
+    use super::{
+        BACKWARD_COLUMNS, BACKWARD_ROWS, FORWARD_COLUMNS, GROUP, MOST, MOST_WEIGHT, SMALLEST, UNIT, Wide,
+        WideBackwardTask,
+    };
     use crate::quant::DType;
     use std::arch::x86_64::*;
 
@@ -348,8 +363,8 @@ mod avx2 {
     /// Steps of a turn of the innermost loop.
     const UNROLL: usize = 4;
 
-    const _: () = assert!(4 * BACKWARD_ROWS * UNIT <= scratch_bytes());
-    const _: () = assert!(4 * (FORWARD_ROWS + 8) * UNIT <= scratch_bytes());
+    const _: () = assert!(4 * BACKWARD_ROWS * BACKWARD_COLUMNS <= scratch_bytes());
+    const _: () = assert!(4 * (FORWARD_ROWS * FORWARD_COLUMNS + 8 * UNIT) <= scratch_bytes());
 
     type Forward = unsafe fn(&LinearTask<'_>, &Wide<'_>, &mut Scratch);
     type Backward = unsafe fn(&WideBackwardTask<'_>, &mut Scratch);
@@ -597,19 +612,22 @@ mod avx2 {
         let Some(row_bytes) = task.dtype.row_bytes(task.k) else { return };
         let panel = scratch.lines.as_mut_ptr().cast::<f32>();
         // SAFETY: within the scratch, as asserted above.
-        let eight = unsafe { panel.add(FORWARD_ROWS * UNIT) };
+        let eight = unsafe { panel.add(FORWARD_ROWS * FORWARD_COLUMNS) };
         for r in task.rows.clone().step_by(FORWARD_ROWS) {
             let rows = FORWARD_ROWS.min(task.rows.end - r);
-            for column in (0..task.k).step_by(UNIT) {
-                let columns = UNIT.min(task.k - column);
-                let slabs = rows.div_ceil(16);
+            for chunk in super::chunks(task.k) {
+                let (columns, slabs) = (chunk.len(), rows.div_ceil(16));
                 let mut scales = [[_mm256_setzero_ps(); 2]; FORWARD_ROWS / 16];
-                // SAFETY: rows of the matrix from a unit's beginning; both parts of the scratch have room.
+                // SAFETY: rows of the matrix from units' beginnings; both parts of the scratch have room.
                 unsafe {
-                    let at = |i: usize| task.weight.as_ptr().add((r + i) * row_bytes + column / UNIT * S::UNIT_BYTES);
-                    unpack_turned::<S>(at, rows, columns, panel, eight);
+                    for u in (0..columns).step_by(UNIT) {
+                        let offset = (chunk.start + u) / UNIT * S::UNIT_BYTES;
+                        let at = |i: usize| task.weight.as_ptr().add((r + i) * row_bytes + offset);
+                        let to = (panel.add(16 * u), 16 * FORWARD_COLUMNS);
+                        unpack_turned::<S>(at, rows, UNIT.min(columns - u), to, eight);
+                    }
                     for (i, scales) in scales[..slabs].iter_mut().enumerate() {
-                        *scales = fix(panel.add(i * 16 * UNIT), columns);
+                        *scales = fix(panel.add(i * 16 * FORWARD_COLUMNS), columns);
                     }
                 }
                 for t in (0..task.x.tokens).step_by(TOKENS) {
@@ -621,10 +639,11 @@ mod avx2 {
                                 at: task.out.base.add(t * task.out.stride + r + 16 * i),
                                 row: task.out.stride,
                                 columns: 16.min(rows - 16 * i),
-                                add: task.accumulate || column > 0,
+                                add: task.accumulate || chunk.start > 0,
                             };
-                            let from = (t, tokens, column / GROUP);
-                            multiply(panel.add(i * 16 * UNIT), *scales, columns.div_ceil(GROUP), x, from, to);
+                            let from = (t, tokens, chunk.start / GROUP);
+                            let slab = panel.add(i * 16 * FORWARD_COLUMNS);
+                            multiply(slab, *scales, columns.div_ceil(GROUP), x, from, to);
                         }
                     }
                 }
@@ -641,12 +660,12 @@ mod avx2 {
         let mut column = task.columns.start;
         while column < task.columns.end {
             let within = column % UNIT;
-            let columns = (UNIT - within).min(task.columns.end - column);
+            let columns = (BACKWARD_COLUMNS - within % BACKWARD_COLUMNS).min(task.columns.end - column);
             for r in (0..task.dy.k).step_by(BACKWARD_ROWS) {
                 let rows = BACKWARD_ROWS.min(task.dy.k - r);
                 let slabs = columns.div_ceil(16);
-                let mut scales = [[_mm256_setzero_ps(); 2]; UNIT / 16];
-                // SAFETY: rows of the matrix from a unit's beginning; the panel holds BACKWARD_ROWS × UNIT values.
+                let mut scales = [[_mm256_setzero_ps(); 2]; BACKWARD_COLUMNS / 16];
+                // SAFETY: rows of the matrix from a unit's beginning; the panel holds a block.
                 unsafe {
                     for i in 0..rows {
                         let unit = task.weight.as_ptr().add((r + i) * row_bytes + column / UNIT * S::UNIT_BYTES);

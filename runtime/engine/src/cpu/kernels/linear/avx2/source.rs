@@ -159,8 +159,7 @@ macro_rules! by_type {
 pub(crate) use by_type;
 
 /// Unpacks the first `columns` of the units at `unit(0) .. unit(rows − 1)`, turned: row i's value c goes to
-/// `panel[i / 16][c][i % 16]`, a slab of 16 rows having 256 × 16 values. Rows are filled up to a multiple of 8 with
-/// the last one.
+/// `panel[i / 16 · slab + 16 · c + i % 16]`. Rows are filled up to a multiple of 8 with the last one.
 ///
 /// # Safety
 /// As for [`Source::unpack`]; the panel has room, `eight` is scratch for 8 × 256 values, the caller has AVX2.
@@ -169,7 +168,7 @@ pub(crate) unsafe fn unpack_turned<S: Source>(
     unit: impl Fn(usize) -> *const u8,
     rows: usize,
     columns: usize,
-    panel: *mut f32,
+    (panel, slab): (*mut f32, usize),
     eight: *mut f32,
 ) {
     for i in (0..rows).step_by(8) {
@@ -184,7 +183,7 @@ pub(crate) unsafe fn unpack_turned<S: Source>(
                 for (j, tile) in tile.iter_mut().enumerate() {
                     *tile = _mm256_loadu_ps(eight.add(UNIT * j + c));
                 }
-                let to = panel.add(i / 16 * (16 * UNIT) + 16 * c + i % 16);
+                let to = panel.add(i / 16 * slab + 16 * c + i % 16);
                 for (j, tile) in transpose(tile).into_iter().enumerate() {
                     _mm256_storeu_ps(to.add(16 * j), tile);
                 }

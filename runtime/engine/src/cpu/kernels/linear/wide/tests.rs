@@ -61,6 +61,21 @@ impl Case {
     }
 }
 
+#[test]
+fn chunks_are_whole_units_that_fit() {
+    for k in [1, 255, 256, 300, 512, 513, 576, 800, 896, 1024, 1025, 1537, 4864] {
+        let mut end = 0;
+        for chunk in chunks(k) {
+            assert!(
+                chunk.start == end && chunk.start % UNIT == 0 && (1..=FORWARD_COLUMNS).contains(&chunk.len()),
+                "{k}"
+            );
+            end = chunk.end;
+        }
+        assert_eq!(end, k);
+    }
+}
+
 /// Rows in 16 bits; what lies behind them was not zero.
 fn widened(isa: Isa, x: &[f32], stride: usize, tokens: usize, k: usize) -> Vec<u64> {
     let mut buffer = vec![u64::MAX; wide_bytes(tokens, k).div_ceil(8)];

@@ -1,0 +1,296 @@
+//! The training loop as a whole, on tiny models: it learns, it can be interrupted anywhere, it says what is wrong.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use kinglet_engine::Error;
+use kinglet_engine::session::Model;
+use kinglet_models::tiny::{TinyConfig, write_tiny};
+use kinglet_tests::data::Scratch;
+use kinglet_tests::process::{kinglet, start};
+use kinglet_train::config::TrainConfig;
+use kinglet_train::data;
+use kinglet_train::metrics::{self, StepMetrics};
+use kinglet_train::preference::Loss;
+use kinglet_train::trainer::{Ending, Finished, Progress, Trainer, TrainerOptions};
+
+/// A tiny model and some questions and answers.
+struct Bench {
+    scratch: Scratch,
+    model: Model,
+}
+
+fn write_model(scratch: &Scratch) -> PathBuf {
+    let path = scratch.path("model.gguf");
+    write_tiny(&path, &TinyConfig::new("llama").with_bpe()).expect("a tiny model");
+    path
+}
+
+fn write_pairs(scratch: &Scratch) -> PathBuf {
+    let path = scratch.path("pairs.jsonl");
+    let lines: Vec<String> = (0..40)
+        .map(|i| {
+            format!(
+                "{{\"prompt\": \"number {i} is\", \"completion\": \" {}\"}}",
+                "even odd".split(' ').nth(i % 2).unwrap_or("")
+            )
+        })
+        .collect();
+    std::fs::write(&path, lines.join("\n")).expect("a file");
+    path
+}
+
+impl Bench {
+    fn new(name: &str) -> Bench {
+        let scratch = Scratch::new(name);
+        let model = kinglet_models::open(write_model(&scratch)).expect("the model opens");
+        Bench { scratch, model }
+    }
+
+    fn trainer(&self, config: &TrainConfig, data: &Path, output: &str, resume: bool) -> Result<Trainer, Error> {
+        let options = TrainerOptions {
+            output: self.scratch.path(output),
+            title: "a test".into(),
+            resume,
+            threads: 1,
+            probe: Some("A wren is a small brown bird.".into()),
+            ..TrainerOptions::default()
+        };
+        Trainer::new(&self.model, config, data::load(&[data], &[], &self.model, config)?, options)
+    }
+
+    /// All steps and the end.
+    fn train(&self, config: &TrainConfig, data: &Path, output: &str) -> (Vec<StepMetrics>, Finished) {
+        let mut trainer = self.trainer(config, data, output, false).expect("a trainer");
+        let finished = complete(&mut trainer).expect("a finished training");
+        (metrics::read(&self.scratch.path(output).join("metrics.jsonl")).expect("metrics"), finished)
+    }
+}
+
+fn complete(trainer: &mut Trainer) -> Result<Finished, Error> {
+    let go = AtomicBool::new(false);
+    while !matches!(trainer.advance(&go)?, Progress::Done(_)) {}
+    trainer.finish(&go)
+}
+
+/// A configuration in which everything that has a state of its own takes part.
+fn config() -> TrainConfig {
+    TrainConfig {
+        rank: 4,
+        dropout: 0.1,
+        batch: 3,
+        seq: 32,
+        accumulation: 2,
+        steps: Some(12),
+        warmup: 2,
+        lr: 1e-2,
+        state_8bit: true,
+        eval_every: 4,
+        checkpoint_every: 3,
+        early_stop: Some(5),
+        ..TrainConfig::default()
+    }
+}
+
+/// Without what depends on the clock.
+fn timeless(mut lines: Vec<StepMetrics>) -> Vec<StepMetrics> {
+    lines.iter_mut().for_each(|line| line.tokens_per_second = 0.0);
+    lines
+}
+
+#[test]
+fn a_model_learns_what_it_is_told() {
+    let bench = Bench::new("learns");
+    let config = TrainConfig { steps: Some(60), accumulation: 1, state_8bit: false, ..config() };
+    let (lines, finished) = bench.train(&config, &write_pairs(&bench.scratch), "out");
+    assert_eq!(lines.len(), 60);
+    assert!(lines.iter().map(|line| line.step).eq(1..=60));
+    assert!(finished.loss < 0.5 * lines[0].loss, "{} to {}", lines[0].loss, finished.loss);
+    let [before, after] = finished.validation.expect("validation data");
+    assert!(after < 0.7 * before, "validation {before} to {after}");
+    assert_eq!(finished.ending, Ending::Steps);
+    for file in ["adapter.gguf", "adapter_config.json", "adapter_model.safetensors", "report.html", "train.json"] {
+        assert!(bench.scratch.path("out").join(file).exists(), "{file} is missing");
+    }
+}
+
+/// Interrupted at every place where it can be, a run gives the same numbers and the same file.
+#[test]
+fn a_resumed_run_is_the_run() {
+    let bench = Bench::new("resumes");
+    let (config, data) = (config(), write_pairs(&bench.scratch));
+    let (lines, finished) = bench.train(&config, &data, "whole");
+    let (go, stop) = (AtomicBool::new(false), AtomicBool::new(true));
+    let mut trainer = bench.trainer(&config, &data, "parts", false).expect("a trainer");
+    for step in 0..12 {
+        // Cancelled before the step, which has not happened then, and lost without a word after it.
+        assert!(matches!(trainer.advance(&stop), Err(Error::Cancelled)), "step {step}");
+        assert!(matches!(trainer.advance(&go), Ok(Progress::Stepped(_))), "step {step}");
+        if step % 2 == 0 {
+            trainer.save().expect("a checkpoint");
+        }
+        if step == 5 || step == 6 || step == 10 {
+            trainer = bench.trainer(&config, &data, "parts", true).expect("a trainer");
+            assert_eq!(trainer.step(), [6, 7, 11][usize::from(step > 5) + usize::from(step > 6)]);
+        }
+    }
+    let again = complete(&mut trainer).expect("a finished training");
+    let parts = metrics::read(&bench.scratch.path("parts/metrics.jsonl")).expect("metrics");
+    assert_eq!(timeless(parts), timeless(lines));
+    assert_eq!((again.forgetting, again.validation), (finished.forgetting, finished.validation));
+    let adapter = |folder: &str| std::fs::read(bench.scratch.path(folder).join("adapter.gguf")).expect("an adapter");
+    assert_eq!(adapter("parts"), adapter("whole"));
+}
+
+#[test]
+fn the_number_of_threads_changes_nothing() {
+    let bench = Bench::new("threads");
+    let (config, data) = (config(), write_pairs(&bench.scratch));
+    let (lines, _) = bench.train(&config, &data, "one");
+    let options = TrainerOptions { output: bench.scratch.path("two"), threads: 2, ..TrainerOptions::default() };
+    let examples = data::load(&[&data], &[], &bench.model, &config).expect("data");
+    complete(&mut Trainer::new(&bench.model, &config, examples, options).expect("a trainer")).expect("finished");
+    let two = metrics::read(&bench.scratch.path("two/metrics.jsonl")).expect("metrics");
+    assert_eq!(timeless(two), timeless(lines));
+}
+
+/// The gradient of a step does not depend on how its examples are divided into batches.
+#[test]
+fn accumulated_batches_are_one_batch() {
+    let bench = Bench::new("accumulates");
+    let data = write_pairs(&bench.scratch);
+    let plain = TrainConfig { dropout: 0.0, state_8bit: false, steps: Some(1), warmup: 0, ..config() };
+    let small = TrainConfig { batch: 2, accumulation: 3, ..plain.clone() };
+    let large = TrainConfig { batch: 6, accumulation: 1, ..plain };
+    let (a, _) = bench.train(&small, &data, "small");
+    let (b, _) = bench.train(&large, &data, "large");
+    assert!((a[0].loss - b[0].loss).abs() < 1e-5 * a[0].loss, "{} {}", a[0].loss, b[0].loss);
+    assert!((a[0].grad_norm - b[0].grad_norm).abs() < 1e-3 * a[0].grad_norm, "{} {}", a[0].grad_norm, b[0].grad_norm);
+}
+
+#[test]
+fn preferences_are_learned_by_every_loss() {
+    let bench = Bench::new("prefers");
+    let data = bench.scratch.path("votes.jsonl");
+    let line = |i: usize| {
+        format!("{{\"prompt\": \"number {i} is\", \"chosen\": \" nice and round\", \"rejected\": \" dull\"}}")
+    };
+    std::fs::write(&data, (0..30).map(line).collect::<Vec<_>>().join("\n")).expect("a file");
+    let losses = r#"[{"dpo": {}}, {"robust": {}}, {"hinge": {}}, {"ipo": {"beta": 0.5}}, {"orpo": {}}, {"simpo": {}}, {"kto": {}}]"#;
+    let losses: Vec<Loss> = serde_json::from_str(losses).expect("losses");
+    for (i, loss) in losses.into_iter().enumerate() {
+        let config = TrainConfig {
+            loss,
+            steps: Some(30),
+            accumulation: 1,
+            batch: 4,
+            eval_every: 0,
+            early_stop: None,
+            ..config()
+        };
+        let (lines, finished) = bench.train(&config, &data, &format!("loss-{i}"));
+        let (first, last) = (&lines[0], &lines[29]);
+        assert!(last.loss < first.loss, "{loss:?}: {} to {}", first.loss, last.loss);
+        assert!(last.reward_accuracy.is_some_and(|a| a > 0.9), "{loss:?}: {last:?}");
+        assert!(last.reward_margin > first.reward_margin, "{loss:?}: {first:?} {last:?}");
+        assert!(finished.validation.is_some(), "{loss:?}");
+        // Policy and reference are the same at first.
+        if let Loss::Dpo { .. } = loss {
+            assert!((first.loss - std::f64::consts::LN_2).abs() < 1e-5, "{}", first.loss);
+        }
+    }
+}
+
+/// A learning rate that tears a model apart ends in a message, not in a ruined adapter.
+#[test]
+fn a_training_that_explodes_goes_back() {
+    let bench = Bench::new("explodes");
+    let data = write_pairs(&bench.scratch);
+    let config = TrainConfig { lr: 1.0, clip: 0.0, steps: Some(200), warmup: 100, early_stop: None, ..config() };
+    let mut trainer = bench.trainer(&config, &data, "out", false).expect("a trainer");
+    let go = AtomicBool::new(false);
+    let mut back = 0;
+    let end = loop {
+        match trainer.advance(&go) {
+            Ok(Progress::RolledBack { step, why }) => {
+                back += 1;
+                assert_eq!(trainer.step(), step);
+                assert!(why.contains("step"), "{why}");
+                assert!(trainer.params().iter().all(|v| v.is_finite()));
+            }
+            Ok(Progress::Stepped(_)) => {}
+            Ok(Progress::Done(_)) => break None,
+            Err(error) => break Some(error.to_string()),
+        }
+    };
+    assert!(back > 0, "nothing exploded");
+    assert_eq!(trainer.notes().len(), back);
+    if let Some(message) = end {
+        assert!(message.contains("rolled back 3 times"), "{message}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let bench = Bench::new("refuses");
+    let (config, data) = (config(), write_pairs(&bench.scratch));
+    bench.train(&TrainConfig { steps: Some(3), ..config.clone() }, &data, "out");
+    let error = |config: &TrainConfig, data: &Path, resume| match bench.trainer(config, data, "out", resume) {
+        Ok(_) => panic!("accepted"),
+        Err(error) => error.to_string(),
+    };
+    assert!(error(&config, &data, false).contains("--resume"));
+    let begun = TrainConfig { steps: Some(3), ..config.clone() };
+    assert!(error(&TrainConfig { rank: 5, ..begun.clone() }, &data, true).contains("rank"));
+    let other = bench.scratch.path("other.jsonl");
+    std::fs::write(&other, "{\"prompt\": \"a\", \"completion\": \" b\"}\n{\"prompt\": \"c\", \"completion\": \" d\"}")
+        .expect("a file");
+    assert!(error(&begun, &other, true).contains("other data"));
+    let options = TrainerOptions {
+        output: bench.scratch.path("small"),
+        memory_budget: Some(100_000),
+        ..TrainerOptions::default()
+    };
+    let examples = data::load(&[&data], &[], &bench.model, &config).expect("data");
+    assert!(matches!(Trainer::new(&bench.model, &config, examples, options), Err(Error::Memory { .. })));
+}
+
+/// Killed where it likes, the program goes on with `--resume` and ends up with the same adapter.
+#[test]
+#[cfg(unix)]
+fn a_killed_program_goes_on() {
+    let scratch = Scratch::new("killed");
+    let (model, data) = (write_model(&scratch), write_pairs(&scratch));
+    let arguments = |folder: &str| -> Vec<String> {
+        let text = |path: PathBuf| path.to_string_lossy().into_owned();
+        let mut all: Vec<String> =
+            vec!["train".into(), "--model".into(), text(model.clone()), "--data".into(), text(data.clone())];
+        all.extend(["--output".into(), text(scratch.path(folder)), "--resume".into()]);
+        let more =
+            "--rank 4 --batch 3 --seq 32 --steps 400 --checkpoint-every 20 --eval-every 0 --threads 1 --lr 0.001";
+        all.extend(more.split(' ').map(String::from));
+        all
+    };
+    let run = |folder: &str| {
+        let arguments = arguments(folder);
+        kinglet(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let whole = run("whole");
+    assert_eq!(whole.code, Some(0), "{}", whole.stderr);
+    let first = scratch.path("parts/checkpoints/step-00000020");
+    let mut child = start(&arguments("parts").iter().map(String::as_str).collect::<Vec<_>>());
+    while !first.exists() {
+        assert!(child.try_wait().expect("a process").is_none(), "ended before its first checkpoint");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().expect("it can be killed");
+    child.wait().expect("it ends");
+    assert!(!scratch.path("parts/adapter.gguf").exists(), "it was done before it was killed");
+    let parts = run("parts");
+    assert_eq!(parts.code, Some(0), "{}", parts.stderr);
+    assert!(parts.stderr.contains("resumed at step"), "{}", parts.stderr);
+    let file = |path: &str| std::fs::read(scratch.path(path)).expect("an adapter");
+    assert_eq!(file("parts/adapter.gguf"), file("whole/adapter.gguf"));
+    let steps = metrics::read(&scratch.path("parts/metrics.jsonl")).expect("metrics");
+    assert!(steps.iter().map(|line| line.step).eq(1..=400));
+}
