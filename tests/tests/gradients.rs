@@ -382,7 +382,7 @@ fn quantized_weights_have_the_gradients_of_their_dense_twin() {
             assert!(error < 1e-4, "{arch} {dtype} {}: {error:.1e} from the dense twin", p.name);
         }
         // Rounding to 16 bits, which is how training runs, hardly moves the gradient; 8 bits do not turn it.
-        let mut rounded = |arithmetic| {
+        let rounded = |arithmetic| {
             let options = LearnerOptions { arithmetic, ..options(lora(&model, 4)) };
             learn(&mut Learner::new(&model, &options).expect("a learner"), &batch, &params).1
         };
