@@ -381,6 +381,14 @@ fn quantized_weights_have_the_gradients_of_their_dense_twin() {
             let error = relative(&a[p.offset..p.end()], &b[p.offset..p.end()]);
             assert!(error < 1e-4, "{arch} {dtype} {}: {error:.1e} from the dense twin", p.name);
         }
+        // Rounding to 16 bits, which is how training runs, hardly moves the gradient; 8 bits do not turn it.
+        let rounded = |arithmetic| {
+            let options = LearnerOptions { arithmetic, ..options(lora(&model, 4)) };
+            learn(&mut Learner::new(&model, &options).expect("a learner"), &batch, &params).1
+        };
+        let (wide_error, narrow_error) =
+            (relative(&rounded(Arithmetic::Wide), &a), relative(&rounded(Arithmetic::Narrow), &a));
+        assert!(wide_error < 8e-3 && narrow_error < 0.2, "{arch} {dtype}: {wide_error:.1e} and {narrow_error:.1e}");
         // The loss that runs forward is the loss that was differentiated.
         let step = 2e-4f32;
         let direction = Random::new(5).normals(params.len(), 1.0);
