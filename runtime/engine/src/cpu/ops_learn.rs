@@ -102,7 +102,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let y = c.matrix(*out);
                 let rows = team.share(y.rows, 1);
                 begin(c, *dx, *out, rows.clone());
-                if c.arithmetic == Arithmetic::Wide {
+                if c.arithmetic != Arithmetic::Exact {
                     linear_backward_wide(c, parts, &y, dx.is_some(), team, scratch);
                     return;
                 }

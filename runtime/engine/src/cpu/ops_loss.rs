@@ -77,7 +77,7 @@ pub(super) unsafe fn cross_entropy_grad(
         }
         // SAFETY: this thread's rows, or columns once all rows are complete.
         unsafe {
-            if c.arithmetic == Arithmetic::Wide {
+            if c.arithmetic != Arithmetic::Exact {
                 c.widen(&probabilities, chunk.len(), mine.clone(), c.tables.wide[1]);
                 team.wait();
                 let dy = c.widened(rows, chunk.len(), c.tables.wide[1]);
