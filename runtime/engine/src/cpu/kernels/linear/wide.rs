@@ -1,11 +1,11 @@
 //! The linear map and its gradient in 16-bit integers: the arithmetic of training.
 //!
 //! 8-bit activations are good enough to generate with, not to take gradients of; f32 is more than is needed and half as
-//! fast. In between, an activation is rounded to 14 bits by a scale per token and group of 64, a weight, once unpacked, to
-//! 13 bits by a scale per lane of a block. Products and their sums over a group are exact in 32 bits (64 · 8191 · 4095 <
-//! 2³¹), sums of groups are f32. The error is that of the two roundings, 2⁻¹⁴ of the largest value of a group and 2⁻¹³
-//! of the largest weight of a block, which leaves losses and gradients within 10⁻³ of exact ones, at twice the
-//! operations per instruction of f32 (`vpmaddwd`).
+//! fast. In between, an activation is rounded to 13 bits by a scale per token and group of 64, a weight, once unpacked, to
+//! 14 bits by a scale per lane of a block. Products and their sums over a group are exact in 32 bits (64 · 4095 · 8191 <
+//! 2³¹), sums of groups are f32. The error is that of the two roundings, 2⁻¹³ of the largest value of a group and 2⁻¹⁴
+//! of the largest weight of a block (whose error stays the same from token to token, so it gets the more bits), at twice
+//! the operations per instruction of f32 (`vpmaddwd`).
 //!
 //! | | lanes | block of weights | sums run over |
 //! | --- | --- | --- | --- |
@@ -34,9 +34,9 @@ use std::ops::Range;
 /// Values that share a scale, and whose products are summed exactly.
 const GROUP: usize = 64;
 /// Largest size of a rounded activation, and of a rounded weight: `GROUP` products of the two fit an i32.
-const MOST: f32 = 8191.0;
+const MOST: f32 = 4095.0;
 /// See [`MOST`].
-const MOST_WEIGHT: f32 = 4095.0;
+const MOST_WEIGHT: f32 = 8191.0;
 const _: () = assert!(GROUP as f64 * MOST as f64 * MOST_WEIGHT as f64 <= i32::MAX as f64);
 /// Columns of a block: a unit of every format.
 const UNIT: usize = 256;

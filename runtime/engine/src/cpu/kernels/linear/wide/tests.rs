@@ -1,6 +1,8 @@
 //! Both directions against f64 within what two roundings may cost, over all types, shapes and tails; every instruction
 //! set against the specification; that a split does not show.
 
+#![allow(clippy::single_range_in_vec_init)]
+
 use super::super::tests::{Random, random_weights};
 use super::super::{Activations, LinearTask};
 use super::*;
