@@ -1,7 +1,7 @@
 //! The linear map and its gradient in 16-bit integers: the arithmetic of training.
 //!
-//! 8-bit activations are good enough to generate with, not to take gradients of; f32 is more than is needed and half as
-//! fast. In between, an activation is rounded to 13 bits by a scale per token and group of 64, a weight, once unpacked, to
+//! 8-bit activations are good enough to generate with, not to take gradients of; f32 is more than is needed, and slower by
+//! half. In between, an activation is rounded to 13 bits by a scale per token and group of 64, a weight, once unpacked, to
 //! 14 bits by a scale per lane of a block. Products and their sums over a group are exact in 32 bits (64 · 4095 · 8191 <
 //! 2³¹), sums of groups are f32. The error is that of the two roundings, 2⁻¹³ of the largest value of a group and 2⁻¹⁴
 //! of the largest weight of a block (whose error stays the same from token to token, so it gets the more bits), at twice
