@@ -89,7 +89,7 @@ struct AdapterArgs {
     /// Share of the adapter's inputs that a step leaves out [default: 0]
     #[arg(long, value_name = "P")]
     dropout: Option<f64>,
-    /// Maps that get an adapter, of q,k,v,o,gate,up,down [default: all]
+    /// Maps that get an adapter, of q,k,v,o,gate,up,down,embedding,head [default: the first seven]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = target)]
     targets: Option<Vec<Target>>,
     /// Train all weights in f32 instead, and write OUTPUT/model.gguf
@@ -192,7 +192,7 @@ enum LossArg {
 }
 
 fn target(text: &str) -> Result<Target, String> {
-    serde_json::from_value(json!(text.trim())).map_err(|_| "one of q, k, v, o, gate, up, down is needed".into())
+    serde_json::from_value(json!(text.trim())).map_err(|_| "one of q, k, v, o, gate, up, down, embedding, head is needed".into())
 }
 
 impl Arguments {
