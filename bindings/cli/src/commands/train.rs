@@ -192,7 +192,8 @@ enum LossArg {
 }
 
 fn target(text: &str) -> Result<Target, String> {
-    serde_json::from_value(json!(text.trim())).map_err(|_| "one of q, k, v, o, gate, up, down, embedding, head is needed".into())
+    serde_json::from_value(json!(text.trim()))
+        .map_err(|_| "one of q, k, v, o, gate, up, down, embedding, head is needed".into())
 }
 
 impl Arguments {
