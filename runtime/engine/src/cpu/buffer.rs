@@ -1,7 +1,8 @@
 //! Cache-line aligned memory whose allocation can fail without ending the program.
 //!
-//! Large blocks are mapped, on Linux with the wish for pages of 2 MiB: kernels go through the rows of a matrix 64 bytes at a
-//! time, every row on another page, and a core remembers the places of only so many pages.
+//! Large blocks are mapped, and take memory as they are touched; the largest, on Linux, with the wish for pages of 2 MiB:
+//! kernels go through the rows of a matrix 64 bytes at a time, every row on another page, and a core remembers the places of
+//! only so many pages.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
@@ -13,8 +14,13 @@ use crate::{Error, Result};
 /// Alignment of every buffer, in bytes.
 pub const ALIGN: usize = 64;
 
-/// From how many bytes on a block is mapped.
-const LARGE: usize = 4 << 20;
+/// From how many bytes on a block is mapped: the system gives zeroed pages when they are first touched, while the allocator,
+/// asked for more than its own alignment, would write zeros over all of it.
+const MAPPED: usize = 1 << 20;
+
+/// From how many bytes on pages of 2 MiB are wished for. Smaller blocks, a chat's, are better off with small pages: most of
+/// them are for long prompts and never touched.
+const LARGE: usize = 64 << 20;
 
 /// An owned, zeroed, 64-byte aligned block of memory. Its contents are reached by raw pointer: threads of a team write
 /// disjoint parts of it at once.
@@ -42,11 +48,13 @@ impl Buffer {
             available: 0,
             what: format!("the system refused memory for {what}; close other programs or ask for a smaller context"),
         };
-        if bytes >= LARGE {
+        if bytes >= MAPPED {
             let mut map = MmapMut::map_anon(bytes).map_err(|_| refused())?;
-            // A wish: without it everything works as well, if slower.
             #[cfg(target_os = "linux")]
-            let _ = map.advise(memmap2::Advice::HugePage);
+            if bytes >= LARGE {
+                // A wish: without it everything works as well, if slower.
+                let _ = map.advise(memmap2::Advice::HugePage);
+            }
             let base = NonNull::new(map.as_mut_ptr()).ok_or_else(refused)?;
             return Ok(Buffer { base, bytes, map: Some(map) });
         }
