@@ -9,11 +9,13 @@
 //! * [`kinglet`] and [`peer`]: the two engines.
 //! * [`roof`]: the speed at which this machine can stream memory, the bound of decoding.
 //! * [`stats`]: medians and spreads.
+//! * [`model`]: from a name to a file.
 //! * [`memory`]: the peak memory of a process.
 
 pub mod contender;
 pub mod kinglet;
 pub mod memory;
+pub mod model;
 #[cfg(feature = "llama-cpp")]
 pub mod peer;
 pub mod roof;

@@ -12,20 +12,19 @@
 //!
 //! Prints Markdown, or with `--json` one object. Needs `handbook.txt` of the tests, or any `--text`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use kinglet_benches::memory::Memory;
+use kinglet_benches::model;
 use kinglet_benches::stats::Samples;
 use kinglet_engine::cpu::{Timing, roof};
 use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions, Model};
 use kinglet_engine::tape::LoraSpec;
 use kinglet_engine::text::EncodeOptions;
-use kinglet_models::catalogue;
-use kinglet_models::pull::Cache;
 use kinglet_train::init::golden_init;
 use kinglet_train::optimizer::{AdamW, Options, Parameter};
 use serde_json::{Value, json};
@@ -35,7 +34,7 @@ use serde_json::{Value, json};
 #[command(version)]
 struct Args {
     /// The GGUF file, or the name of a known model in the cache.
-    #[arg(long, value_parser = model_file)]
+    #[arg(long, value_parser = model::file)]
     model: PathBuf,
     /// Rank of the adapters.
     #[arg(long, default_value_t = 8)]
@@ -143,16 +142,6 @@ fn main() -> anyhow::Result<()> {
         print!("{}", to_markdown(&report));
     }
     Ok(())
-}
-
-/// The file `text` names: a path, or a known model that `kinglet pull` has put into the cache.
-fn model_file(text: &str) -> Result<PathBuf, String> {
-    if Path::new(text).is_file() {
-        return Ok(text.into());
-    }
-    let known = catalogue::find(text).ok_or_else(|| format!("{text}: no such file and no known model"))?;
-    let cache = Cache::from_env().map_err(|e| e.to_string())?;
-    cache.have(known).ok_or_else(|| format!("{text} is not in the cache: run `kinglet pull {text}` first"))
 }
 
 /// Token ids of the text: enough for every step, from its beginning again when it ends.

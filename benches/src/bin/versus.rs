@@ -22,9 +22,7 @@ use kinglet_benches::contender::{Contender, Shape, measure, settle};
 use kinglet_benches::memory::Memory;
 use kinglet_benches::peer::{Peer, Settings};
 use kinglet_benches::stats::{Samples, paired};
-use kinglet_benches::{kinglet, roof};
-use kinglet_models::catalogue;
-use kinglet_models::pull::Cache;
+use kinglet_benches::{kinglet, model, roof};
 use serde_json::{Value, json};
 
 /// Compares Kinglet with llama.cpp on one model file.
@@ -32,7 +30,7 @@ use serde_json::{Value, json};
 #[command(version)]
 struct Args {
     /// The GGUF file both engines run, or the name of a known model in the cache.
-    #[arg(long, value_parser = model_file)]
+    #[arg(long, value_parser = model::file)]
     model: PathBuf,
     /// Threads for Kinglet; llama.cpp may also use one if it is faster so.
     #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
@@ -121,16 +119,6 @@ fn main() -> anyhow::Result<()> {
         print!("{}", to_markdown(&args, roof, file, read, &report, &memory));
     }
     Ok(())
-}
-
-/// The file `text` names: a path, or a known model that `kinglet pull` has put into the cache.
-fn model_file(text: &str) -> Result<PathBuf, String> {
-    if Path::new(text).is_file() {
-        return Ok(text.into());
-    }
-    let known = catalogue::find(text).ok_or_else(|| format!("{text}: no such file and no known model"))?;
-    let cache = Cache::from_env().map_err(|e| e.to_string())?;
-    cache.have(known).ok_or_else(|| format!("{text} is not in the cache: run `kinglet pull {text}` first"))
 }
 
 /// Tokens of context both engines are given: the longer run and some room.

@@ -79,6 +79,11 @@ pub fn training(total: u64) -> ProgressBar {
     bar
 }
 
+/// A line above the bar, or where none is shown, just the line.
+pub fn say(bar: &ProgressBar, text: &str) {
+    bar.suspend(|| eprintln!("{text}"));
+}
+
 fn style_of(template: &str) -> ProgressStyle {
     // The templates are constants of this file; the default bar is as good an answer to a slip as any.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─")

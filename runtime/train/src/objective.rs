@@ -184,12 +184,9 @@ impl Objective {
         if batch.is_empty() {
             return Ok(());
         }
+        sums.items += self.items(set, batch);
         let Objective { loss, train, validation, reference } = self;
         let examples = if set == Set::Train { train } else { validation };
-        sums.items += match examples {
-            Examples::Plain(all) => batch.iter().map(|i| all[*i].trained_tokens()).sum(),
-            _ => batch.len(),
-        };
         match examples {
             Examples::Plain(all) => {
                 let run = collate(batch.iter().map(|i| &all[*i]));
@@ -238,6 +235,25 @@ impl Policy<'_> {
     }
 }
 
+/// Takes the reference's scores of those of `batch` that have none yet; `answers` gives the examples of numbers, one or two
+/// for each.
+fn remember<'e>(
+    policy: &mut Policy<'_>,
+    reference: &mut HashMap<(Set, usize), [f64; 2]>,
+    (set, batch): (Set, &[usize]),
+    answers: impl Fn(&[usize]) -> Vec<&'e Example>,
+) -> Result<()> {
+    let new: Vec<usize> = batch.iter().copied().filter(|i| !reference.contains_key(&(set, *i))).collect();
+    if new.is_empty() {
+        return Ok(());
+    }
+    let scores = policy.scores(&answers(&new), true)?;
+    let of_each = scores.chunks(scores.len() / new.len());
+    let pair = |scores: &[f64]| [scores[0], scores.get(1).copied().unwrap_or(0.0)];
+    reference.extend(new.into_iter().map(|i| (set, i)).zip(of_each.map(pair)));
+    Ok(())
+}
+
 fn pairs(
     policy: &mut Policy<'_>,
     loss: &Loss,
@@ -251,9 +267,7 @@ fn pairs(
         batch.iter().flat_map(|i| [&all[*i].chosen, &all[*i].rejected]).collect()
     };
     if loss.needs_reference() {
-        let new: Vec<usize> = batch.iter().copied().filter(|i| !reference.contains_key(&(set, *i))).collect();
-        let scores = if new.is_empty() { Vec::new() } else { policy.scores(&answers(&new), true)? };
-        reference.extend(new.iter().map(|i| (set, *i)).zip(scores.as_chunks().0.iter().copied()));
+        remember(policy, reference, (set, batch), answers)?;
     }
     let examples = answers(batch);
     let scores = policy.scores(&examples, false)?;
@@ -289,9 +303,7 @@ fn rated(
 ) -> Result<()> {
     let Loss::Kto { beta, good, bad } = *loss else { return Ok(()) };
     let answers = |batch: &[usize]| -> Vec<&Example> { batch.iter().map(|i| &all[*i].example).collect() };
-    let new: Vec<usize> = batch.iter().copied().filter(|i| !reference.contains_key(&(set, *i))).collect();
-    let scores = if new.is_empty() { Vec::new() } else { policy.scores(&answers(&new), true)? };
-    reference.extend(new.iter().map(|i| (set, *i)).zip(scores.iter().map(|score| [*score, 0.0])));
+    remember(policy, reference, (set, batch), answers)?;
 
     // Each prompt with the answer of the one before it.
     let mut distance = 0.0;

@@ -225,8 +225,8 @@ impl Trainer {
             threads: options.threads,
             memory_budget: None,
         };
-        // What is held beside the learner follows from the number of parameters, which the smallest plan tells.
-        let count = Learner::new(model, &learner_options)?.param_count();
+        // What is held beside the learner follows from the number of parameters.
+        let count = Learner::count(model, &learner_options)?;
         let state_bytes = if config.state_8bit { 2 } else { 8 };
         let held = if config.loss.needs_reference() { 4 } else { 0 };
         // Parameters and moments once in use and twice on their way into a checkpoint.

@@ -361,13 +361,11 @@ fn steps(trainer: &mut Trainer, cancel: &AtomicBool) -> Result<Finished, Error> 
                     eprintln!("step {}/{total}: {}", line.step, status(&line));
                 }
                 if let Some(loss) = line.val_loss {
-                    let text = format!("step {}: validation loss {loss:.4}", line.step);
-                    if bar.is_hidden() { eprintln!("{text}") } else { bar.println(text) }
+                    progress::say(&bar, &format!("step {}: validation loss {loss:.4}", line.step));
                 }
             }
             Progress::RolledBack { step, why } => {
-                let text = format!("{why}; back to step {step} with half the learning rate");
-                if bar.is_hidden() { eprintln!("{text}") } else { bar.println(text) }
+                progress::say(&bar, &format!("{why}; back to step {step} with half the learning rate"));
             }
             Progress::Done(_) => break,
         }

@@ -57,15 +57,15 @@ impl ExecutorOptions {
     }
 }
 
-/// Memory an executor takes, in bytes.
+/// Memory an executor takes, in bytes, and the number of parameters its caller holds beside it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExecutorNeeds {
     /// Values and tables.
     pub arena: usize,
     /// Scratch of all threads.
     pub scratch: usize,
-    /// Trained parameters and their gradients, which the caller holds.
-    pub params: usize,
+    /// Trained parameters.
+    pub param_count: usize,
 }
 
 /// Rows of a run that belong to one sequence.
@@ -309,7 +309,7 @@ impl Executor {
             arena: program.tables.end,
             scratch: (program.scratch_floats * 4 + linear::scratch_bytes()) * options.threads,
             // f32 both.
-            params: 8 * program.tape.param_count(),
+            param_count: program.tape.param_count(),
         }
     }
 

@@ -88,6 +88,14 @@ impl Learner {
         })
     }
 
+    /// How many numbers [`Learner::new`] with the same arguments would train; allocates nothing.
+    ///
+    /// # Errors
+    /// As [`Learner::new`], memory apart.
+    pub fn count(model: &Model, options: &LearnerOptions) -> Result<usize> {
+        Ok(Executor::needs(model.spec(), model.weights(), &check(model, options)?).param_count)
+    }
+
     /// What [`Learner::new`] comes to need, the parameters and their gradients included.
     pub fn estimate(&self) -> Estimate {
         self.estimate
@@ -311,7 +319,8 @@ fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut Executor
             weights: if options.trained == Some(Trained::All) { 0 } else { model.gguf().file_bytes() },
             kv_cache: 0,
             arena: needs.arena as u64,
-            adapters: needs.params as u64,
+            // Each with its gradient.
+            adapters: 8 * needs.param_count as u64,
             scratch: needs.scratch as u64,
         }
     };

@@ -224,20 +224,29 @@ enum Form {
     Wide,
 }
 
+/// What is wrong with `weight` as a matrix of at least `rows` rows of `k` values, if anything.
+fn matrix_fault(dtype: DType, weight: &[u8], rows: usize, k: usize) -> Option<String> {
+    if !DType::WEIGHTS.contains(&dtype) {
+        return Some("the type cannot be multiplied with".into());
+    }
+    let Some(row_bytes) = dtype.row_bytes(k) else {
+        return Some(format!("rows are no multiple of {}", dtype.block_len()));
+    };
+    let fits = rows.checked_mul(row_bytes).is_some_and(|n| n <= weight.len());
+    (!fits).then(|| format!("the matrix has {} bytes", weight.len()))
+}
+
 /// Whether all sizes fit, those of the form of the input that is read among them.
 fn check_sizes(task: &LinearTask<'_>, reads: Form) -> Result<()> {
     let LinearTask { dtype, weight, k, rows, x, out, .. } = task;
     let misfit = |what: String| {
         Err(Error::argument(format!("linear map, {dtype} rows {rows:?} of {k} values, {} tokens: {what}", x.tokens)))
     };
-    if !DType::WEIGHTS.contains(dtype) {
-        return misfit("the type cannot be multiplied with".into());
+    if let Some(fault) = matrix_fault(*dtype, weight, rows.end, *k) {
+        return misfit(fault);
     }
-    let Some(row_bytes) = dtype.row_bytes(*k) else {
-        return misfit(format!("rows are no multiple of {}", dtype.block_len()));
-    };
-    if rows.start > rows.end || rows.end.checked_mul(row_bytes).is_none_or(|n| n > weight.len()) {
-        return misfit(format!("the matrix has {} bytes", weight.len()));
+    if rows.start > rows.end {
+        return misfit("the range is reversed".into());
     }
     if x.k != *k {
         return misfit(format!("the activations have {} values", x.k));

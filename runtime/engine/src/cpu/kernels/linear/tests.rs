@@ -28,6 +28,34 @@ pub(super) fn random_weights(dtype: DType, bytes: usize, random: &mut Random) ->
     data
 }
 
+/// Values between rows, which nobody may read or write.
+pub(super) const PAD: usize = 3;
+
+/// A map of `rows` × `k` with its weights as f64, and rows of values for either side.
+pub(super) struct Case {
+    pub dtype: DType,
+    pub k: usize,
+    pub rows: usize,
+    pub tokens: usize,
+    pub weight: Vec<u8>,
+    pub decoded: Vec<f64>,
+    pub x: Vec<f32>,
+    pub dy: Vec<f32>,
+}
+
+impl Case {
+    pub fn new(dtype: DType, k: usize, rows: usize, tokens: usize) -> Case {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let weight = random_weights(dtype, rows * dtype.row_bytes(k).unwrap(), &mut random);
+        let mut decoded = vec![0.0; rows * k];
+        dequantize(dtype, &weight, &mut decoded).unwrap();
+        let decoded = decoded.into_iter().map(f64::from).collect();
+        let mut noise = |n: usize| (0..n).map(|_| random.unit()).collect::<Vec<f32>>();
+        let (x, dy) = (noise(tokens * (k + PAD)), noise(tokens * (rows + PAD)));
+        Case { dtype, k, rows, tokens, weight, decoded, x, dy }
+    }
+}
+
 fn sane_scales(dtype: DType, data: &mut [u8]) {
     use DType::*;
     let halves: &[usize] = match dtype {

@@ -17,7 +17,7 @@
 //! The order of a sum depends neither on the tokens nor on the rows of the task: any split over threads gives the same
 //! bits.
 
-use super::{LinearTask, OutMut, Scratch};
+use super::{LinearTask, OutMut, Scratch, matrix_fault};
 use crate::cpu::isa::Isa;
 use crate::cpu::kernels::vector::dot_body;
 use crate::quant::{DType, dequantize};
@@ -95,14 +95,8 @@ fn check(task: &LinearBackwardTask<'_>) -> Result<()> {
             "linear map backward, {rows} {dtype} rows of {k} values, tokens {tokens:?}: {what}"
         )))
     };
-    if !DType::WEIGHTS.contains(dtype) {
-        return misfit("the type cannot be multiplied with".into());
-    }
-    let Some(row_bytes) = dtype.row_bytes(*k) else {
-        return misfit(format!("rows are no multiple of {}", dtype.block_len()));
-    };
-    if rows.checked_mul(row_bytes).is_none_or(|n| n > weight.len()) {
-        return misfit(format!("the matrix has {} bytes", weight.len()));
+    if let Some(fault) = matrix_fault(*dtype, weight, *rows, *k) {
+        return misfit(fault);
     }
     if tokens.start > tokens.end {
         return misfit("the range is reversed".into());
@@ -295,36 +289,11 @@ mod avx2 {
 mod tests {
     #![allow(clippy::single_range_in_vec_init)]
 
-    use super::super::tests::{Random, random_weights};
+    use super::super::tests::{Case, PAD};
     use super::super::{Activations, LinearTask};
     use super::*;
 
-    /// A map of `rows` × `k` with its weights as f64, and rows of values for either side.
-    struct Case {
-        dtype: DType,
-        k: usize,
-        rows: usize,
-        tokens: usize,
-        weight: Vec<u8>,
-        decoded: Vec<f64>,
-        x: Vec<f32>,
-        dy: Vec<f32>,
-    }
-
-    const PAD: usize = 3;
-
     impl Case {
-        fn new(dtype: DType, k: usize, rows: usize, tokens: usize) -> Case {
-            let mut random = Random(0x9e37_79b9_7f4a_7c15);
-            let weight = random_weights(dtype, rows * dtype.row_bytes(k).unwrap(), &mut random);
-            let mut decoded = vec![0.0; rows * k];
-            dequantize(dtype, &weight, &mut decoded).unwrap();
-            let decoded = decoded.into_iter().map(f64::from).collect();
-            let mut noise = |n: usize| (0..n).map(|_| random.unit()).collect::<Vec<f32>>();
-            let (x, dy) = (noise(tokens * (k + PAD)), noise(tokens * (rows + PAD)));
-            Case { dtype, k, rows, tokens, weight, decoded, x, dy }
-        }
-
         fn backward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
             let mut dx = vec![start; self.tokens * (self.k + PAD)];
             // SAFETY: `dx` outlives the calls.

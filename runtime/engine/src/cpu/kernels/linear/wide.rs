@@ -25,7 +25,7 @@
 //! bits.
 
 use super::activations::SMALLEST;
-use super::{LinearTask, OutMut, Scratch, check_sizes};
+use super::{LinearTask, OutMut, Scratch, check_sizes, matrix_fault};
 use crate::cpu::isa::Isa;
 use crate::quant::{DType, dequantize};
 use crate::{Error, Result};
@@ -255,14 +255,8 @@ fn check_backward(task: &WideBackwardTask<'_>) -> Result<()> {
             "linear map backward, {rows} {dtype} rows of {k} values, columns {columns:?}: {what}"
         )))
     };
-    if !DType::WEIGHTS.contains(dtype) {
-        return misfit("the type cannot be multiplied with".into());
-    }
-    let Some(row_bytes) = dtype.row_bytes(*k) else {
-        return misfit(format!("rows are no multiple of {}", dtype.block_len()));
-    };
-    if rows.checked_mul(row_bytes).is_none_or(|n| n > weight.len()) {
-        return misfit(format!("the matrix has {} bytes", weight.len()));
+    if let Some(fault) = matrix_fault(*dtype, weight, rows, *k) {
+        return misfit(fault);
     }
     let whole = |c: usize| c.is_multiple_of(COLUMNS) || c == *k;
     if columns.start > columns.end || columns.end > *k || !whole(columns.start) || !whole(columns.end) {

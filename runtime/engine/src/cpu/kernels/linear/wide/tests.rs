@@ -3,37 +3,12 @@
 
 #![allow(clippy::single_range_in_vec_init)]
 
-use super::super::tests::{Random, random_weights};
+use super::super::tests::{Case, PAD, Random};
 use super::super::{Activations, LinearTask};
 use super::*;
 
-const PAD: usize = 3;
-
-/// A map of `rows` × `k` with its weights as f64, and rows of values for either side.
-struct Case {
-    dtype: DType,
-    k: usize,
-    rows: usize,
-    tokens: usize,
-    weight: Vec<u8>,
-    decoded: Vec<f64>,
-    x: Vec<f32>,
-    dy: Vec<f32>,
-}
-
 impl Case {
-    fn new(dtype: DType, k: usize, rows: usize, tokens: usize) -> Case {
-        let mut random = Random(0x9e37_79b9_7f4a_7c15);
-        let weight = random_weights(dtype, rows * dtype.row_bytes(k).unwrap(), &mut random);
-        let mut decoded = vec![0.0; rows * k];
-        dequantize(dtype, &weight, &mut decoded).unwrap();
-        let decoded = decoded.into_iter().map(f64::from).collect();
-        let mut noise = |n: usize| (0..n).map(|_| random.unit()).collect::<Vec<f32>>();
-        let (x, dy) = (noise(tokens * (k + PAD)), noise(tokens * (rows + PAD)));
-        Case { dtype, k, rows, tokens, weight, decoded, x, dy }
-    }
-
-    fn forward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
+    fn wide_forward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
         let mut y = vec![start; self.tokens * (self.rows + PAD)];
         let buffer = widened(isa, &self.x, self.k + PAD, self.tokens, self.k);
         let wide = Some(Wide::new(bytemuck::cast_slice(&buffer), self.tokens, self.k).unwrap());
@@ -48,7 +23,7 @@ impl Case {
         y
     }
 
-    fn backward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
+    fn wide_backward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
         let mut dx = vec![start; self.tokens * (self.k + PAD)];
         let buffer = widened(isa, &self.dy, self.rows + PAD, self.tokens, self.rows);
         let dy = Wide::new(bytemuck::cast_slice(&buffer), self.tokens, self.rows).unwrap();
@@ -141,7 +116,7 @@ fn both_directions_agree_with_f64_over_types_and_shapes() {
                         format!("{side} {dtype} {} k={k} rows={rows} tokens={tokens} [{t}][{i}]", isa.name())
                     };
                     let from = rows / 3;
-                    let y = case.forward(isa, &[from..rows], before, accumulate);
+                    let y = case.wide_forward(isa, &[from..rows], before, accumulate);
                     for (at, &got) in y.iter().enumerate() {
                         let (t, r) = (at / (rows + PAD), at % (rows + PAD));
                         if r < from || r >= rows {
@@ -153,7 +128,7 @@ fn both_directions_agree_with_f64_over_types_and_shapes() {
                         errors.check(got, start, want, &|| what("y", t, r));
                     }
                     let from = k / 3 / 32 * 32;
-                    let dx = case.backward(isa, &[from..k], before, accumulate);
+                    let dx = case.wide_backward(isa, &[from..k], before, accumulate);
                     for (at, &got) in dx.iter().enumerate() {
                         let (t, c) = (at / (k + PAD), at % (k + PAD));
                         if c < from || c >= k {
@@ -181,12 +156,12 @@ fn every_instruction_set_meets_the_specification() {
         for &(k, rows, tokens) in shapes(dtype) {
             let case = Case::new(dtype, k, rows, tokens);
             let want = (
-                case.forward(Isa::Scalar, std::slice::from_ref(&(0..rows)), 0.0, false),
-                case.backward(Isa::Scalar, std::slice::from_ref(&(0..k)), 0.0, false),
+                case.wide_forward(Isa::Scalar, std::slice::from_ref(&(0..rows)), 0.0, false),
+                case.wide_backward(Isa::Scalar, std::slice::from_ref(&(0..k)), 0.0, false),
             );
             for isa in Isa::available() {
-                let y = case.forward(isa, std::slice::from_ref(&(0..rows)), 0.0, false);
-                let dx = case.backward(isa, std::slice::from_ref(&(0..k)), 0.0, false);
+                let y = case.wide_forward(isa, std::slice::from_ref(&(0..rows)), 0.0, false);
+                let dx = case.wide_backward(isa, std::slice::from_ref(&(0..k)), 0.0, false);
                 let most = want.0.iter().chain(&want.1).fold(0.0f32, |m, v| m.max(v.abs()));
                 for (got, want) in y.iter().zip(&want.0).chain(dx.iter().zip(&want.1)) {
                     assert!((got - want).abs() <= 1e-5 * most, "{dtype} {k} × {rows} {}: {got} {want}", isa.name());
@@ -221,7 +196,7 @@ fn what_is_not_finite_stays_so() {
         for bad in [f32::NAN, f32::INFINITY] {
             let mut x = case.x.clone();
             x[64 + PAD + 5] = bad;
-            let y = Case { x, weight: case.weight.clone(), decoded: vec![], dy: case.dy.clone(), ..case }.forward(
+            let y = Case { x, weight: case.weight.clone(), decoded: vec![], dy: case.dy.clone(), ..case }.wide_forward(
                 isa,
                 std::slice::from_ref(&(0..40)),
                 0.0,
@@ -239,10 +214,10 @@ fn the_split_does_not_show() {
     for isa in Isa::available() {
         for dtype in [DType::F16, DType::Q4_1, DType::Q6_K] {
             let case = Case::new(dtype, 512, 150, 23);
-            let whole = case.forward(isa, std::slice::from_ref(&(0..150)), 0.25, true);
-            assert!(case.forward(isa, &[0..1, 1..70, 70..70, 70..150], 0.25, true) == whole, "{dtype}");
-            let whole = case.backward(isa, std::slice::from_ref(&(0..512)), 0.25, true);
-            assert!(case.backward(isa, &[0..32, 32..288, 288..288, 288..512], 0.25, true) == whole, "{dtype}");
+            let whole = case.wide_forward(isa, std::slice::from_ref(&(0..150)), 0.25, true);
+            assert!(case.wide_forward(isa, &[0..1, 1..70, 70..70, 70..150], 0.25, true) == whole, "{dtype}");
+            let whole = case.wide_backward(isa, std::slice::from_ref(&(0..512)), 0.25, true);
+            assert!(case.wide_backward(isa, &[0..32, 32..288, 288..288, 288..512], 0.25, true) == whole, "{dtype}");
         }
     }
 }
