@@ -1,6 +1,6 @@
 //! Standard output, which may be closed at any time, and numbers for people.
 
-use kinglet_engine::cpu::Timing;
+use kinglet_engine::tape::Timing;
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 

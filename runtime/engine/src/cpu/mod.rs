@@ -14,11 +14,9 @@ mod ops_weights;
 mod patch;
 mod pool;
 pub mod roof;
-mod timing;
 
 pub use buffer::Buffer;
-pub use executor::{Arithmetic, Batch, Executor, ExecutorNeeds, ExecutorOptions, Learning, Segment};
+pub use executor::{Arithmetic, Executor, ExecutorNeeds, ExecutorOptions};
 pub use kv::{KvCache, KvLayout, PAGE};
 pub use patch::{Correction, Patches};
 pub use pool::{Pool, Team};
-pub use timing::Timing;

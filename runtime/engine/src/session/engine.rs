@@ -5,9 +5,9 @@ use std::sync::atomic::AtomicBool;
 
 use super::adapters::{self, AdapterReport, ScaledAdapter};
 use super::{Estimate, Model};
-use crate::cpu::{Arithmetic, Batch, Executor, ExecutorOptions, KvCache, KvLayout, Segment, Timing};
+use crate::cpu::{Arithmetic, Executor, ExecutorOptions, KvCache, KvLayout};
 use crate::quant::DType;
-use crate::tape::{PlanLimits, Purpose};
+use crate::tape::{Batch, PlanLimits, Purpose, Segment, Timing};
 use crate::{Error, Result};
 
 /// How a session is set up. The default suits a chat on a laptop.

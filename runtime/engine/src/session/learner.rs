@@ -6,8 +6,8 @@
 use std::sync::atomic::AtomicBool;
 
 use super::{Estimate, Model};
-use crate::cpu::{Arithmetic, Batch, Executor, ExecutorOptions, Learning, Segment, Timing};
-use crate::tape::{LoraSpec, Param, PlanLimits, Purpose, Trained, adapted_norm};
+use crate::cpu::{Arithmetic, Executor, ExecutorOptions};
+use crate::tape::{Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, Segment, Timing, Trained, adapted_norm};
 use crate::{Error, Result, quant};
 
 /// How a learner is set up.

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::{
     AdapterReport, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence, SessionOptions,
 };
-use crate::cpu::Timing;
-use crate::tape::Purpose;
+
+use crate::tape::{Purpose, Timing};
 use crate::{Error, Result};
 
 /// Stops what a session is doing, from any thread: the running call ends with [`Error::Cancelled`] between two ops.

@@ -7,6 +7,7 @@
 //! as the kernels want it.
 
 mod backward;
+mod batch;
 mod builder;
 pub mod decoder;
 mod dora;
@@ -16,8 +17,10 @@ mod plan;
 mod recompute;
 mod rope;
 mod spec;
+mod timing;
 mod weights;
 
+pub use batch::{Batch, Learning, Segment};
 pub use builder::{Builder, LoraSpec, Trained};
 pub use decoder::Purpose;
 pub use dora::{adapted_norm, magnitude_ratio};
@@ -27,5 +30,7 @@ pub use op::{
 pub use op_learn::{AttentionBackward, Dropout, EmbedLora, HeadLora, Lora, LoraBackward, LoraHidden, Rescale};
 pub use plan::{Place, Plan, PlanLimits};
 pub use rope::Frequencies;
+pub(crate) use timing::Timings;
+pub use timing::Timing;
 pub use spec::{Gate, LayerSpec, LinearSpec, RopeSpec, RopeStyle, Spec, WeightRef, Yarn};
 pub use weights::{Weight, Weights};

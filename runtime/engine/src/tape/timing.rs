@@ -15,13 +15,13 @@ pub struct Timing {
 
 /// Collects a table.
 #[derive(Debug, Default)]
-pub(super) struct Timings {
-    pub(super) on: bool,
+pub(crate) struct Timings {
+    pub(crate) on: bool,
     rows: Vec<Timing>,
 }
 
 impl Timings {
-    pub(super) fn add(&mut self, op: &'static str, time: Duration) {
+    pub(crate) fn add(&mut self, op: &'static str, time: Duration) {
         let at = self.rows.iter().position(|r| r.op == op).unwrap_or_else(|| {
             self.rows.push(Timing { op, ..Timing::default() });
             self.rows.len() - 1
@@ -30,7 +30,7 @@ impl Timings {
         self.rows[at].total += time;
     }
 
-    pub(super) fn take(&mut self) -> Vec<Timing> {
+    pub(crate) fn take(&mut self) -> Vec<Timing> {
         std::mem::take(&mut self.rows)
     }
 }

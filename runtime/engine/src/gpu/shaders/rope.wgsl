@@ -1,0 +1,31 @@
+// Head norm and rotation of queries and keys, a head of a row a workgroup; keys and values then enter the cache.
+struct Op {
+    q: u32, k: u32, v: u32, q_out: u32,
+    k_out: u32, cached: u32, unused0: u32, unused1: u32,
+    kv: Kv,
+    q_norm: u32, k_norm: u32, eps: f32, dims: u32,
+    table: u32, halves: u32, unused2: u32, unused3: u32,
+}
+
+@compute @workgroup_size(64)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+    let row = group.z;
+    let dim = op.kv.head_dim;
+    let is_query = group.x < op.kv.heads;
+    let h = select(group.x - op.kv.heads, group.x, is_query);
+    let heads = select(op.kv.kv_heads, op.kv.heads, is_query);
+    let at = (row * heads + h) * dim;
+    let turn = Turn(select(op.k_norm, op.q_norm, is_query), op.eps, op.dims, op.table, op.halves);
+    load_head(turn, t, select(op.k, op.q, is_query) + at, dim);
+    let to = select(op.k_out, op.q_out, is_query) + at;
+    for (var i = t; i < dim; i += 64u) { arena[to + i] = turned(turn, row, i, 1.0); }
+    if is_query || op.cached == 0u { return; }
+    let record = row_record(row);
+    let key = kv_index(op.kv, record.start, record.position, 0u, h);
+    let value = kv_index(op.kv, record.start, record.position, 1u, h);
+    for (var i = 2u * t; i < dim; i += 128u) {
+        kv_store(key + i, vec2(turned(turn, row, i, 1.0), turned(turn, row, i + 1u, 1.0)));
+        let from = op.v + at + i;
+        kv_store(value + i, vec2(arena[from], arena[from + 1u]));
+    }
+}

@@ -1,0 +1,96 @@
+//! What to run: the rows of one run of a tape, as every backend takes them. `C` is the backend's cache of a sequence.
+
+use super::decoder::Purpose;
+use super::op::Tape;
+use super::plan::PlanLimits;
+use super::spec::Spec;
+use crate::{Error, Result};
+
+/// Rows of a run that belong to one sequence.
+#[derive(Debug)]
+pub struct Segment<'a, C> {
+    /// The sequence's cache; its length is the position of the segment's first row. None in learning, where every
+    /// segment is a whole sequence.
+    pub cache: Option<&'a mut C>,
+    /// Number of rows.
+    pub rows: usize,
+}
+
+/// What to run.
+#[derive(Debug)]
+pub struct Batch<'a, C> {
+    /// Token ids, segment after segment.
+    pub tokens: &'a [u32],
+    /// How they divide into sequences.
+    pub segments: Vec<Segment<'a, C>>,
+    /// Rows whose result is wanted, increasing.
+    pub outputs: &'a [u32],
+    /// The token to be predicted at each output row, for [`Purpose::Score`] and [`Purpose::Learn`]; else empty.
+    pub targets: &'a [u32],
+    /// What is learned.
+    pub learning: Option<Learning<'a>>,
+}
+
+/// Trained parameters of a run.
+#[derive(Debug)]
+pub struct Learning<'a> {
+    /// All trained matrices, as the tape's table of parameters places them.
+    pub params: &'a [f32],
+    /// Where [`Purpose::Learn`] adds their gradients; as long as `params`.
+    pub gradients: &'a mut [f32],
+    /// Factor on the gradient of each output row's cross-entropy, for [`Purpose::Learn`].
+    pub row_weights: &'a [f32],
+    /// Decides which of the adapters' inputs fall, for [`Purpose::Learn`]; another for each run of a training.
+    pub dropout_seed: u64,
+}
+
+impl<C> Batch<'_, C> {
+    /// Checks everything about a batch that a tape relies on.
+    ///
+    /// # Errors
+    /// A batch over the limits, token ids outside the vocabulary, caches or parameters that are missing or misplaced.
+    pub(crate) fn check(&self, tape: &Tape, limits: &PlanLimits, purpose: Purpose) -> Result<()> {
+        check_rows(self, &tape.spec, limits, purpose)?;
+        check_learning(self, tape, purpose)
+    }
+}
+
+fn check_rows<C>(batch: &Batch<'_, C>, spec: &Spec, limits: &PlanLimits, purpose: Purpose) -> Result<()> {
+    let rows = batch.tokens.len();
+    if rows == 0 || rows > limits.tokens || batch.segments.iter().map(|s| s.rows).sum::<usize>() != rows {
+        return Err(Error::argument(format!("a run takes between 1 and {} tokens, not {rows}", limits.tokens)));
+    }
+    if batch.outputs.len() > limits.outputs || batch.outputs.iter().any(|o| *o as usize >= rows) {
+        return Err(Error::argument(format!(
+            "a run gives logits for at most {} of its rows, {} were asked for; open the session with larger logit_rows",
+            limits.outputs,
+            batch.outputs.len()
+        )));
+    }
+    let wanted = if purpose == Purpose::Generate { 0 } else { batch.outputs.len() };
+    if batch.targets.len() != wanted {
+        return Err(Error::argument(format!("{wanted} targets are needed, not {}", batch.targets.len())));
+    }
+    if let Some(token) = batch.tokens.iter().chain(batch.targets).find(|t| **t as usize >= spec.vocab) {
+        return Err(Error::argument(format!("token {token} is outside the vocabulary of {}", spec.vocab)));
+    }
+    Ok(())
+}
+
+/// Checks that what a tape learns, and what it needs for it, is there: keys and values in the cache or in the run.
+fn check_learning<C>(batch: &Batch<'_, C>, tape: &Tape, purpose: Purpose) -> Result<()> {
+    let params = tape.param_count();
+    let learning = !tape.params.is_empty();
+    if learning == batch.segments.iter().any(|s| s.cache.is_some()) {
+        return Err(Error::argument("sequences have a cache when generating and none when learning"));
+    }
+    let rows = if purpose == Purpose::Learn { batch.outputs.len() } else { 0 };
+    match &batch.learning {
+        None if !learning => Ok(()),
+        Some(l) if l.params.len() == params && l.row_weights.len() >= rows => match l.gradients.len() {
+            n if n == params || purpose != Purpose::Learn => Ok(()),
+            n => Err(Error::argument(format!("{n} gradients for {params} parameters"))),
+        },
+        _ => Err(Error::argument(format!("a run needs the {params} trained parameters and a weight per output row"))),
+    }
+}
