@@ -24,6 +24,7 @@ mod cli;
 mod docs;
 mod full_training;
 mod gguf_real;
+mod gpu;
 mod gradients;
 mod layers;
 mod learning;

@@ -61,6 +61,14 @@ pub enum Error {
     /// A computation gave a value that cannot be used (NaN or infinite logits).
     #[error("{0}")]
     Numeric(String),
+    /// The GPU or its driver failed, was lost or refused memory; what is on the CPU's side is whole.
+    #[error("{device}: {what}")]
+    Device {
+        /// The device's name.
+        device: String,
+        /// What happened and what to do.
+        what: String,
+    },
     /// The model's chat template could not be compiled or rendered.
     #[error("chat template: {0}")]
     Template(String),

@@ -9,6 +9,7 @@
 //! | [`text`] | tokenizer and chat template, both from the GGUF | `gguf` |
 //! | [`tape`] | values, ops, the builder, the planner | `quant` |
 //! | [`cpu`] | kernels by instruction set, the thread pool, the tape's executor | `tape`, `quant` |
+//! | `gpu` | WGSL kernels and the executor that records a tape for a device (feature `gpu`) | `tape`, `quant` |
 //! | [`adapter`] | LoRA and DoRA: files, checks, merging | `gguf`, `quant` |
 //! | [`session`] | model, KV cache, prefill and decode, generation | all above |
 //! | [`random`] | numbers that are hashes of a seed and a counter | – |
@@ -20,6 +21,8 @@ pub mod adapter;
 pub mod cpu;
 pub mod error;
 pub mod gguf;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod quant;
 pub mod random;
 pub mod sampling;

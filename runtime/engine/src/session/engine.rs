@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::adapters::{self, AdapterReport, ScaledAdapter};
+use super::backend::{Backend, Cache, Device};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions, KvCache, KvLayout};
 use crate::quant::DType;
@@ -23,20 +24,33 @@ pub struct SessionOptions {
     pub chunk: usize,
     /// Most rows per run whose logits are given: at least the number of sequences that are decoded together.
     pub logit_rows: usize,
+    /// Where the model runs.
+    pub device: Device,
+    /// How the CPU computes linear maps with quantized weights: narrow is the fast way, exact the one to compare with.
+    pub arithmetic: Arithmetic,
     /// Refuse to open when the peak would be above this many bytes, the mapped file included.
     pub memory_budget: Option<u64>,
 }
 
 impl Default for SessionOptions {
     fn default() -> SessionOptions {
-        SessionOptions { context: 0, threads: 0, kv_type: DType::F16, chunk: 512, logit_rows: 1, memory_budget: None }
+        SessionOptions {
+            context: 0,
+            threads: 0,
+            kv_type: DType::F16,
+            chunk: 512,
+            logit_rows: 1,
+            device: Device::Cpu,
+            arithmetic: Arithmetic::Narrow,
+            memory_budget: None,
+        }
     }
 }
 
 /// One sequence of tokens and its keys and values. Cloning shares the cache's pages until one side writes.
 #[derive(Clone, Debug)]
 pub struct Sequence {
-    pub(super) cache: KvCache,
+    pub(super) cache: Cache,
     pub(super) tokens: Vec<u32>,
     /// The adapters its keys and values were computed with.
     adapters: Arc<[ScaledAdapter]>,
@@ -66,7 +80,9 @@ pub struct Engine {
     model: Model,
     options: SessionOptions,
     layout: KvLayout,
-    executor: Executor,
+    backend: Backend,
+    /// Why the CPU runs the model though a GPU was asked for, or looked for.
+    fallback: Option<String>,
     adapters: Arc<[ScaledAdapter]>,
 }
 
@@ -79,8 +95,8 @@ impl Engine {
         let options = complete(model, options)?;
         let layout = KvLayout::new(model.spec(), options.kv_type)?;
         Engine::estimate(model, &options)?.check(options.memory_budget)?;
-        let executor = Executor::new(model.spec(), model.weights().clone(), &executor_options(&options))?;
-        Ok(Engine { model: model.clone(), options, layout, executor, adapters: Arc::new([]) })
+        let (backend, fallback) = open(model, &options)?;
+        Ok(Engine { model: model.clone(), options, layout, backend, fallback, adapters: Arc::new([]) })
     }
 
     /// What [`Engine::new`] with the same arguments will come to need, with one sequence of the full context.
@@ -110,9 +126,36 @@ impl Engine {
         &self.options
     }
 
+    /// What runs the model, for people: `cpu`, or the GPU's name.
+    pub fn device_name(&self) -> String {
+        self.backend.name()
+    }
+
+    /// Why the CPU runs the model though [`Device::Auto`] found a GPU.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
+    /// What decoding one token moves on a GPU; none on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    #[cfg(feature = "gpu")]
+    pub fn decode_traffic(&mut self) -> Result<Option<crate::gpu::Traffic>> {
+        match &mut self.backend {
+            Backend::Cpu(_) => Ok(None),
+            Backend::Gpu(executor) => executor.decode_traffic().map(Some),
+        }
+    }
+
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence {
-        Sequence { cache: KvCache::new(self.layout), tokens: Vec::new(), adapters: self.adapters.clone() }
+        let cache = match &self.backend {
+            Backend::Cpu(_) => Cache::Cpu(KvCache::new(self.layout)),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(_) => Cache::Gpu(crate::gpu::KvCache::default()),
+        };
+        Sequence { cache, tokens: Vec::new(), adapters: self.adapters.clone() }
     }
 
     /// Feeds each sequence its tokens, all in one run, and gives the logits after the last token of each:
@@ -163,11 +206,8 @@ impl Engine {
             .iter_mut()
             .map(|(sequence, feed)| Segment { cache: Some(&mut sequence.cache), rows: feed.len() })
             .collect();
-        let result = self.executor.run(
-            purpose,
-            Batch { tokens: &tokens, segments, outputs, targets, learning: None },
-            cancel,
-        )?;
+        let result =
+            self.backend.run(purpose, Batch { tokens: &tokens, segments, outputs, targets, learning: None }, cancel)?;
         for (sequence, feed) in feeds {
             if sequence.tokens.is_empty() {
                 sequence.adapters = self.adapters.clone();
@@ -186,14 +226,25 @@ impl Engine {
     /// is no number, [`Error::Memory`] when the memory budget does not hold it. The set before stays in force then.
     pub fn set_adapters(&mut self, adapters: &[ScaledAdapter]) -> Result<AdapterReport> {
         let (tensors, corrections) = adapters::corrections(&self.model, adapters)?;
+        let executor = match &mut self.backend {
+            Backend::Cpu(executor) => executor,
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(_) if corrections.is_empty() => return Ok(AdapterReport { tensors, bytes: 0 }),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(_) => {
+                return Err(Error::Unsupported(
+                    "adapters at run time on the GPU; merge the adapter into the model, or use the CPU".into(),
+                ));
+            }
+        };
         let patches = match corrections.is_empty() {
             true => None,
-            false => Some(self.executor.patches(corrections)?),
+            false => Some(executor.patches(corrections)?),
         };
         let bytes = patches.as_ref().map_or(0, |p| p.bytes());
         let estimate = Engine::estimate(&self.model, &self.options)?;
         Estimate { adapters: bytes as u64, ..estimate }.check(self.options.memory_budget)?;
-        self.executor.set_patches(patches);
+        executor.set_patches(patches);
         self.adapters = adapters.into();
         Ok(AdapterReport { tensors, bytes })
     }
@@ -205,12 +256,12 @@ impl Engine {
 
     /// Time spent by kind of op since the last call; empty unless [`Engine::set_timing`] turned it on.
     pub fn take_timings(&mut self) -> Vec<Timing> {
-        self.executor.take_timings()
+        self.backend.take_timings()
     }
 
     /// Turns the op timing table on or off.
     pub fn set_timing(&mut self, on: bool) {
-        self.executor.set_timing(on);
+        self.backend.set_timing(on);
     }
 }
 
@@ -241,6 +292,43 @@ fn executor_options(options: &SessionOptions) -> ExecutorOptions {
         limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
         trained: None,
         kept_layers: 0,
-        arithmetic: Arithmetic::Narrow,
+        arithmetic: options.arithmetic,
     }
+}
+
+/// The executor for what was asked for, and why it is the CPU's if it was to be another.
+#[cfg(feature = "gpu")]
+fn open(model: &Model, options: &SessionOptions) -> Result<(Backend, Option<String>)> {
+    let on_gpu = || -> Result<Option<Backend>> {
+        let Some(device) = options.device.open()? else { return Ok(None) };
+        let options = crate::gpu::ExecutorOptions {
+            limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
+            kv_type: options.kv_type,
+            trained: None,
+            kept_layers: 0,
+        };
+        let executor = crate::gpu::Executor::new(&device, model.spec(), model.weights().clone(), &options)?;
+        Ok(Some(Backend::Gpu(Box::new(executor))))
+    };
+    let fallback = match on_gpu() {
+        Ok(Some(backend)) => return Ok((backend, None)),
+        Ok(None) => None,
+        Err(e) if matches!(options.device, Device::Auto) => {
+            log::warn!("the CPU runs the model: {e}");
+            Some(e.to_string())
+        }
+        Err(e) => return Err(e),
+    };
+    on_cpu(model, options).map(|backend| (backend, fallback))
+}
+
+#[cfg(not(feature = "gpu"))]
+fn open(model: &Model, options: &SessionOptions) -> Result<(Backend, Option<String>)> {
+    options.device.check()?;
+    on_cpu(model, options).map(|backend| (backend, None))
+}
+
+fn on_cpu(model: &Model, options: &SessionOptions) -> Result<Backend> {
+    let executor = Executor::new(model.spec(), model.weights().clone(), &executor_options(options))?;
+    Ok(Backend::Cpu(Box::new(executor)))
 }

@@ -6,10 +6,12 @@
 //! | [`Model`] | mapped weights, spec, tokenizer, template; shared by any number of engines |
 //! | [`Engine`] | tapes, arena and threads; runs rows of several [`Sequence`]s at once |
 //! | [`Session`] | an engine with one sequence: feed, score, rewind, generate |
+//! | [`Device`] | where it runs |
 //! | [`Learner`] | gradients of adapters or of all weights, and what comes of them as a file |
 //! | [`Generation`] | pulls text from a session, piece by piece |
 
 mod adapters;
+mod backend;
 mod engine;
 mod estimate;
 mod generate;
@@ -21,6 +23,7 @@ mod trained;
 
 pub use crate::cpu::Arithmetic;
 pub use adapters::{AdapterReport, ScaledAdapter};
+pub use backend::Device;
 pub use engine::{Engine, Sequence, SessionOptions};
 pub use estimate::Estimate;
 pub use generate::{EndReason, GenerateOptions, Generation, GenerationStats, Piece};

@@ -30,7 +30,7 @@ pub use op::{
 pub use op_learn::{AttentionBackward, Dropout, EmbedLora, HeadLora, Lora, LoraBackward, LoraHidden, Rescale};
 pub use plan::{Place, Plan, PlanLimits};
 pub use rope::Frequencies;
-pub(crate) use timing::Timings;
-pub use timing::Timing;
 pub use spec::{Gate, LayerSpec, LinearSpec, RopeSpec, RopeStyle, Spec, WeightRef, Yarn};
+pub use timing::Timing;
+pub(crate) use timing::Timings;
 pub use weights::{Weight, Weights};

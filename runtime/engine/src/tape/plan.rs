@@ -60,7 +60,18 @@ impl Plan {
     /// Places the values of `tape`. `quantized_bytes(rows, width)` is what the backend needs for the 8-bit form, if it wants
     /// one.
     pub fn new(tape: &Tape, limits: PlanLimits, quantized_bytes: impl Fn(usize, usize) -> Option<usize>) -> Plan {
-        let last_read = last_reads(tape);
+        Plan::with_reads(tape, limits, quantized_bytes, |_| Vec::new())
+    }
+
+    /// As [`Plan::new`] for a backend whose kernel for op number `i` also reads the values `more(i)`: those of an op that it
+    /// does on the way.
+    pub fn with_reads(
+        tape: &Tape,
+        limits: PlanLimits,
+        quantized_bytes: impl Fn(usize, usize) -> Option<usize>,
+        more: impl Fn(usize) -> Vec<Value>,
+    ) -> Plan {
+        let last_read = last_reads(tape, more);
         let mut places = vec![Place::default(); tape.values.len()];
         let mut live: Vec<Slot> = Vec::new();
         let mut arena_bytes = 0;
@@ -102,10 +113,10 @@ impl Plan {
     }
 }
 
-fn last_reads(tape: &Tape) -> Vec<usize> {
+fn last_reads(tape: &Tape, more: impl Fn(usize) -> Vec<Value>) -> Vec<usize> {
     let mut last = vec![0; tape.values.len()];
     for (index, op) in tape.ops.iter().enumerate() {
-        for value in op.reads() {
+        for value in op.reads().into_iter().chain(more(index)) {
             last[value.0 as usize] = index;
         }
     }

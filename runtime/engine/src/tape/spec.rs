@@ -77,7 +77,7 @@ pub struct Yarn {
 }
 
 /// The activation of a gated feed-forward layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Gate {
     /// `a·σ(a)·b`.
     Silu,

@@ -3,6 +3,6 @@ struct Op { x: u32, width: u32, out: u32, unused: u32 }
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let from = output_record(group.z).row * op.width;
-    for (var i = t; i < op.width; i += 64u) { arena[op.out + group.z * op.width + i] = arena[op.x + from + i]; }
+    let source = output_record(group.z).row * op.width;
+    for (var i = t; i < op.width; i += 64u) { arena[op.out + group.z * op.width + i] = arena[op.x + source + i]; }
 }

@@ -10,8 +10,10 @@ fn four(base: u32, row: u32, stride: u32, column: u32, columns: u32) -> vec4<f32
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let n0 = (group.y * groups.x + group.x) * 64u;
-    let m0 = group.z * 64u;
+    let tile = group.y * groups.x + group.x;
+    let across = (op.columns + 63u) / 64u;
+    let n0 = (tile % across) * 64u;
+    let m0 = (tile / across) * 64u;
     let rows = run[op.rows];
     let tx = t % 8u;
     let ty = t / 8u;

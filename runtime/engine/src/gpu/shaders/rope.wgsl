@@ -25,7 +25,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let value = kv_index(op.kv, record.start, record.position, 1u, h);
     for (var i = 2u * t; i < dim; i += 128u) {
         kv_store(key + i, vec2(turned(turn, row, i, 1.0), turned(turn, row, i + 1u, 1.0)));
-        let from = op.v + at + i;
-        kv_store(value + i, vec2(arena[from], arena[from + 1u]));
+        let source = op.v + at + i;
+        kv_store(value + i, vec2(arena[source], arena[source + 1u]));
     }
 }

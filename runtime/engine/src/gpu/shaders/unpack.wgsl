@@ -1,8 +1,6 @@
 // Sixteen consecutive weights of a row, unpacked: `unpack_TYPE(row, k)` with the byte address of the row in `weights` and
 // the index of the first, a multiple of 16. The layouts are those of `quant`.
 
-struct Unit { a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32> }
-
 // Four bytes at any address.
 fn word(at: u32) -> u32 {
     let shift = (at & 3u) * 8u;

@@ -1,0 +1,300 @@
+//! From ops of learning to dispatches. Sums over rows of the run (gradients of adapters) are products of two values, taken
+//! tile by tile in a fixed order.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::forward::{CHUNK, TILE, Turning, row_grid};
+use super::kernel::Kernel;
+use super::record::{Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
+use crate::tape::{
+    AttentionBackward, Dropout, Gate, Lora, LoraBackward, Op, ParamId, Rope, Rows, Value, WeightId,
+};
+use crate::{Error, Result};
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct RopeBackwardOp {
+    q: u32,
+    k: u32,
+    dq: u32,
+    dk: u32,
+    q_out: u32,
+    k_out: u32,
+    unused: [u32; 2],
+    kv: Kv,
+    turn: Turning,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct AttentionBackwardOp {
+    q: u32,
+    k: u32,
+    v: u32,
+    o: u32,
+    lse: u32,
+    d_o: u32,
+    dq: u32,
+    dk: u32,
+    dv: u32,
+    delta: u32,
+    scale: f32,
+    cap: f32,
+    kv: Kv,
+    slopes: u32,
+    unused: [u32; 3],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct DropoutOp {
+    x: u32,
+    width: u32,
+    residual: u32,
+    out: u32,
+    rows: u32,
+    stream: [u32; 2],
+    threshold: u32,
+    factor: f32,
+    unused: [u32; 3],
+}
+
+/// One side of a product: where it begins, and how far its rows are apart.
+#[derive(Clone, Copy)]
+struct Side {
+    at: u32,
+    stride: u32,
+}
+
+impl Recorder<'_> {
+    /// Records an op of learning.
+    pub(super) fn backward(&mut self, op: &Op) -> Result<()> {
+        match op {
+            Op::Lora(l) => self.lora(l),
+            Op::LoraBackward(l) => self.lora_backward(l),
+            Op::Dropout(d) => self.dropout(d, d.x, None, d.out),
+            Op::DropoutBackward { forward, dy, dx, out } => self.dropout(forward, *dy, *dx, *out),
+            Op::LinearBackward { parts, dx, out } => {
+                let mut so_far = dx.map_or(NONE, |dx| self.at(dx));
+                for (dy, weight) in parts {
+                    let side = self.side(*dy);
+                    self.turned(side, self.rows(*dy), *weight, 0..usize::MAX, so_far, *out)?;
+                    so_far = self.at(*out);
+                }
+                Ok(())
+            }
+            Op::RmsNormBackward { x, weight, dy, dx, out } => {
+                let norm = self.uploaded.vector(*weight);
+                let eps = self.spec.norm_eps.to_bits();
+                let dx = dx.map_or(NONE, |dx| self.at(dx));
+                let width = self.width(*x);
+                let op = [self.at(*x), width, norm, eps, self.at(*dy), dx, self.at(*out), 0];
+                self.push(Kernel::RmsNormBackward, (0, 0), row_grid(1, self.rows(*x)), &op, (0, 4 * u64::from(width)))
+            }
+            Op::GatedBackward { kind, gate, up, dy, d_gate, d_up } => {
+                self.gated_backward(*kind, [*gate, *up, *dy], [*d_gate, *d_up])
+            }
+            Op::AttentionBackward(a) => self.attention_backward(a),
+            Op::RopeBackward { forward, d, out } => self.rope_backward(forward, *d, *out),
+            Op::ScatterOutputs { x, out } => {
+                let op = [self.at(*x), self.width(*x), self.at(*out), 0];
+                let floats = u64::from(op[1]);
+                self.push(Kernel::Scatter { clear: true }, (0, 0), row_grid(1, Rows::Tokens), &op, (0, floats))?;
+                self.push(Kernel::Scatter { clear: false }, (0, 0), row_grid(1, Rows::Outputs), &op, (0, 2 * floats))
+            }
+            Op::CrossEntropyGrad { x, weight, out, dx, lora: None } => {
+                self.cross_entropy(*x, *weight, *out)?;
+                self.cross_entropy_gradient(*x, *weight, *dx)
+            }
+            op => Err(Error::Unsupported(format!(
+                "{} on the GPU, which trains low-rank adapters of linear maps; use the CPU",
+                op.name()
+            ))),
+        }
+    }
+
+    fn side(&self, value: Value) -> Side {
+        Side { at: self.at(value), stride: self.width(value) }
+    }
+
+    /// `out = x·Wᵀ·scale + residual` with a trained matrix `[columns, k]`, or with `turned` `out = x·W·scale + residual`
+    /// with `[k, columns]`.
+    fn trained(&mut self, x: Value, param: ParamId, turned: bool, scale: f32, residual: u32, out: Value) -> Result<()> {
+        let p = &self.tape.params[param.0 as usize];
+        let op = MatmulOp {
+            x: self.at(x),
+            x_stride: self.width(x),
+            rows: rows_word(self.rows(x)),
+            k: self.width(x),
+            weight: p.offset as u32,
+            row_bytes: p.width as u32,
+            columns: self.width(out),
+            out: self.at(out),
+            out_stride: self.width(out),
+            bias: NONE,
+            residual,
+            scale,
+            ..MatmulOp::zeroed()
+        };
+        let kernel = if turned { Kernel::ParamsTurned } else { Kernel::Params };
+        let grid = Grid { x: op.columns.div_ceil(TILE), rows: Some((self.rows(x), TILE)) };
+        self.push(kernel, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
+    }
+
+    /// Adds `pᵀ·q·scale` to the gradient of a matrix.
+    fn outer(&mut self, p: Value, q: Value, param: ParamId, scale: f32) -> Result<()> {
+        let (left, right) = (self.side(p), self.side(q));
+        let to = &self.tape.params[param.0 as usize];
+        let op = MatmulOp {
+            x: left.at,
+            x_stride: left.stride,
+            rows: rows_word(self.rows(p)),
+            weight: right.at,
+            w_stride: right.stride,
+            m: left.stride,
+            columns: right.stride,
+            out: to.offset as u32,
+            out_stride: right.stride,
+            scale,
+            ..MatmulOp::zeroed()
+        };
+        let tiles = op.m.div_ceil(TILE);
+        let grid = Grid { x: op.columns.div_ceil(TILE), rows: Some((Rows::One, 1)) };
+        self.push(Kernel::Outer, (0, 0), Grid { x: grid.x * tiles, ..grid }, &op, (0, u64::from(op.m + op.columns)))
+    }
+
+    fn lora(&mut self, l: &Lora) -> Result<()> {
+        self.trained(l.x, l.a, false, 1.0, NONE, l.h)?;
+        self.trained(l.h, l.b, false, l.scale, self.at(l.y), l.out)
+    }
+
+    fn lora_backward(&mut self, l: &LoraBackward) -> Result<()> {
+        let f = &l.forward;
+        self.trained(l.dy, f.b, true, f.scale, NONE, l.e)?;
+        self.outer(l.dy, f.h, f.b, f.scale)?;
+        self.outer(l.e, f.x, f.a, 1.0)?;
+        let Some(out) = l.out else { return Ok(()) };
+        self.trained(l.e, f.a, true, 1.0, l.dx.map_or(NONE, |dx| self.at(dx)), out)
+    }
+
+    fn dropout(&mut self, d: &Dropout, x: Value, residual: Option<Value>, out: Value) -> Result<()> {
+        let threshold = ((f64::from(d.rate) * 65_536.0).round() as u32).min(65_535);
+        let op = DropoutOp {
+            x: self.at(x),
+            width: self.width(x),
+            residual: residual.map_or(NONE, |r| self.at(r)),
+            out: self.at(out),
+            rows: rows_word(self.rows(out)),
+            stream: [d.stream as u32, (d.stream >> 32) as u32],
+            threshold,
+            factor: (65_536.0 / f64::from(65_536 - threshold)) as f32,
+            unused: [0; 3],
+        };
+        self.push(Kernel::Dropout, (0, 0), row_grid(1, self.rows(out)), &op, (0, 2 * u64::from(op.width)))
+    }
+
+    /// `out = residual + dy·W`, `W` being some rows of a matrix of the model, which are the columns of `dy`.
+    fn turned(
+        &mut self,
+        dy: Side,
+        rows: Rows,
+        weight: WeightId,
+        only: std::ops::Range<usize>,
+        mut residual: u32,
+        out: Value,
+    ) -> Result<()> {
+        let dtype = self.weights.get(weight).dtype;
+        for p in self.uploaded.pieces(weight).to_vec() {
+            let (from, to) = (p.first.max(only.start), (p.first + p.rows).min(only.end));
+            if from >= to {
+                continue;
+            }
+            let op = MatmulOp {
+                x: dy.at + (from - only.start) as u32,
+                x_stride: dy.stride,
+                rows: rows_word(rows),
+                k: (to - from) as u32,
+                weight: p.at + (from - p.first) as u32 * p.row_bytes,
+                row_bytes: p.row_bytes,
+                columns: self.width(out),
+                out: self.at(out),
+                out_stride: self.width(out),
+                bias: NONE,
+                residual,
+                scale: 1.0,
+                ..MatmulOp::zeroed()
+            };
+            let grid = Grid { x: op.columns.div_ceil(TILE), rows: Some((rows, TILE)) };
+            let bytes = u64::from(op.k) * u64::from(p.row_bytes);
+            self.push(Kernel::MatmulTurned(dtype), (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+            residual = op.out;
+        }
+        Ok(())
+    }
+
+    fn gated_backward(&mut self, kind: Gate, [gate, up, dy]: [Value; 3], [d_gate, d_up]: [Value; 2]) -> Result<()> {
+        let width = self.width(dy);
+        let op = [self.at(gate), self.at(up), self.at(dy), self.at(d_gate), self.at(d_up), width, 0, 0];
+        self.push(Kernel::GatedBackward(kind), (0, 0), row_grid(1, self.rows(dy)), &op, (0, 5 * u64::from(width)))
+    }
+
+    fn rope_backward(&mut self, r: &Rope, d: [Value; 2], out: [Value; 2]) -> Result<()> {
+        let kv = self.kv(None);
+        let op = RopeBackwardOp {
+            q: self.at(r.q),
+            k: self.at(r.k),
+            dq: self.at(d[0]),
+            dk: self.at(d[1]),
+            q_out: self.at(out[0]),
+            k_out: self.at(out[1]),
+            unused: [0; 2],
+            kv,
+            turn: self.turning(r),
+        };
+        let heads = kv.heads + kv.kv_heads;
+        let floats = u64::from(2 * heads * kv.head_dim);
+        self.push(Kernel::RopeBackward, (0, 0), row_grid(heads, Rows::Tokens), &op, (0, floats))
+    }
+
+    fn attention_backward(&mut self, a: &AttentionBackward) -> Result<()> {
+        let kv = self.kv(a.window);
+        let op = AttentionBackwardOp {
+            q: self.at(a.qkv[0]),
+            k: self.at(a.qkv[1]),
+            v: self.at(a.qkv[2]),
+            o: self.at(a.out),
+            lse: self.at(a.lse),
+            d_o: self.at(a.d_out),
+            dq: self.at(a.d_qkv[0]),
+            dk: self.at(a.d_qkv[1]),
+            dv: self.at(a.d_qkv[2]),
+            delta: self.scratch.delta,
+            scale: self.spec.attention_scale,
+            cap: self.spec.attention_softcap.unwrap_or(0.0),
+            kv,
+            slopes: self.uploaded.slopes.unwrap_or(NONE),
+            unused: [0; 3],
+        };
+        let floats = u64::from((kv.heads + kv.kv_heads) * kv.head_dim);
+        for (delta, queries, heads) in [(true, false, kv.heads), (false, true, kv.heads), (false, false, kv.kv_heads)] {
+            let kernel = Kernel::AttentionBackward { delta, queries };
+            self.push(kernel, (0, 0), row_grid(heads, Rows::Tokens), &op, (0, 2 * floats))?;
+        }
+        Ok(())
+    }
+
+    /// `dx = g·(softmax − onehot)·W`, a chunk of the vocabulary at a time; the rows' states are known.
+    fn cross_entropy_gradient(&mut self, x: Value, weight: WeightId, dx: Value) -> Result<()> {
+        let vocab = self.weights.get(weight).rows;
+        let mut so_far = NONE;
+        for first in (0..vocab).step_by(CHUNK) {
+            let chunk = first..(first + CHUNK).min(vocab);
+            self.logits_chunk(x, weight, chunk.clone())?;
+            self.softmax(chunk.clone(), NONE, false, true)?;
+            let dy = Side { at: self.scratch.logits, stride: CHUNK as u32 };
+            self.turned(dy, Rows::Outputs, weight, chunk, so_far, dx)?;
+            so_far = self.at(dx);
+        }
+        Ok(())
+    }
+}

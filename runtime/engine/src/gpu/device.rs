@@ -1,0 +1,346 @@
+//! Adapters, and an open device: its queue, its pipelines, and what becomes of errors.
+//!
+//! Nothing here panics or aborts: errors of a scope become [`Error::Device`], errors outside any scope are kept and reported
+//! by the next call, and a lost device is known by its callback alone, so every wait looks at it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::kernel::Kernel;
+use crate::{Error, Result};
+
+/// Size of a dispatch's description, and the alignment of its slot.
+pub(super) const SLOT: u64 = 256;
+/// Storage buffers every kernel may bind.
+const STORAGE_BUFFERS: u32 = 7;
+
+/// What sort of device an adapter is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// A card with memory of its own.
+    Discrete,
+    /// Part of the processor, sharing its memory.
+    Integrated,
+    /// Of a virtual machine.
+    Virtual,
+    /// Software.
+    Software,
+    /// Not known.
+    Other,
+}
+
+/// An adapter of this machine.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Number for `gpu:N`.
+    pub index: usize,
+    /// Name, such as `NVIDIA H100`.
+    pub name: String,
+    /// Driver and its version.
+    pub driver: String,
+    /// `vulkan`, `metal` or `dx12`.
+    pub api: String,
+    /// What sort of device.
+    pub kind: DeviceKind,
+    /// Bytes of the largest buffer a kernel can see at once.
+    pub binding_bytes: u64,
+    /// Smallest and largest subgroup.
+    pub subgroups: (u32, u32),
+    /// Why it cannot run models, if it cannot.
+    pub unfit: Option<String>,
+}
+
+/// Limits below those of the adapter, for tests of what happens on smaller ones.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    /// Bytes of the largest buffer a kernel can see at once.
+    pub binding_bytes: Option<u64>,
+}
+
+/// The adapters of this machine, the ones most fit first.
+pub fn devices() -> Vec<DeviceInfo> {
+    adapters().iter().enumerate().map(|(index, adapter)| describe(index, adapter)).collect()
+}
+
+fn adapters() -> Vec<wgpu::Adapter> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12,
+        flags: wgpu::InstanceFlags::DISCARD_HAL_LABELS,
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    let mut all = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    // The order among equals is the system's.
+    all.sort_by_key(|adapter| match kind(adapter.get_info().device_type) {
+        DeviceKind::Discrete => 0,
+        DeviceKind::Integrated => 1,
+        DeviceKind::Virtual => 2,
+        DeviceKind::Other => 3,
+        DeviceKind::Software => 4,
+    });
+    all
+}
+
+fn kind(t: wgpu::DeviceType) -> DeviceKind {
+    match t {
+        wgpu::DeviceType::DiscreteGpu => DeviceKind::Discrete,
+        wgpu::DeviceType::IntegratedGpu => DeviceKind::Integrated,
+        wgpu::DeviceType::VirtualGpu => DeviceKind::Virtual,
+        wgpu::DeviceType::Cpu => DeviceKind::Software,
+        wgpu::DeviceType::Other => DeviceKind::Other,
+    }
+}
+
+fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
+    let (info, limits) = (adapter.get_info(), adapter.limits());
+    let unfit = (limits.max_storage_buffers_per_shader_stage < STORAGE_BUFFERS).then(|| {
+        format!(
+            "kernels can bind {} storage buffers, {STORAGE_BUFFERS} are needed",
+            limits.max_storage_buffers_per_shader_stage
+        )
+    });
+    DeviceInfo {
+        index,
+        driver: [info.driver.as_str(), info.driver_info.as_str()].join(" ").trim().to_string(),
+        name: info.name,
+        api: info.backend.to_string(),
+        kind: kind(info.device_type),
+        binding_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
+        subgroups: (info.subgroup_min_size, info.subgroup_max_size),
+        unfit,
+    }
+}
+
+/// An open device. Cloning the `Arc` shares it, its pipelines too.
+#[derive(Debug)]
+pub struct Device {
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    info: DeviceInfo,
+    /// Bytes of the largest buffer a kernel can see.
+    pub(super) binding_bytes: u64,
+    pub(super) layout: wgpu::BindGroupLayout,
+    pipeline_layout: wgpu::PipelineLayout,
+    pipelines: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
+    trouble: Arc<Mutex<Trouble>>,
+    pub(super) timestamps: bool,
+}
+
+/// What went wrong outside any call.
+#[derive(Debug, Default)]
+struct Trouble {
+    lost: Option<String>,
+    error: Option<String>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Device {
+    /// Opens adapter `index` of [`devices`].
+    ///
+    /// # Errors
+    /// No such adapter, one that is not fit, a driver that refuses.
+    pub fn open(index: usize, limits: Limits) -> Result<Arc<Device>> {
+        let all = adapters();
+        let Some(adapter) = all.get(index) else {
+            let known = match all.len() {
+                0 => "this machine has no Vulkan, Metal or DX12 device (a driver may be missing)".to_string(),
+                n => format!("there are {n}, counted from 0; `kinglet devices` lists them"),
+            };
+            return Err(Error::Argument(format!("there is no GPU {index}: {known}")));
+        };
+        let mut info = describe(index, adapter);
+        if let Some(why) = &info.unfit {
+            return Err(Error::Unsupported(format!("{}: {why}; use the CPU", info.name)));
+        }
+        let mut wanted = adapter.limits();
+        if let Some(bytes) = limits.binding_bytes {
+            wanted.max_storage_buffer_binding_size = wanted.max_storage_buffer_binding_size.min(bytes);
+        }
+        let timestamps = adapter.features().contains(wgpu::Features::TIMESTAMP_QUERY);
+        let opened = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+            label: None,
+            required_features: if timestamps { wgpu::Features::TIMESTAMP_QUERY } else { wgpu::Features::empty() },
+            required_limits: wanted.clone(),
+            experimental_features: wgpu::ExperimentalFeatures::disabled(),
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            trace: wgpu::Trace::Off,
+        }));
+        let (device, queue) = opened.map_err(|e| Error::Device {
+            device: info.name.clone(),
+            what: format!("the driver refuses to open it: {e}; use the CPU, or update the driver"),
+        })?;
+        let trouble = Arc::new(Mutex::new(Trouble::default()));
+        let heard = trouble.clone();
+        device.set_device_lost_callback(move |reason, message| {
+            lock(&heard).lost.get_or_insert_with(|| format!("{reason:?} {message}"));
+        });
+        let heard = trouble.clone();
+        device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| {
+            lock(&heard).error.get_or_insert_with(|| e.to_string());
+        }));
+        // A whole number of slots; offsets into a binding are 32-bit words or bytes.
+        let binding_bytes =
+            wanted.max_storage_buffer_binding_size.min(wanted.max_buffer_size).min(u64::from(u32::MAX)) / SLOT * SLOT;
+        info.binding_bytes = binding_bytes;
+        let layout = bindings(&device);
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: None,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        Ok(Arc::new(Device {
+            device,
+            queue,
+            info,
+            binding_bytes,
+            layout,
+            pipeline_layout,
+            pipelines: Mutex::default(),
+            trouble,
+            timestamps,
+        }))
+    }
+
+    /// What it is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// Gives the device up, as when it is lost: whatever uses it ends with [`Error::Device`].
+    pub fn destroy(&self) {
+        self.device.destroy();
+    }
+
+    pub(super) fn error(&self, what: impl Into<String>) -> Error {
+        Error::Device { device: self.info.name.clone(), what: what.into() }
+    }
+
+    /// What has gone wrong since the last look.
+    pub(super) fn check(&self) -> Result<()> {
+        let mut trouble = lock(&self.trouble);
+        if let Some(why) = &trouble.lost {
+            return Err(self.error(format!(
+                "the device is lost ({}); open the session again, on this device or on the CPU",
+                why.trim()
+            )));
+        }
+        match trouble.error.take() {
+            Some(error) => Err(self.error(error)),
+            None => Ok(()),
+        }
+    }
+
+    /// A buffer of `bytes`, zeroed.
+    pub(super) fn buffer(&self, bytes: u64, usage: wgpu::BufferUsages, what: &str) -> Result<wgpu::Buffer> {
+        self.check()?;
+        let size = bytes.max(SLOT).next_multiple_of(16);
+        let memory = |available: u64| Error::Memory {
+            needed: size,
+            available,
+            what: format!("{what} on {}; use a smaller context, smaller chunks or the CPU", self.info.name),
+        };
+        if usage.contains(wgpu::BufferUsages::STORAGE) && size > self.binding_bytes {
+            return Err(memory(self.binding_bytes));
+        }
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let buffer =
+            self.device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false });
+        match pollster::block_on(scope.pop()) {
+            None => Ok(buffer),
+            Some(_) => Err(memory(0)),
+        }
+    }
+
+    /// A storage buffer that can be written and read back.
+    pub(super) fn storage(&self, bytes: u64, what: &str) -> Result<wgpu::Buffer> {
+        use wgpu::BufferUsages as U;
+        self.buffer(bytes, U::STORAGE | U::COPY_DST | U::COPY_SRC, what)
+    }
+
+    /// The pipeline of a kernel, built at its first use.
+    pub(super) fn pipeline(&self, kernel: &Kernel) -> Result<wgpu::ComputePipeline> {
+        if let Some(pipeline) = lock(&self.pipelines).get(kernel) {
+            return Ok(pipeline.clone());
+        }
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label: None,
+            source: wgpu::ShaderSource::Wgsl(kernel.source().into()),
+        });
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: None,
+            layout: Some(&self.pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            // Every kernel writes its workgroup memory before it reads it.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
+            cache: None,
+        });
+        if let Some(e) = pollster::block_on(scope.pop()) {
+            return Err(self.error(format!("the kernel {kernel:?} is refused: {e}; use the CPU")));
+        }
+        lock(&self.pipelines).insert(kernel.clone(), pipeline.clone());
+        Ok(pipeline)
+    }
+
+    /// Waits until everything submitted is done.
+    pub(super) fn wait(&self) -> Result<()> {
+        loop {
+            self.check()?;
+            let timeout = Some(std::time::Duration::from_millis(200));
+            match self.device.poll(wgpu::PollType::Wait { submission_index: None, timeout }) {
+                Ok(_) => return self.check(),
+                Err(wgpu::PollError::Timeout) => {}
+                Err(e) => return Err(self.error(e.to_string())),
+            }
+        }
+    }
+
+    /// The first `bytes` of a buffer that can be mapped, once everything submitted is done.
+    pub(super) fn read(&self, staging: &wgpu::Buffer, bytes: u64, out: &mut [u8]) -> Result<()> {
+        let mapped = Arc::new(Mutex::new(None));
+        let slot = mapped.clone();
+        staging.map_async(wgpu::MapMode::Read, 0..bytes, move |result| *lock(&slot) = Some(result.is_ok()));
+        self.wait()?;
+        match *lock(&mapped) {
+            Some(true) => {}
+            _ => return Err(self.error("results cannot be read back; open the session again")),
+        }
+        let view = staging.get_mapped_range(0..bytes).map_err(|e| self.error(format!("{e:?}")))?;
+        for (to, from) in out.iter_mut().zip(view.iter()) {
+            *to = *from;
+        }
+        drop(view);
+        staging.unmap();
+        Ok(())
+    }
+}
+
+/// The bindings of `shaders/bindings.wgsl`.
+fn bindings(device: &wgpu::Device) -> wgpu::BindGroupLayout {
+    let entry = |binding, ty, dynamic| wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: dynamic, min_binding_size: None },
+        count: None,
+    };
+    let storage = |binding, read_only| entry(binding, wgpu::BufferBindingType::Storage { read_only }, false);
+    device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+        label: None,
+        entries: &[
+            entry(0, wgpu::BufferBindingType::Uniform, true),
+            storage(1, true),
+            storage(2, true),
+            storage(3, true),
+            storage(4, false),
+            storage(5, false),
+            storage(6, true),
+            storage(7, false),
+        ],
+    })
+}

@@ -1,0 +1,559 @@
+//! Runs a tape on a device: uploads what changes from run to run, replays the recorded dispatches, reads the result back.
+//!
+//! Generating has a recording for prompts and one for each number of rows that are decoded together; all share the plan and
+//! the arena. A run is one submission, but for learning, which is cut into several so that the device stays responsive and a
+//! run can be cancelled.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::device::{Device, SLOT};
+use super::forward::{self, CHUNK};
+use super::kv::{KvCache, PAGE, Pool};
+use super::record::{Binds, Dispatch, Recorder, Scratch};
+use super::weights::Uploaded;
+use crate::quant::DType;
+use crate::tape::{
+    Batch, Frequencies, Param, Plan, PlanLimits, Purpose, Rows, Spec, Tape, Timing, Timings, Trained, Weights, decoder,
+};
+use crate::{Error, Result, random};
+
+/// Most rows that are decoded together by the kernels for it.
+const DECODED: usize = 8;
+/// Dispatches per submission of a learning run.
+const SUBMITTED: usize = 64;
+/// Words before the records of a run.
+const HEADER: usize = 8;
+
+/// How an executor is set up.
+#[derive(Clone, Debug)]
+pub struct ExecutorOptions {
+    /// Most rows per run.
+    pub limits: PlanLimits,
+    /// Type of keys and values: F16 or F32.
+    pub kv_type: DType,
+    /// What is trained: the tapes are those of learning then.
+    pub trained: Option<Trained>,
+    /// Layers, from the last, whose values are kept for the gradient instead of being computed again.
+    pub kept_layers: usize,
+}
+
+impl ExecutorOptions {
+    fn purpose(&self) -> Purpose {
+        if self.trained.is_some() { Purpose::Learn } else { Purpose::Generate }
+    }
+
+    fn half(&self) -> bool {
+        self.kv_type == DType::F16
+    }
+}
+
+/// Memory an executor takes on the device, in bytes, and the number of parameters its caller holds beside it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ExecutorNeeds {
+    /// Values, logits and tables.
+    pub arena: u64,
+    /// Trained parameters.
+    pub param_count: usize,
+}
+
+/// What a run moves, counted from its recording.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Dispatches.
+    pub dispatches: usize,
+    /// Bytes of weights that kernels read, each as often as a kernel is to read it.
+    pub weight_bytes: u64,
+    /// Bytes of values that kernels read and write, each once per kernel.
+    pub value_bytes: u64,
+}
+
+/// A tape with its plan.
+#[derive(Debug)]
+struct Program {
+    purpose: Purpose,
+    tape: Tape,
+    plan: Plan,
+    scratch: Scratch,
+    recordings: Vec<Recording>,
+}
+
+/// A list of dispatches with what they bind.
+#[derive(Debug)]
+struct Recording {
+    /// Rows that are decoded together; none for prompts and all else.
+    decoding: Option<u32>,
+    dispatches: Vec<Dispatch>,
+    uniforms: wgpu::Buffer,
+    binds: Vec<Binds>,
+    groups: Vec<wgpu::BindGroup>,
+    /// Of the buffers the groups were made for.
+    generation: u64,
+}
+
+impl Program {
+    fn new(spec: &Spec, weights: &Weights, purpose: Purpose, options: &ExecutorOptions) -> Program {
+        let limits = match purpose {
+            Purpose::Generate => options.limits,
+            Purpose::Score | Purpose::Learn => PlanLimits { outputs: options.limits.tokens, ..options.limits },
+        };
+        let mut tape = match &options.trained {
+            None => decoder::build(spec, weights, purpose),
+            Some(trained) => decoder::build_learning(spec, weights, trained, purpose, options.kept_layers),
+        };
+        if purpose == Purpose::Generate {
+            // Rows begin at multiples of four elements.
+            let logits = &mut tape.values[tape.result.0 as usize];
+            logits.width = logits.width.next_multiple_of(4);
+        }
+        let plan = Plan::with_reads(&tape, limits, |_, _| None, |index| forward::reads_on_the_way(&tape, index));
+        let mut end = (plan.arena_bytes as u64 / 4).next_multiple_of(64);
+        let mut place = |floats: usize| {
+            let at = end as u32;
+            end += (floats as u64).next_multiple_of(64);
+            at
+        };
+        let mut scratch = Scratch::default();
+        if purpose != Purpose::Generate {
+            scratch.logits = place(limits.outputs * CHUNK);
+            scratch.states = place(limits.outputs * 4);
+        }
+        if purpose == Purpose::Learn {
+            scratch.delta = place(limits.tokens * spec.heads);
+        }
+        scratch.end = end;
+        Program { purpose, tape, plan, scratch, recordings: Vec::new() }
+    }
+}
+
+/// Runs the tapes of one model. See the module's text.
+#[derive(Debug)]
+pub struct Executor {
+    device: Arc<Device>,
+    spec: Spec,
+    weights: Arc<Weights>,
+    uploaded: Arc<Uploaded>,
+    options: ExecutorOptions,
+    programs: Vec<Program>,
+    pool: Pool,
+    arena: wgpu::Buffer,
+    run: wgpu::Buffer,
+    params: wgpu::Buffer,
+    gradients: wgpu::Buffer,
+    staging: wgpu::Buffer,
+    /// Grows whenever one of the buffers above is replaced.
+    generation: u64,
+    frequencies: Vec<Frequencies>,
+    words: Vec<u32>,
+    result: Vec<f32>,
+    timings: Timings,
+}
+
+impl Executor {
+    /// Plans the tape, uploads the weights, allocates.
+    ///
+    /// # Errors
+    /// Shapes or ops that the kernels do not know, [`Error::Memory`], [`Error::Device`].
+    pub fn new(
+        device: &Arc<Device>,
+        spec: &Spec,
+        weights: Arc<Weights>,
+        options: &ExecutorOptions,
+    ) -> Result<Executor> {
+        check(spec, options)?;
+        let program = Program::new(spec, &weights, options.purpose(), options);
+        if let Some(why) = forward::unfit(&program.tape, &weights) {
+            return Err(Error::Unsupported(format!("on the GPU: {why}; use the CPU")));
+        }
+        let uploaded = Arc::new(Uploaded::new(device, spec, &weights)?);
+        // Nothing is cached in learning.
+        let element = if options.half() { 2 } else { 4 };
+        let pool = Pool::new(device.clone(), spec, element)?;
+        let params = 4 * program.tape.param_count() as u64;
+        let arena = device.storage(4 * program.scratch.end, "activations")?;
+        let mut executor = Executor {
+            device: device.clone(),
+            spec: spec.clone(),
+            weights,
+            uploaded,
+            options: options.clone(),
+            programs: vec![program],
+            pool,
+            arena,
+            run: device.storage(SLOT, "tables of a run")?,
+            params: device.storage(params, "trained parameters")?,
+            gradients: device.storage(params, "gradients")?,
+            staging: staging(device, SLOT)?,
+            generation: 0,
+            frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
+            words: Vec::new(),
+            result: Vec::new(),
+            timings: Timings::default(),
+        };
+        // What cannot be run is refused now and not later.
+        executor.recording(0, None)?;
+        Ok(executor)
+    }
+
+    /// What [`Executor::new`] comes to need beside the weights.
+    pub fn needs(spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> ExecutorNeeds {
+        let program = Program::new(spec, weights, options.purpose(), options);
+        ExecutorNeeds { arena: 4 * program.scratch.end, param_count: program.tape.param_count() }
+    }
+
+    /// Bytes of the cache when one sequence holds `positions`.
+    pub fn cache_bytes(spec: &Spec, kv_type: DType, positions: usize) -> u64 {
+        Pool::bytes(spec, if kv_type == DType::F16 { 2 } else { 4 }, positions)
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// The tape for what the executor was set up for.
+    pub fn tape(&self) -> &Tape {
+        &self.programs[0].tape
+    }
+
+    /// The trained matrices.
+    pub fn params(&self) -> &[Param] {
+        &self.programs[0].tape.params
+    }
+
+    /// What decoding one token moves.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn decode_traffic(&mut self) -> Result<Traffic> {
+        let program = self.program(Purpose::Generate)?;
+        let recording = self.recording(program, Some(1))?;
+        let dispatches = &self.programs[program].recordings[recording].dispatches;
+        Ok(dispatches.iter().fold(Traffic::default(), |t, d| Traffic {
+            dispatches: t.dispatches + 1,
+            weight_bytes: t.weight_bytes + d.weight_bytes,
+            value_bytes: t.value_bytes + 4 * d.floats,
+        }))
+    }
+
+    /// Index of the program for `purpose`, made at its first use.
+    fn program(&mut self, purpose: Purpose) -> Result<usize> {
+        if let Some(at) = self.programs.iter().position(|p| p.purpose == purpose) {
+            return Ok(at);
+        }
+        let program = Program::new(&self.spec, &self.weights, purpose, &self.options);
+        if 4 * program.scratch.end > self.arena.size() {
+            self.arena = self.device.storage(4 * program.scratch.end, "activations")?;
+            self.generation += 1;
+        }
+        self.programs.push(program);
+        Ok(self.programs.len() - 1)
+    }
+
+    /// Index of a program's recording for so many decoded rows, made at its first use, with bind groups that are true.
+    fn recording(&mut self, program: usize, decoding: Option<u32>) -> Result<usize> {
+        let at = match self.programs[program].recordings.iter().position(|r| r.decoding == decoding) {
+            Some(at) => at,
+            None => {
+                let p = &self.programs[program];
+                let mut recorder = Recorder::new(
+                    &self.device,
+                    &self.spec,
+                    (&p.tape, &p.plan),
+                    (&self.weights, &self.uploaded),
+                    self.options.half(),
+                    decoding,
+                    p.scratch,
+                );
+                recorder.record()?;
+                let (dispatches, slots, binds) = (recorder.dispatches, recorder.slots, recorder.binds);
+                let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+                let uniforms = self.device.buffer(slots.len() as u64, usage, "descriptions of dispatches")?;
+                self.device.queue.write_buffer(&uniforms, 0, &slots);
+                let recording =
+                    Recording { decoding, dispatches, uniforms, binds, groups: Vec::new(), generation: u64::MAX };
+                let recordings = &mut self.programs[program].recordings;
+                recordings.push(recording);
+                recordings.len() - 1
+            }
+        };
+        let generation = self.generation + self.pool.generation;
+        if self.programs[program].recordings[at].generation != generation {
+            let recording = &self.programs[program].recordings[at];
+            let groups = recording.binds.iter().map(|b| self.bind(&recording.uniforms, *b)).collect();
+            let recording = &mut self.programs[program].recordings[at];
+            recording.groups = groups;
+            recording.generation = generation;
+        }
+        Ok(at)
+    }
+
+    fn bind(&self, uniforms: &wgpu::Buffer, (weights, layer): Binds) -> wgpu::BindGroup {
+        let uniform = wgpu::BufferBinding { buffer: uniforms, offset: 0, size: wgpu::BufferSize::new(SLOT) };
+        self.device.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &self.device.layout,
+            entries: &[
+                wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(uniform) },
+                whole(1, &self.run),
+                whole(2, &self.uploaded.constants),
+                whole(3, &self.uploaded.buffers[weights]),
+                whole(4, &self.arena),
+                whole(5, &self.pool.layers[layer]),
+                whole(6, &self.params),
+                whole(7, &self.gradients),
+            ],
+        })
+    }
+
+    /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies. The caches have advanced then.
+    ///
+    /// # Errors
+    /// A batch over the limits, token ids outside the vocabulary, [`Error::Memory`] for KV pages, [`Error::Cancelled`],
+    /// [`Error::Device`]. The caches are as before then.
+    pub fn run(&mut self, purpose: Purpose, mut batch: Batch<'_, KvCache>, cancel: &AtomicBool) -> Result<&[f32]> {
+        self.device.check()?;
+        let program = self.program(purpose)?;
+        batch.check(&self.programs[program].tape, &self.programs[program].plan.limits, purpose)?;
+        for segment in &mut batch.segments {
+            if let Some(cache) = &mut segment.cache {
+                let len = cache.len() + segment.rows;
+                cache.reserve(&mut self.pool, len)?;
+            }
+        }
+        self.upload(&mut batch, purpose)?;
+        let singles = batch.segments.len() <= DECODED && batch.segments.iter().all(|s| s.rows == 1);
+        let decoding =
+            (purpose == Purpose::Generate && singles).then(|| batch.segments.len().next_power_of_two() as u32);
+        let recording = self.recording(program, decoding)?;
+        let rows = |kind| match kind {
+            Rows::Tokens => batch.tokens.len(),
+            Rows::Outputs => batch.outputs.len(),
+            Rows::One => 1,
+        };
+        let p = &self.programs[program];
+        let width = p.tape.info(p.tape.result).width;
+        let bytes = (batch.outputs.len() * width * 4) as u64;
+        let gradient_bytes = if purpose == Purpose::Learn { 4 * p.tape.param_count() as u64 } else { 0 };
+        if self.staging.size() < bytes + gradient_bytes {
+            self.staging = staging(&self.device, bytes + gradient_bytes)?;
+        }
+        let p = &self.programs[program];
+        let result_at = p.plan.place(p.tape.result).offset as u64;
+        let recording = &p.recordings[recording];
+        if self.timings.on {
+            replay_timed(&self.device, recording, rows, &mut self.timings)?;
+        } else {
+            let size = if purpose == Purpose::Learn { SUBMITTED } else { recording.dispatches.len() };
+            for part in recording.dispatches.chunks(size.max(1)) {
+                if cancel.load(Ordering::Relaxed) {
+                    return Err(Error::Cancelled);
+                }
+                let mut encoder = encoder(&self.device);
+                replay(&mut encoder, recording, part, rows, None);
+                self.device.queue.submit([encoder.finish()]);
+                if purpose == Purpose::Learn {
+                    self.device.wait()?;
+                }
+            }
+        }
+        if bytes + gradient_bytes > 0 {
+            let mut encoder = encoder(&self.device);
+            if bytes > 0 {
+                encoder.copy_buffer_to_buffer(&self.arena, result_at, &self.staging, 0, bytes);
+            }
+            if gradient_bytes > 0 {
+                encoder.copy_buffer_to_buffer(&self.gradients, 0, &self.staging, bytes, gradient_bytes);
+            }
+            self.device.queue.submit([encoder.finish()]);
+            self.result.resize((bytes + gradient_bytes) as usize / 4, 0.0);
+            self.device.read(&self.staging, bytes + gradient_bytes, bytemuck::cast_slice_mut(&mut self.result))?;
+        } else {
+            // Chunks of a prompt before its last: nothing to read, but trouble to hear of.
+            self.device.wait()?;
+        }
+        if let Some(l) = &mut batch.learning {
+            let computed = &self.result[bytes as usize / 4..];
+            for (gradient, more) in l.gradients.iter_mut().zip(computed) {
+                *gradient += more;
+            }
+        }
+        for segment in &mut batch.segments {
+            if let Some(cache) = &mut segment.cache {
+                cache.advance(segment.rows);
+            }
+        }
+        self.result.truncate(bytes as usize / 4);
+        // Rows of logits are padded on the device.
+        let wanted = if purpose == Purpose::Generate { self.spec.vocab } else { width };
+        if wanted != width {
+            for row in 0..batch.outputs.len() {
+                self.result.copy_within(row * width..row * width + wanted, row * wanted);
+            }
+            self.result.truncate(batch.outputs.len() * wanted);
+        }
+        Ok(&self.result)
+    }
+
+    /// Writes the tables of a run, and what is learned.
+    fn upload(&mut self, batch: &mut Batch<'_, KvCache>, purpose: Purpose) -> Result<()> {
+        let (rows, outputs) = (batch.tokens.len(), batch.outputs.len());
+        let rope_row: usize = self.frequencies.iter().map(|f| 2 * f.pairs()).sum();
+        let outputs_at = HEADER + 4 * rows;
+        let rope_at = outputs_at + 3 * outputs;
+        let pages_at = rope_at + rows * rope_row;
+        let words = &mut self.words;
+        words.clear();
+        // Spread over all bits: the seeds of neighbouring runs would otherwise be neighbouring streams.
+        let seed = batch.learning.as_ref().map_or(0, |l| random::splitmix64(l.dropout_seed, 0));
+        words.extend([rows as u32, outputs as u32, 1, outputs_at as u32, rope_at as u32, rope_row as u32]);
+        words.extend([seed as u32, (seed >> 32) as u32]);
+        let (mut row, mut pages) = (0, pages_at);
+        let mut positions = Vec::with_capacity(rows);
+        for segment in &batch.segments {
+            let (first, end) = (row, row + segment.rows);
+            let before = segment.cache.as_ref().map_or(0, |c| c.len());
+            let start = if segment.cache.is_some() { pages } else { first };
+            while row < end {
+                let position = before + row - first;
+                positions.push(position);
+                words.extend([batch.tokens[row], position as u32, start as u32, end as u32]);
+                row += 1;
+            }
+            pages += (before + segment.rows).div_ceil(PAGE);
+        }
+        let weights = batch.learning.as_ref().map_or([].as_slice(), |l| l.row_weights);
+        for (s, output) in batch.outputs.iter().enumerate() {
+            let target = batch.targets.get(s).copied().unwrap_or(0);
+            words.extend([*output, target, weights.get(s).copied().unwrap_or(0.0).to_bits()]);
+        }
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for position in positions {
+            for frequencies in &self.frequencies {
+                cos.resize(frequencies.pairs(), 0.0f32);
+                sin.resize(frequencies.pairs(), 0.0f32);
+                frequencies.table(position, &mut cos, &mut sin);
+                words.extend(cos.iter().chain(&sin).map(|v| v.to_bits()));
+            }
+        }
+        for cache in batch.segments.iter().filter_map(|s| s.cache.as_ref()) {
+            words.extend(cache.pages());
+        }
+        let bytes = 4 * words.len() as u64;
+        if bytes > self.run.size() {
+            self.run = self.device.storage(bytes.next_power_of_two(), "tables of a run")?;
+            self.generation += 1;
+        }
+        self.device.queue.write_buffer(&self.run, 0, bytemuck::cast_slice(words));
+        if let Some(l) = &batch.learning {
+            self.device.queue.write_buffer(&self.params, 0, bytemuck::cast_slice(l.params));
+            if purpose == Purpose::Learn {
+                let mut encoder = encoder(&self.device);
+                encoder.clear_buffer(&self.gradients, 0, None);
+                self.device.queue.submit([encoder.finish()]);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_timing(&mut self, on: bool) {
+        self.timings.on = on;
+    }
+
+    pub(crate) fn take_timings(&mut self) -> Vec<Timing> {
+        self.timings.take()
+    }
+}
+
+fn whole(binding: u32, buffer: &wgpu::Buffer) -> wgpu::BindGroupEntry<'_> {
+    wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() }
+}
+
+fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
+    if !matches!(options.kv_type, DType::F16 | DType::F32) {
+        return Err(Error::Unsupported(format!(
+            "a KV cache of type {} on the GPU; choose F16 or F32, or use the CPU",
+            options.kv_type
+        )));
+    }
+    if spec.heads % spec.kv_heads.max(1) != 0 {
+        return Err(Error::argument("heads must be a multiple of kv_heads"));
+    }
+    Ok(())
+}
+
+fn staging(device: &Device, bytes: u64) -> Result<wgpu::Buffer> {
+    device.buffer(bytes, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST, "results")
+}
+
+fn encoder(device: &Device) -> wgpu::CommandEncoder {
+    device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
+}
+
+/// Encodes `part` of a recording as one pass.
+fn replay(
+    encoder: &mut wgpu::CommandEncoder,
+    recording: &Recording,
+    part: &[Dispatch],
+    rows: impl Fn(Rows) -> usize,
+    timestamps: Option<wgpu::ComputePassTimestampWrites<'_>>,
+) {
+    let mut pass =
+        encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes: timestamps });
+    for dispatch in part {
+        let [x, y, z] = dispatch.grid.size(&rows);
+        if z == 0 {
+            continue;
+        }
+        pass.set_pipeline(&dispatch.pipeline);
+        pass.set_bind_group(0, &recording.groups[dispatch.group], &[dispatch.slot]);
+        pass.dispatch_workgroups(x, y, z);
+    }
+}
+
+/// Most dispatches that are timed at once: two timestamps each.
+const TIMED: usize = 2_000;
+
+/// Replays a recording with a pass per dispatch, each between two timestamps of the device.
+fn replay_timed(
+    device: &Device,
+    recording: &Recording,
+    rows: impl Fn(Rows) -> usize,
+    timings: &mut Timings,
+) -> Result<()> {
+    if !device.timestamps {
+        return Err(Error::Unsupported(format!("{} has no timestamps: no table of times", device.info().name)));
+    }
+    let queries = device.device.create_query_set(&wgpu::QuerySetDescriptor {
+        label: None,
+        ty: wgpu::QueryType::Timestamp,
+        count: 2 * TIMED as u32,
+    });
+    let bytes = 16 * TIMED as u64;
+    let resolved =
+        device.buffer(bytes, wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC, "timestamps")?;
+    let mapped = staging(device, bytes)?;
+    let period = f64::from(device.queue.get_timestamp_period());
+    for part in recording.dispatches.chunks(TIMED) {
+        let mut commands = encoder(device);
+        for (i, dispatch) in part.iter().enumerate() {
+            let writes = wgpu::ComputePassTimestampWrites {
+                query_set: &queries,
+                beginning_of_pass_write_index: Some(2 * i as u32),
+                end_of_pass_write_index: Some(2 * i as u32 + 1),
+            };
+            replay(&mut commands, recording, std::slice::from_ref(dispatch), &rows, Some(writes));
+        }
+        commands.resolve_query_set(&queries, 0..2 * part.len() as u32, &resolved, 0);
+        commands.copy_buffer_to_buffer(&resolved, 0, &mapped, 0, bytes);
+        device.queue.submit([commands.finish()]);
+        let mut stamps = vec![0u64; 2 * part.len()];
+        device.read(&mapped, 16 * part.len() as u64, bytemuck::cast_slice_mut(&mut stamps))?;
+        for (dispatch, stamps) in part.iter().zip(stamps.chunks_exact(2)) {
+            let nanoseconds = stamps[1].saturating_sub(stamps[0]) as f64 * period;
+            timings.add(dispatch.op, Duration::from_nanos(nanoseconds as u64));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,536 @@
+//! From forward ops to dispatches.
+//!
+//! Decoding has kernels of its own, which do on the way what would be dispatches: the norm before a linear map, and head
+//! norms, rotation and cache write before attention.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::device::DeviceKind;
+use super::kernel::Kernel;
+use super::record::{Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
+use super::weights::Piece;
+use crate::quant::DType;
+use crate::tape::{Attention, Epilogue, Gate, KvSource, Linear, Op, Part, Rope, Rows, Tape, Value, WeightId};
+use crate::Result;
+
+/// Rows of a tile.
+pub(super) const TILE: u32 = 64;
+/// Columns of a chunk of logits.
+pub(super) const CHUNK: usize = 2_048;
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct EmbedOp {
+    weight: u32,
+    row_bytes: u32,
+    k: u32,
+    out: u32,
+    scale: f32,
+    first: u32,
+    count: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct RmsNormOp {
+    y: u32,
+    width: u32,
+    rows: u32,
+    norm: u32,
+    eps: f32,
+    residual: u32,
+    out: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct MatvecPart {
+    weight: u32,
+    row_bytes: u32,
+    rows: u32,
+    out: u32,
+    bias: u32,
+    kind: u32,
+    stride: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct MatvecOp {
+    x: u32,
+    k: u32,
+    rows: u32,
+    parts: u32,
+    norm: u32,
+    eps: f32,
+    residual: u32,
+    out: u32,
+    cap: f32,
+    unused: [u32; 3],
+    part: [MatvecPart; 3],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct RopeOp {
+    q: u32,
+    k: u32,
+    v: u32,
+    q_out: u32,
+    k_out: u32,
+    cached: u32,
+    unused: [u32; 2],
+    kv: Kv,
+    turn: Turning,
+}
+
+/// Norms and rotation of heads.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Turning {
+    q_norm: u32,
+    k_norm: u32,
+    eps: f32,
+    dims: u32,
+    table: u32,
+    halves: u32,
+    unused: [u32; 2],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct AttentionOp {
+    q: u32,
+    k: u32,
+    v: u32,
+    out: u32,
+    lse: u32,
+    scale: f32,
+    cap: f32,
+    slopes: u32,
+    kv: Kv,
+    turn: Turning,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SoftmaxOp {
+    logits: u32,
+    stride: u32,
+    state: u32,
+    out: u32,
+    first: u32,
+    count: u32,
+    last: u32,
+    cap: f32,
+}
+
+/// What an op's kernel reads besides the op's own values, when it does an op before it on the way.
+pub(super) fn reads_on_the_way(tape: &Tape, index: usize) -> Vec<Value> {
+    let Some(before) = index.checked_sub(1).and_then(|i| tape.ops.get(i)) else { return Vec::new() };
+    match (before, &tape.ops[index]) {
+        (Op::RmsNorm { x, .. }, Op::Linear(_) | Op::Head { .. }) => vec![*x],
+        (Op::Rope(r), Op::Attention(_)) => vec![r.q, r.k, r.v],
+        _ => Vec::new(),
+    }
+}
+
+/// Why a tape's shapes do not suit the kernels, if they do not.
+pub(super) fn unfit(tape: &Tape, weights: &crate::tape::Weights) -> Option<String> {
+    let odd = |id: WeightId, vocab: bool| {
+        let w = weights.get(id);
+        (w.width % 16 != 0 || (w.rows % 4 != 0 && !vocab))
+            .then(|| format!("{} is {} × {}, kernels need multiples of 4 × 16", w.name, w.rows, w.width))
+    };
+    if tape.spec.head_dim > 256 || !tape.spec.head_dim.is_multiple_of(4) {
+        return Some(format!("heads of {} elements; kernels need a multiple of 4 up to 256", tape.spec.head_dim));
+    }
+    tape.ops.iter().find_map(|op| match op {
+        Op::Embed { table, .. } => odd(*table, true),
+        Op::Linear(l) => l.parts.iter().find_map(|p| odd(p.weight, false)),
+        Op::Head { weight, .. } | Op::CrossEntropy { weight, .. } | Op::CrossEntropyGrad { weight, .. } => {
+            odd(*weight, true)
+        }
+        _ => None,
+    })
+}
+
+/// A linear map's matrix with what is done to its results.
+struct Map {
+    weight: WeightId,
+    bias: u32,
+    out: u32,
+    out_stride: u32,
+    residual: u32,
+    cap: f32,
+}
+
+impl Recorder<'_> {
+    /// Records op number `index`, and gives the number of ops that were done with it.
+    pub(super) fn forward(&mut self, index: usize) -> Result<usize> {
+        let tape = self.tape;
+        let op = &tape.ops[index];
+        match op {
+            Op::Embed { table, scale, out } => self.embed(*table, *scale, *out)?,
+            Op::RmsNorm { x, weight, out } => {
+                // The next op may do it on the way; nobody else reads its result then.
+                if self.decoding.is_some() && self.only_reader(*out, index + 1) {
+                    let next = self.tape.ops.get(index + 1);
+                    let norm = Some((*x, *weight));
+                    match next {
+                        Some(Op::Linear(l)) if self.linear_in_one(l) => return self.linear(l, norm).map(|()| 2),
+                        Some(Op::Head { weight, out, .. }) => return self.head(*x, *weight, *out, norm).map(|()| 2),
+                        _ => {}
+                    }
+                }
+                self.rms_norm(*x, None, *weight, *out)?;
+            }
+            Op::AddRmsNorm { x, y, weight, out } => self.rms_norm(*y, Some(*x), *weight, *out)?,
+            Op::Linear(l) => self.linear(l, None)?,
+            Op::Rope(r) => {
+                if let (Some(_), Some(Op::Attention(a))) = (self.decoding, self.tape.ops.get(index + 1))
+                    && r.cache.is_some()
+                {
+                    return self.attention(a, Some(r)).map(|()| 2);
+                }
+                self.rope(r)?;
+            }
+            Op::Attention(a) => self.attention(a, None)?,
+            Op::GatherOutputs { x, out } => {
+                let op = [self.at(*x), self.width(*x), self.at(*out), 0];
+                let floats = 2 * u64::from(op[1]);
+                self.push(Kernel::Gather, (0, 0), row_grid(1, Rows::Outputs), &op, (0, floats))?;
+            }
+            Op::Head { x, weight, out } => self.head(*x, *weight, *out, None)?,
+            Op::Gated { kind, gate, up, out } => self.gated(*kind, *gate, *up, *out)?,
+            Op::CrossEntropy { x, weight, out, lora: None } => self.cross_entropy(*x, *weight, *out)?,
+            op => self.backward(op)?,
+        }
+        Ok(1)
+    }
+
+    fn only_reader(&self, value: Value, index: usize) -> bool {
+        self.tape.ops.iter().enumerate().all(|(i, op)| i == index || !op.reads().contains(&value))
+    }
+
+    fn embed(&mut self, table: WeightId, scale: f32, out: Value) -> Result<()> {
+        let (k, out) = (self.width(out), self.at(out));
+        let dtype = self.weights.get(table).dtype;
+        for p in self.uploaded.pieces(table).to_vec() {
+            let op = EmbedOp {
+                weight: p.at,
+                row_bytes: p.row_bytes,
+                k,
+                out,
+                scale,
+                first: p.first as u32,
+                count: p.rows as u32,
+                unused: 0,
+            };
+            self.push(Kernel::Embed(dtype), (p.buffer, 0), row_grid(1, Rows::Tokens), &op, (0, u64::from(k)))?;
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&mut self, y: Value, residual: Option<Value>, weight: WeightId, out: Value) -> Result<()> {
+        let op = RmsNormOp {
+            y: self.at(y),
+            width: self.width(y),
+            rows: rows_word(self.rows(y)),
+            norm: self.uploaded.vector(weight),
+            eps: self.spec.norm_eps,
+            residual: residual.map_or(NONE, |r| self.at(r)),
+            out: self.at(out),
+            unused: 0,
+        };
+        let floats = u64::from(op.width) * if residual.is_some() { 3 } else { 2 };
+        self.push(Kernel::RmsNorm, (0, 0), row_grid(1, self.rows(y)), &op, (0, floats))
+    }
+
+    fn gated(&mut self, kind: Gate, gate: Value, up: Value, out: Value) -> Result<()> {
+        let op = [self.at(gate), self.at(up), self.at(out), self.width(out)];
+        self.push(Kernel::Gated(kind), (0, 0), row_grid(1, self.rows(out)), &op, (0, 3 * u64::from(op[3])))
+    }
+
+    /// Whether one dispatch can do the op: every matrix whole, and all in one buffer.
+    fn linear_in_one(&self, l: &Linear) -> bool {
+        let pieces: Vec<&[Piece]> = l.parts.iter().map(|p| self.uploaded.pieces(p.weight)).collect();
+        pieces.iter().all(|p| p.len() == 1 && p[0].buffer == pieces[0][0].buffer)
+    }
+
+    fn linear(&mut self, l: &Linear, norm: Option<(Value, WeightId)>) -> Result<()> {
+        let residual = match l.epilogue {
+            Epilogue::Add(r) => self.at(r),
+            _ => NONE,
+        };
+        if self.decoding.is_some() && self.linear_in_one(l) {
+            let gated = match l.epilogue {
+                Epilogue::Gated(kind, out) => Some((kind, out)),
+                _ => None,
+            };
+            return self.matvec(l.x, norm, &l.parts, gated, residual, 0.0);
+        }
+        for part in &l.parts {
+            let map = Map {
+                weight: part.weight,
+                bias: part.bias.map_or(NONE, |b| self.uploaded.vector(b)),
+                out: self.at(part.out),
+                out_stride: self.width(part.out),
+                residual,
+                cap: 0.0,
+            };
+            self.matmul(l.x, &map, None)?;
+        }
+        if let Epilogue::Gated(kind, out) = l.epilogue {
+            self.gated(kind, l.parts[0].out, l.parts[1].out, out)?;
+        }
+        Ok(())
+    }
+
+    /// Logits; those of a piece of the head are columns of them.
+    fn head(&mut self, x: Value, weight: WeightId, out: Value, norm: Option<(Value, WeightId)>) -> Result<()> {
+        let cap = self.spec.logit_softcap.unwrap_or(0.0);
+        if self.decoding.is_some() && self.uploaded.pieces(weight).len() == 1 {
+            let part = Part { weight, bias: None, out };
+            return self.matvec(x, norm, &[part], None, NONE, cap);
+        }
+        let x = match norm {
+            None => x,
+            // A head in pieces: the norm is a dispatch of its own after all, in the place that was planned for it.
+            Some((x0, norm)) => {
+                let out = self.tape.ops.iter().find_map(|op| match op {
+                    Op::RmsNorm { x, weight, out } if (*x, *weight) == (x0, norm) => Some(*out),
+                    _ => None,
+                });
+                let Some(out) = out else { unreachable!("the norm is on the tape") };
+                self.rms_norm(x0, None, norm, out)?;
+                out
+            }
+        };
+        let map = Map { weight, bias: NONE, out: self.at(out), out_stride: self.width(out), residual: NONE, cap };
+        self.matmul(x, &map, None)
+    }
+
+    fn matvec(
+        &mut self,
+        x: Value,
+        norm: Option<(Value, WeightId)>,
+        parts: &[Part],
+        gated: Option<(Gate, Value)>,
+        residual: u32,
+        cap: f32,
+    ) -> Result<()> {
+        let mut types: Vec<DType> = parts.iter().map(|p| self.weights.get(p.weight).dtype).collect();
+        types.sort();
+        types.dedup();
+        let mut op = MatvecOp::zeroed();
+        let input = norm.map_or(x, |(x, _)| x);
+        op.x = self.at(input);
+        op.k = self.width(input);
+        op.rows = rows_word(self.rows(input));
+        op.parts = parts.len() as u32;
+        op.norm = norm.map_or(NONE, |(_, w)| self.uploaded.vector(w));
+        op.eps = self.spec.norm_eps;
+        op.residual = residual;
+        op.out = gated.map_or(NONE, |(_, out)| self.at(out));
+        op.cap = cap;
+        let (mut buffer, mut rows, mut bytes, mut floats) = (0, 0, 0, u64::from(op.k));
+        for (to, part) in op.part.iter_mut().zip(parts) {
+            let piece = self.uploaded.pieces(part.weight)[0];
+            buffer = piece.buffer;
+            *to = MatvecPart {
+                weight: piece.at,
+                row_bytes: piece.row_bytes,
+                rows: piece.rows as u32,
+                out: self.at(part.out),
+                bias: part.bias.map_or(NONE, |b| self.uploaded.vector(b)),
+                kind: types.iter().position(|t| *t == self.weights.get(part.weight).dtype).unwrap_or(0) as u32,
+                stride: self.width(part.out),
+                unused: 0,
+            };
+            rows += to.rows;
+            bytes += u64::from(to.row_bytes) * u64::from(to.rows);
+            floats += u64::from(to.rows) * if residual == NONE { 1 } else { 2 };
+        }
+        if gated.is_some() {
+            rows = op.part[0].rows;
+            floats = u64::from(op.k) + u64::from(rows);
+        }
+        // A software driver runs an invocation per lane of a vector: rows side by side suit it best.
+        let (threads, lanes) = match self.device.info().kind {
+            DeviceKind::Software => (64, 1),
+            _ => (128, 32),
+        };
+        let kernel = Kernel::Matvec {
+            types,
+            rows: self.decoding.unwrap_or(1),
+            normed: norm.is_some(),
+            gate: gated.map(|(kind, _)| kind),
+            threads,
+            lanes,
+        };
+        let grid = Grid { x: rows.div_ceil(threads / lanes), rows: None };
+        self.push(kernel, (buffer, 0), grid, &op, (bytes, floats))
+    }
+
+    /// `out = cap(x·Wᵀ + bias + residual)`, of the rows `only` of the matrix alone, which are the columns of `out` then.
+    fn matmul(&mut self, x: Value, map: &Map, only: Option<std::ops::Range<usize>>) -> Result<()> {
+        let dtype = self.weights.get(map.weight).dtype;
+        let (first, last) = only.as_ref().map_or((0, usize::MAX), |r| (r.start, r.end));
+        for p in self.uploaded.pieces(map.weight).to_vec() {
+            let (from, to) = (p.first.max(first), (p.first + p.rows).min(last));
+            if from >= to {
+                continue;
+            }
+            let shift = (from - first) as u32;
+            let behind = |at: u32| if at == NONE { NONE } else { at + shift };
+            let op = MatmulOp {
+                x: self.at(x),
+                x_stride: self.width(x),
+                rows: rows_word(self.rows(x)),
+                k: self.width(x),
+                weight: p.at + (from - p.first) as u32 * p.row_bytes,
+                row_bytes: p.row_bytes,
+                columns: (to - from) as u32,
+                out: map.out + shift,
+                out_stride: map.out_stride,
+                bias: behind(map.bias),
+                residual: behind(map.residual),
+                scale: 1.0,
+                cap: map.cap,
+                m: 0,
+                w_stride: 0,
+                first: 0,
+            };
+            let grid = Grid { x: op.columns.div_ceil(TILE), rows: Some((self.rows(x), TILE)) };
+            let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
+            self.push(Kernel::Matmul(dtype), (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn kv(&self, window: Option<usize>) -> Kv {
+        Kv {
+            heads: self.spec.heads as u32,
+            kv_heads: self.spec.kv_heads as u32,
+            head_dim: self.spec.head_dim as u32,
+            window: window.unwrap_or(0) as u32,
+        }
+    }
+
+    pub(super) fn turning(&self, r: &Rope) -> Turning {
+        let spec = self.spec;
+        let rotation = r.rope.and_then(|i| spec.ropes.get(i));
+        let halves = rotation.is_some_and(|s| s.style == crate::tape::RopeStyle::Halves);
+        Turning {
+            q_norm: r.q_norm.map_or(NONE, |w| self.uploaded.vector(w)),
+            k_norm: r.k_norm.map_or(NONE, |w| self.uploaded.vector(w)),
+            eps: spec.norm_eps,
+            dims: rotation.map_or(0, |s| s.dims as u32),
+            table: spec.ropes.iter().take(r.rope.unwrap_or(0)).map(|s| s.dims as u32).sum(),
+            halves: u32::from(halves),
+            unused: [0; 2],
+        }
+    }
+
+    fn rope(&mut self, r: &Rope) -> Result<()> {
+        let kv = self.kv(None);
+        let op = RopeOp {
+            q: self.at(r.q),
+            k: self.at(r.k),
+            v: self.at(r.v),
+            q_out: self.at(r.q_out),
+            k_out: self.at(r.k_out),
+            cached: u32::from(r.cache.is_some()),
+            unused: [0; 2],
+            kv,
+            turn: self.turning(r),
+        };
+        let grid = row_grid(kv.heads + kv.kv_heads, Rows::Tokens);
+        let floats = u64::from((2 * kv.heads + 3 * kv.kv_heads) * kv.head_dim);
+        self.push(Kernel::Rope { half: self.half }, (0, r.cache.unwrap_or(0)), grid, &op, (0, floats))
+    }
+
+    /// Attention, with head norms, rotation and cache write where `rope` is given.
+    fn attention(&mut self, a: &Attention, rope: Option<&Rope>) -> Result<()> {
+        let kv = self.kv(a.window);
+        let (layer, k, v) = match (rope, a.kv) {
+            (Some(r), KvSource::Cache(layer)) => (layer, self.at(r.k), self.at(r.v)),
+            (_, KvSource::Cache(layer)) => (layer, NONE, NONE),
+            (_, KvSource::Rows(k, v)) => (0, self.at(k), self.at(v)),
+        };
+        let mut turn = Turning::zeroed();
+        if let Some(rope) = rope {
+            turn = self.turning(rope);
+        }
+        let op = AttentionOp {
+            q: self.at(rope.map_or(a.q, |r| r.q)),
+            k,
+            v,
+            out: self.at(a.out),
+            lse: a.lse.map_or(NONE, |lse| self.at(lse)),
+            scale: self.spec.attention_scale,
+            cap: self.spec.attention_softcap.unwrap_or(0.0),
+            slopes: self.uploaded.slopes.unwrap_or(NONE),
+            kv,
+            turn,
+        };
+        let kernel =
+            Kernel::Attention { cached: matches!(a.kv, KvSource::Cache(_)), fused: rope.is_some(), half: self.half };
+        let floats = u64::from(2 * (kv.heads + kv.kv_heads) * kv.head_dim);
+        self.push(kernel, (0, layer), row_grid(kv.heads, Rows::Tokens), &op, (0, floats))
+    }
+
+    /// Cross-entropy, a chunk of the vocabulary at a time.
+    pub(super) fn cross_entropy(&mut self, x: Value, weight: WeightId, out: Value) -> Result<()> {
+        let vocab = self.weights.get(weight).rows;
+        for first in (0..vocab).step_by(CHUNK) {
+            let chunk = first..(first + CHUNK).min(vocab);
+            self.logits_chunk(x, weight, chunk.clone())?;
+            self.softmax(chunk.clone(), self.at(out), chunk.end == vocab, false)?;
+        }
+        Ok(())
+    }
+
+    /// Logits of a chunk of the vocabulary, into scratch.
+    pub(super) fn logits_chunk(&mut self, x: Value, weight: WeightId, chunk: std::ops::Range<usize>) -> Result<()> {
+        let map = Map {
+            weight,
+            bias: NONE,
+            out: self.scratch.logits,
+            out_stride: CHUNK as u32,
+            residual: NONE,
+            cap: self.spec.logit_softcap.unwrap_or(0.0),
+        };
+        self.matmul(x, &map, Some(chunk))
+    }
+
+    /// What becomes of a chunk of logits: the rows' states, or gradients.
+    pub(super) fn softmax(
+        &mut self,
+        chunk: std::ops::Range<usize>,
+        out: u32,
+        last: bool,
+        gradient: bool,
+    ) -> Result<()> {
+        let op = SoftmaxOp {
+            logits: self.scratch.logits,
+            stride: CHUNK as u32,
+            state: self.scratch.states,
+            out,
+            first: chunk.start as u32,
+            count: chunk.len() as u32,
+            last: u32::from(last),
+            cap: self.spec.logit_softcap.unwrap_or(0.0),
+        };
+        self.push(Kernel::Softmax { gradient }, (0, 0), row_grid(1, Rows::Outputs), &op, (0, 2 * u64::from(op.count)))
+    }
+}
+
+/// `x` workgroups for each row.
+pub(super) fn row_grid(x: u32, rows: Rows) -> Grid {
+    Grid { x, rows: Some((rows, 1)) }
+}

@@ -1,0 +1,30 @@
+//! The GPU backend: the same tape as on the CPU, recorded once as a list of dispatches and replayed for every run.
+//!
+//! | file | what is in it |
+//! | --- | --- |
+//! | `device` | adapters, an open device with its pipelines, buffers, errors and loss |
+//! | `kernel` | which kernels there are, and their WGSL, put together from `shaders/` |
+//! | `weights` | quantized blocks on the device, split at its binding limit |
+//! | `kv` | pages of keys and values, shared by all sequences |
+//! | `record` | a dispatch, its description and its bind group |
+//! | `forward`, `backward` | from ops to dispatches |
+//! | `executor` | uploads what a run needs, submits, reads back |
+//!
+//! All values of a run lie in one buffer, the arena, at the places the planner chose; kernels get offsets. A dispatch's
+//! description is a slot of one uniform buffer, chosen by a dynamic offset, and every kernel has the same bindings, so a bind
+//! group depends on nothing but the buffer its weights lie in and the layer whose cache it touches. The kernels stay within
+//! WebGPU's baseline limits: 7 storage buffers, 16 KiB of workgroup memory, 256 invocations, f32 sums. There are no atomics:
+//! a run gives the same bits every time.
+
+mod backward;
+mod device;
+mod executor;
+mod forward;
+mod kernel;
+mod kv;
+mod record;
+mod weights;
+
+pub use device::{Device, DeviceInfo, DeviceKind, Limits, devices};
+pub use executor::{Executor, ExecutorOptions, Traffic};
+pub use kv::KvCache;

@@ -1,0 +1,204 @@
+//! A recorded tape: dispatches in order, each with its pipeline, its description and what it binds.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::device::{Device, SLOT};
+use super::kernel::Kernel;
+use super::weights::Uploaded;
+use crate::Result;
+use crate::tape::{Plan, Rows, Spec, Tape, Value, Weights};
+
+/// An absent offset, as the kernels know it.
+pub(super) const NONE: u32 = u32::MAX;
+/// Workgroups along one dimension; more fold into the next.
+const FOLD: u32 = 32_768;
+
+/// How many workgroups a dispatch has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Grid {
+    /// Workgroups besides rows, whatever they are to the kernel.
+    pub x: u32,
+    /// Which rows, and how many of them a workgroup does.
+    pub rows: Option<(Rows, u32)>,
+}
+
+impl Grid {
+    /// Workgroups in three dimensions for a run of so many rows of each kind.
+    pub fn size(&self, rows: impl Fn(Rows) -> usize) -> [u32; 3] {
+        let z = self.rows.map_or(1, |(kind, per)| (rows(kind) as u32).div_ceil(per));
+        match self.x {
+            x if x <= FOLD => [x, 1, z],
+            x => [FOLD, x.div_ceil(FOLD), z],
+        }
+    }
+}
+
+/// One dispatch.
+#[derive(Debug)]
+pub(super) struct Dispatch {
+    /// The op it belongs to, for tables.
+    pub op: &'static str,
+    pub pipeline: wgpu::ComputePipeline,
+    /// Index into the program's bind groups.
+    pub group: usize,
+    /// Offset of its description.
+    pub slot: u32,
+    pub grid: Grid,
+    /// Bytes of weights it reads.
+    pub weight_bytes: u64,
+    /// Floats of the arena it reads and writes per row.
+    pub floats: u64,
+}
+
+/// What a bind group depends on: the buffer of weights, and the layer whose cache is touched.
+pub(super) type Binds = (usize, usize);
+
+/// Collects dispatches.
+pub(super) struct Recorder<'a> {
+    pub device: &'a Arc<Device>,
+    pub spec: &'a Spec,
+    pub tape: &'a Tape,
+    pub plan: &'a Plan,
+    pub weights: &'a Weights,
+    pub uploaded: &'a Uploaded,
+    /// Whether keys and values are kept in half precision.
+    pub half: bool,
+    /// At most this many rows, each of a sequence of its own: kernels for decoding then.
+    pub decoding: Option<u32>,
+    /// Behind the values: a chunk of logits, states of the cross-entropy, gradients by query head.
+    pub scratch: Scratch,
+    pub dispatches: Vec<Dispatch>,
+    pub slots: Vec<u8>,
+    pub binds: Vec<Binds>,
+    op: &'static str,
+}
+
+/// Places in the arena behind the values, in floats.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Scratch {
+    pub logits: u32,
+    pub states: u32,
+    pub delta: u32,
+    /// End of the arena.
+    pub end: u64,
+}
+
+impl<'a> Recorder<'a> {
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        device: &'a Arc<Device>,
+        spec: &'a Spec,
+        (tape, plan): (&'a Tape, &'a Plan),
+        (weights, uploaded): (&'a Weights, &'a Uploaded),
+        half: bool,
+        decoding: Option<u32>,
+        scratch: Scratch,
+    ) -> Recorder<'a> {
+        Recorder {
+            device,
+            spec,
+            tape,
+            plan,
+            weights,
+            uploaded,
+            half,
+            decoding,
+            scratch,
+            dispatches: Vec::new(),
+            slots: Vec::new(),
+            binds: Vec::new(),
+            op: "",
+        }
+    }
+
+    /// Records every op.
+    pub fn record(&mut self) -> Result<()> {
+        let mut index = 0;
+        while index < self.tape.ops.len() {
+            self.op = self.tape.ops[index].name();
+            index += self.forward(index)?;
+        }
+        Ok(())
+    }
+
+    /// Place of a value in the arena, in floats.
+    pub fn at(&self, value: Value) -> u32 {
+        (self.plan.place(value).offset / 4) as u32
+    }
+
+    /// Floats per row of a value.
+    pub fn width(&self, value: Value) -> u32 {
+        self.tape.info(value).width as u32
+    }
+
+    /// What its rows are.
+    pub fn rows(&self, value: Value) -> Rows {
+        self.tape.info(value).rows
+    }
+
+    /// Appends a dispatch. `binds` is the buffer of weights and the layer.
+    pub fn push<T: Pod>(
+        &mut self,
+        kernel: Kernel,
+        binds: Binds,
+        grid: Grid,
+        op: &T,
+        (weight_bytes, floats): (u64, u64),
+    ) -> Result<()> {
+        let pipeline = self.device.pipeline(&kernel)?;
+        let slot = self.slots.len() as u32;
+        let bytes = bytemuck::bytes_of(op);
+        debug_assert!(bytes.len() as u64 <= SLOT);
+        self.slots.extend_from_slice(bytes);
+        self.slots.resize(self.slots.len().next_multiple_of(SLOT as usize), 0);
+        let group = self.binds.iter().position(|b| *b == binds).unwrap_or_else(|| {
+            self.binds.push(binds);
+            self.binds.len() - 1
+        });
+        self.dispatches.push(Dispatch { op: self.op, pipeline, group, slot, grid, weight_bytes, floats });
+        Ok(())
+    }
+}
+
+/// Number of a kind of rows in word 0, 1 or 2 of a run.
+pub(super) fn rows_word(rows: Rows) -> u32 {
+    match rows {
+        Rows::Tokens => 0,
+        Rows::Outputs => 1,
+        Rows::One => 2,
+    }
+}
+
+/// `Kv` of `shaders/kv.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Kv {
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+}
+
+/// `Op` of `shaders/matmul.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct MatmulOp {
+    pub x: u32,
+    pub x_stride: u32,
+    pub rows: u32,
+    pub k: u32,
+    pub weight: u32,
+    pub row_bytes: u32,
+    pub columns: u32,
+    pub out: u32,
+    pub out_stride: u32,
+    pub bias: u32,
+    pub residual: u32,
+    pub scale: f32,
+    pub cap: f32,
+    pub m: u32,
+    pub w_stride: u32,
+    pub first: u32,
+}

@@ -1,0 +1,2 @@
+// Sixteen numbers in a row.
+struct Unit { a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32> }

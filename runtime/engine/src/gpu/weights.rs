@@ -1,0 +1,143 @@
+//! A model's weights on a device: matrices as the quantized blocks of the file, vectors as f32.
+//!
+//! Matrices are packed one behind the other into buffers no larger than what a kernel can bind; one that does not fit is
+//! split by rows. They go up in chunks straight from the map, so that at most a few chunks exist twice.
+
+use std::sync::Arc;
+
+use super::device::Device;
+use crate::tape::{Spec, WeightId, Weights};
+use crate::{Error, Result};
+
+/// Bytes per chunk of an upload.
+const CHUNK: usize = 8 << 20;
+/// Between matrices, and behind the last for reads of whole words.
+const ALIGN: u64 = 16;
+/// Rows that stay together when a matrix is split.
+const UNIT: usize = 64;
+
+/// Rows of a matrix that lie in one buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub buffer: usize,
+    /// Byte address of its first row.
+    pub at: u32,
+    pub first: usize,
+    pub rows: usize,
+    pub row_bytes: u32,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Uploaded {
+    pub buffers: Vec<wgpu::Buffer>,
+    pieces: Vec<Vec<Piece>>,
+    /// First element of a vector among the constants.
+    vectors: Vec<u32>,
+    pub constants: wgpu::Buffer,
+    /// First slope of ALiBi among the constants.
+    pub slopes: Option<u32>,
+}
+
+impl Uploaded {
+    /// Brings everything up.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`], rows that no buffer holds.
+    pub fn new(device: &Arc<Device>, spec: &Spec, weights: &Weights) -> Result<Uploaded> {
+        let (sizes, pieces) = divide(weights, device.binding_bytes)?;
+        let buffers =
+            sizes.iter().map(|bytes| device.storage(*bytes, "the weights")).collect::<Result<Vec<wgpu::Buffer>>>()?;
+        let mut constants = Vec::new();
+        let mut vectors = Vec::new();
+        for (id, weight) in weights.iter() {
+            vectors.push(constants.len() as u32);
+            constants.extend_from_slice(weight.vector());
+            constants.resize(constants.len().next_multiple_of(ALIGN as usize), 0.0);
+            for piece in &pieces[id.0 as usize] {
+                let rows = weights.rows(id, piece.first..piece.first + piece.rows);
+                upload(device, &buffers[piece.buffer], u64::from(piece.at), rows)?;
+            }
+        }
+        let slopes = spec.alibi.as_ref().map(|slopes| {
+            let at = constants.len() as u32;
+            constants.extend_from_slice(slopes);
+            at
+        });
+        constants.resize(constants.len().next_multiple_of(ALIGN as usize), 0.0);
+        let buffer = device.storage(4 * constants.len() as u64, "norms and biases")?;
+        upload(device, &buffer, 0, bytemuck::cast_slice(&constants))?;
+        Ok(Uploaded { buffers, pieces, vectors, constants: buffer, slopes })
+    }
+
+    /// Where a matrix lies.
+    pub fn pieces(&self, id: WeightId) -> &[Piece] {
+        &self.pieces[id.0 as usize]
+    }
+
+    /// First element of a vector among the constants.
+    pub fn vector(&self, id: WeightId) -> u32 {
+        self.vectors[id.0 as usize]
+    }
+}
+
+/// Sizes of the buffers, and the pieces of every matrix.
+fn divide(weights: &Weights, limit: u64) -> Result<(Vec<u64>, Vec<Vec<Piece>>)> {
+    let mut sizes: Vec<u64> = Vec::new();
+    let mut pieces = Vec::new();
+    for (_, weight) in weights.iter() {
+        let mut mine = Vec::new();
+        if weight.vector().is_empty() {
+            let row_bytes = (weight.len_bytes() / weight.rows.max(1)) as u64;
+            let fits = |used: u64| ((limit.saturating_sub(used + ALIGN)) / row_bytes) as usize;
+            let mut first = 0;
+            while first < weight.rows {
+                let left = weight.rows - first;
+                let room = sizes.last().map_or(0, |used| fits(*used));
+                let rows = match room >= left {
+                    true => left,
+                    false => {
+                        sizes.push(0);
+                        left.min(fits(0) / UNIT * UNIT)
+                    }
+                };
+                let (buffer, Some(used)) = (sizes.len() - 1, sizes.last_mut()) else { unreachable!() };
+                if rows == 0 {
+                    return Err(Error::Unsupported(format!(
+                        "{} rows of {row_bytes} bytes of {} do not fit into a buffer of {limit} bytes of the GPU; use the CPU",
+                        UNIT, weight.name
+                    )));
+                }
+                mine.push(Piece { buffer, at: *used as u32, first, rows, row_bytes: row_bytes as u32 });
+                *used = (*used + rows as u64 * row_bytes).next_multiple_of(ALIGN);
+                first += rows;
+            }
+        }
+        pieces.push(mine);
+    }
+    if sizes.is_empty() {
+        sizes.push(ALIGN);
+    }
+    Ok((sizes.iter().map(|s| s + ALIGN).collect(), pieces))
+}
+
+/// Writes `bytes` at `at`, a multiple of 4, chunk by chunk.
+fn upload(device: &Device, buffer: &wgpu::Buffer, at: u64, bytes: &[u8]) -> Result<()> {
+    for (i, chunk) in bytes.chunks(CHUNK).enumerate() {
+        let offset = at + (i * CHUNK) as u64;
+        let whole = chunk.len() / 4 * 4;
+        if whole > 0 {
+            device.queue.write_buffer(buffer, offset, &chunk[..whole]);
+        }
+        if whole < chunk.len() {
+            let mut last = [0; 4];
+            last[..chunk.len() - whole].copy_from_slice(&chunk[whole..]);
+            device.queue.write_buffer(buffer, offset + whole as u64, &last);
+        }
+        if bytes.len() > CHUNK {
+            device.queue.submit([]);
+            device.wait()?;
+        }
+    }
+    device.check()
+}

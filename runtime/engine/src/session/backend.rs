@@ -1,0 +1,183 @@
+//! Which device runs a model, and the one place that tells its executors apart.
+
+#[cfg(feature = "gpu")]
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::cpu;
+#[cfg(feature = "gpu")]
+use crate::gpu;
+use crate::tape::{Batch, Purpose, Segment, Tape, Timing};
+use crate::{Error, Result};
+
+/// Where a model runs.
+#[derive(Clone, Debug, Default)]
+pub enum Device {
+    /// On the CPU.
+    #[default]
+    Cpu,
+    /// On the best GPU if there is one that can, else on the CPU.
+    Auto,
+    /// On a GPU, by its number in the list of devices.
+    Gpu(usize),
+    /// On a device that is open already.
+    #[cfg(feature = "gpu")]
+    Open(Arc<gpu::Device>),
+}
+
+impl std::str::FromStr for Device {
+    type Err = Error;
+
+    /// `auto`, `cpu`, `gpu` or `gpu:N`.
+    fn from_str(name: &str) -> Result<Device> {
+        match name {
+            "auto" => return Ok(Device::Auto),
+            "cpu" => return Ok(Device::Cpu),
+            "gpu" => return Ok(Device::Gpu(0)),
+            _ => {}
+        }
+        match name.strip_prefix("gpu:").and_then(|n| n.parse().ok()) {
+            Some(index) => Ok(Device::Gpu(index)),
+            None => Err(Error::argument(format!("{name:?} is no backend; choose auto, cpu, gpu or gpu:N"))),
+        }
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl Device {
+    /// The device to try, opened; none for the CPU.
+    pub(super) fn open(&self) -> Result<Option<Arc<gpu::Device>>> {
+        let limits = gpu::Limits::default();
+        match self {
+            Device::Cpu => Ok(None),
+            Device::Gpu(index) => gpu::Device::open(*index, limits).map(Some),
+            Device::Open(device) => Ok(Some(device.clone())),
+            Device::Auto => {
+                use gpu::DeviceKind::{Discrete, Integrated};
+                let fit = |d: &gpu::DeviceInfo| d.unfit.is_none() && matches!(d.kind, Discrete | Integrated);
+                match gpu::devices().into_iter().find(fit) {
+                    Some(info) => gpu::Device::open(info.index, limits).map(Some),
+                    None => Ok(None),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(not(feature = "gpu"))]
+impl Device {
+    /// Refuses the GPU, which this build does not know.
+    pub(super) fn check(&self) -> Result<()> {
+        match self {
+            Device::Cpu | Device::Auto => Ok(()),
+            Device::Gpu(_) => Err(Error::Unsupported("the GPU: this build is without it (feature `gpu`)".into())),
+        }
+    }
+}
+
+/// An executor of some device.
+#[derive(Debug)]
+pub(super) enum Backend {
+    Cpu(Box<cpu::Executor>),
+    #[cfg(feature = "gpu")]
+    Gpu(Box<gpu::Executor>),
+}
+
+/// The cache of one sequence, on the device that fills it.
+#[derive(Clone, Debug)]
+pub(super) enum Cache {
+    Cpu(cpu::KvCache),
+    #[cfg(feature = "gpu")]
+    Gpu(gpu::KvCache),
+}
+
+impl Cache {
+    pub fn truncate(&mut self, len: usize) {
+        match self {
+            Cache::Cpu(cache) => cache.truncate(len),
+            #[cfg(feature = "gpu")]
+            Cache::Gpu(cache) => cache.truncate(len),
+        }
+    }
+
+    pub fn bytes(&self) -> usize {
+        match self {
+            Cache::Cpu(cache) => cache.bytes(),
+            #[cfg(feature = "gpu")]
+            Cache::Gpu(cache) => cache.bytes(),
+        }
+    }
+
+    fn cpu(&mut self) -> Option<&mut cpu::KvCache> {
+        match self {
+            Cache::Cpu(cache) => Some(cache),
+            #[cfg(feature = "gpu")]
+            Cache::Gpu(_) => None,
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn gpu(&mut self) -> Option<&mut gpu::KvCache> {
+        match self {
+            Cache::Gpu(cache) => Some(cache),
+            Cache::Cpu(_) => None,
+        }
+    }
+}
+
+/// The batch with caches of one kind.
+fn convert<'a, C>(batch: Batch<'a, Cache>, pick: impl Fn(&'a mut Cache) -> Option<&'a mut C>) -> Result<Batch<'a, C>> {
+    let convert = |segment: Segment<'a, Cache>| match segment.cache {
+        None => Ok(Segment { cache: None, rows: segment.rows }),
+        Some(cache) => match pick(cache) {
+            None => Err(Error::argument("the sequence belongs to an engine on another device")),
+            cache => Ok(Segment { cache, rows: segment.rows }),
+        },
+    };
+    let segments = batch.segments.into_iter().map(convert).collect::<Result<_>>()?;
+    let Batch { tokens, outputs, targets, learning, .. } = batch;
+    Ok(Batch { tokens, segments, outputs, targets, learning })
+}
+
+impl Backend {
+    pub fn run(&mut self, purpose: Purpose, batch: Batch<'_, Cache>, cancel: &AtomicBool) -> Result<&[f32]> {
+        match self {
+            Backend::Cpu(executor) => executor.run(purpose, convert(batch, Cache::cpu)?, cancel),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.run(purpose, convert(batch, Cache::gpu)?, cancel),
+        }
+    }
+
+    pub fn tape(&self) -> &Tape {
+        match self {
+            Backend::Cpu(executor) => executor.tape(),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.tape(),
+        }
+    }
+
+    /// What runs, for people: `cpu`, or the GPU's name.
+    pub fn name(&self) -> String {
+        match self {
+            Backend::Cpu(_) => "cpu".into(),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.device().info().name.clone(),
+        }
+    }
+
+    pub fn set_timing(&mut self, on: bool) {
+        match self {
+            Backend::Cpu(executor) => executor.set_timing(on),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.set_timing(on),
+        }
+    }
+
+    pub fn take_timings(&mut self) -> Vec<Timing> {
+        match self {
+            Backend::Cpu(executor) => executor.take_timings(),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.take_timings(),
+        }
+    }
+}
