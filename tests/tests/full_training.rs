@@ -5,7 +5,9 @@ use std::sync::atomic::AtomicBool;
 
 use kinglet_engine::gguf::Gguf;
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions};
+use kinglet_engine::session::{
+    Arithmetic, Device, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions,
+};
 use kinglet_engine::tape::{LoraSpec, Trained};
 use kinglet_engine::text::EncodeOptions;
 use kinglet_models::scratch::write_scratch;
@@ -31,7 +33,15 @@ fn batch(tokens: &[u32], length: usize) -> LearnBatch {
 
 fn options(trained: Trained) -> LearnerOptions {
     let arithmetic = Arithmetic::Exact;
-    LearnerOptions { trained, tokens: 256, sequence: 0, arithmetic, threads: 1, memory_budget: None }
+    LearnerOptions {
+        trained,
+        tokens: 256,
+        sequence: 0,
+        arithmetic,
+        threads: 1,
+        device: Device::Cpu,
+        memory_budget: None,
+    }
 }
 
 fn mean(scores: &[f32]) -> f64 {

@@ -4,13 +4,17 @@
 //! asked for, so that even tiny models are split over several buffers.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use kinglet_engine::gpu::{self, Limits};
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::{Arithmetic, Device, Model, Session, SessionOptions};
+use kinglet_engine::session::{
+    Arithmetic, Device, Engine, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions,
+};
+use kinglet_engine::tape::LoraSpec;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::compare::{argmax, divergence};
-use kinglet_tests::data::{Random, Scratch};
+use kinglet_tests::data::{self, Random, Scratch, alone, heavy};
 
 /// The device under test: `KINGLET_GPU`, or the first.
 fn device(binding_bytes: Option<u64>) -> Arc<gpu::Device> {
@@ -26,7 +30,15 @@ fn open(scratch: &Scratch, config: &TinyConfig) -> Model {
 
 fn options(device: Device) -> SessionOptions {
     let arithmetic = Arithmetic::Exact;
-    SessionOptions { context: 256, threads: 1, kv_type: DType::F32, device, arithmetic, ..SessionOptions::default() }
+    SessionOptions {
+        context: 256,
+        chunk: 16,
+        threads: 1,
+        kv_type: DType::F32,
+        device,
+        arithmetic,
+        ..SessionOptions::default()
+    }
 }
 
 /// Logits after a prompt and after each of some further tokens.
@@ -82,7 +94,7 @@ fn gpu_logits_are_the_cpus_for_every_architecture() {
 /// tables come in pieces.
 #[test]
 fn gpu_logits_are_the_cpus_for_every_type() {
-    let (whole, small) = (device(None), device(Some(192 << 10)));
+    let (whole, small) = (device(None), device(Some(400 << 10)));
     for dtype in DType::WEIGHTS {
         let scratch = Scratch::new(&format!("gpu-{dtype}"));
         let config = TinyConfig::new("llama");
@@ -99,5 +111,181 @@ fn gpu_logits_are_the_cpus_for_every_type() {
         let model = open(&scratch, &config);
         compare(dtype.name(), &model, &whole);
         compare(&format!("{dtype} in pieces"), &model, &small);
+    }
+}
+
+/// Several sequences decoded together, forked and shortened: pages are shared, copied and given back.
+#[test]
+fn gpu_sequences_share_pages_like_the_cpus() {
+    let scratch = Scratch::new("gpu-sequences");
+    let model = open(&scratch, &TinyConfig::new("qwen2"));
+    let never = AtomicBool::new(false);
+    let run = |device: Device| {
+        let options = SessionOptions { chunk: 256, logit_rows: 3, ..options(device) };
+        let mut engine = Engine::new(&model, &options).expect("an engine");
+        let mut first = engine.sequence();
+        let prompt = tokens(&model, 3, 150);
+        engine.step(&mut [(&mut first, &prompt)], &never).expect("the prompt");
+        let mut second = first.clone();
+        let mut third = engine.sequence();
+        engine.step(&mut [(&mut third, &prompt[..5])], &never).expect("another prompt");
+        let mut all = Vec::new();
+        for step in 0..4u32 {
+            let (a, b, c) = ([step], [step + 7], [step + 20]);
+            let mut feeds = [(&mut first, a.as_slice()), (&mut second, b.as_slice()), (&mut third, c.as_slice())];
+            all.extend_from_slice(engine.step(&mut feeds, &never).expect("a step"));
+        }
+        second.truncate(100);
+        drop(third);
+        all.extend_from_slice(engine.step(&mut [(&mut second, &prompt[..40])], &never).expect("after a cut"));
+        all
+    };
+    let (ours, wanted) = (run(Device::Open(device(None))), run(Device::Cpu));
+    let distance = distance(&ours, &wanted);
+    assert!(distance < 1e-3, "{distance}");
+}
+
+/// Every matrix of the layers.
+fn maps(model: &Model) -> Vec<String> {
+    let matrix = |w: &kinglet_engine::tape::Weight| w.name.starts_with("blk.") && w.rows > 1;
+    model.weights().iter().filter(|(_, w)| matrix(w)).map(|(_, w)| w.name.clone()).collect()
+}
+
+fn learner(model: &Model, device: Device, dropout: f32, memory_budget: Option<u64>) -> Learner {
+    let trained = LoraSpec { rank: 5, scale: 1.5, weights: maps(model), dropout, ..LoraSpec::default() };
+    let options = LearnerOptions {
+        trained: trained.into(),
+        tokens: 160,
+        sequence: 0,
+        arithmetic: Arithmetic::Exact,
+        threads: 1,
+        device,
+        memory_budget,
+    };
+    Learner::new(model, &options).expect("a learner")
+}
+
+/// Scores and gradients of a batch of sequences of several lengths, at parameters where every gradient counts.
+fn gradients(model: &Model, learner: &mut Learner) -> (Vec<f32>, Vec<f32>) {
+    let mut random = Random::new(11);
+    let mut params = vec![0.0; learner.param_count()];
+    for p in learner.params() {
+        params[p.offset..p.end()].copy_from_slice(&random.normals(p.rows * p.width, 1.0 / (p.width as f32).sqrt()));
+    }
+    let lengths = vec![70, 1, 66, 23];
+    let rows: usize = lengths.iter().sum();
+    let outputs: Vec<u32> = (0..rows as u32).filter(|row| row % 3 != 1).collect();
+    let batch = LearnBatch {
+        tokens: tokens(model, 12, rows),
+        lengths,
+        targets: tokens(model, 13, outputs.len()),
+        weights: outputs.iter().map(|_| random.unit() - 0.25).collect(),
+        outputs,
+        dropout_seed: 5,
+    };
+    let mut gradients = vec![0.0; params.len()];
+    let never = AtomicBool::new(false);
+    let scores = learner.learn(&batch, &params, &mut gradients, &never).expect("gradients").to_vec();
+    (scores, gradients)
+}
+
+fn compare_gradients(name: &str, model: &Model, device: &Arc<gpu::Device>, dropout: f32) {
+    let mut exact = learner(model, Device::Cpu, dropout, None);
+    let (wanted_scores, wanted) = gradients(model, &mut exact);
+    let (scores, ours) = gradients(model, &mut learner(model, Device::Open(device.clone()), dropout, None));
+    assert!(distance(&scores, &wanted_scores) < 1e-3, "{name}: cross-entropies");
+    for p in exact.params() {
+        let (ours, wanted) = (&ours[p.offset..p.end()], &wanted[p.offset..p.end()]);
+        let norm = wanted.iter().map(|v| v * v).sum::<f32>().sqrt();
+        let apart = ours.iter().zip(wanted).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
+        assert!(apart < 1e-3 * norm, "{name}, {}: {apart} of {norm}", p.name);
+    }
+}
+
+/// Gradients of adapters for every architecture, with dropout.
+#[test]
+fn gpu_gradients_are_the_cpus_for_every_architecture() {
+    let device = device(None);
+    for config in architectures() {
+        let scratch = Scratch::new(&format!("gpu-gradients-{}", config.arch));
+        let config = TinyConfig { dtype: DType::F32, embedding: DType::F32, ..config };
+        compare_gradients(&config.arch.clone(), &open(&scratch, &config), &device, 0.2);
+    }
+}
+
+/// Gradients through every type of weights, rows longer than 1,024 elements, whole and in pieces.
+#[test]
+fn gpu_gradients_are_the_cpus_for_every_type() {
+    let (whole, small) = (device(None), device(Some(8 << 20)));
+    for dtype in DType::WEIGHTS {
+        let scratch = Scratch::new(&format!("gpu-gradients-{dtype}"));
+        let config =
+            TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..TinyConfig::new("llama") };
+        let model = open(&scratch, &TinyConfig { dtype, embedding: dtype, ..config });
+        compare_gradients(dtype.name(), &model, &whole, 0.0);
+        compare_gradients(&format!("{dtype} on a small device"), &model, &small, 0.0);
+    }
+}
+
+/// Sixteen tokens of a real model: each step's distribution is the CPU's.
+fn real(name: &str) {
+    let _alone = alone();
+    let model = kinglet_models::open(data::model(name)).expect("the model opens");
+    let device = device(None);
+    let text = "The capital of France is";
+    let prompt =
+        model.tokenizer().encode(text, kinglet_engine::text::EncodeOptions { add_special: true, parse_special: false });
+    let options =
+        |device| SessionOptions { context: 64, chunk: 32, threads: 0, kv_type: DType::F16, ..options(device) };
+    let mut cpu = Session::new(&model, &options(Device::Cpu)).expect("a session");
+    let mut gpu = Session::new(&model, &options(Device::Open(device))).expect("a session");
+    let mut feed = prompt;
+    for step in 0..16 {
+        let wanted = cpu.feed(&feed).expect("the CPU").to_vec();
+        let ours = gpu.feed(&feed).expect("the GPU");
+        let (kl, top) = (divergence(&wanted, ours), argmax(&wanted));
+        assert!(kl < 1e-3 && argmax(ours) == top, "{name}, step {step}: KL {kl}, {} for {top}", argmax(ours));
+        feed = vec![top as u32];
+    }
+}
+
+#[test]
+fn gpu_smollm2_says_what_the_cpu_says() {
+    real("smollm2");
+}
+
+#[test]
+fn gpu_gemma3_says_what_the_cpu_says() {
+    if heavy() {
+        real("gemma3");
+    }
+}
+
+#[test]
+fn gpu_qwen_says_what_the_cpu_says() {
+    if heavy() {
+        real("qwen2.5-coder");
+    }
+}
+
+/// Counted from the recording: a decoded token reads every weight once, moves few values, and takes few dispatches.
+#[test]
+fn gpu_decoding_moves_little_but_the_weights() {
+    for name in data::MODELS {
+        let model = kinglet_models::open(data::model(name)).expect("the model opens");
+        let options = SessionOptions { context: 64, chunk: 32, ..options(Device::Open(device(None))) };
+        let mut engine = Engine::new(&model, &options).expect("an engine");
+        let traffic = engine.decode_traffic().expect("a recording").expect("a GPU");
+        // A table that is no head gives a single row.
+        let table = model.spec().embedding.tensor.as_str();
+        let idle = |name: &str| name == table && model.spec().head.tensor != table;
+        let matrices = model.weights().iter().filter(|(_, w)| w.vector().is_empty() && !idle(&w.name));
+        let once: u64 = matrices.map(|(_, w)| w.len_bytes() as u64).sum();
+        assert_eq!(traffic.weight_bytes, once, "{name}");
+        assert!(traffic.value_bytes * 20 < traffic.weight_bytes, "{name}: {traffic:?}");
+        let layers = model.spec().layers.len();
+        // Beside the layers: a table and a head, which may come in two pieces, and the rows that go on (twice).
+        assert!(traffic.dispatches <= 7 * layers + 6, "{name}: {traffic:?} for {layers} layers");
+        println!("{name}: {traffic:?}");
     }
 }

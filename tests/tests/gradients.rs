@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use kinglet_engine::gguf::{Gguf, Writer};
 use kinglet_engine::quant::{DType, dequantize};
-use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions, Model};
+use kinglet_engine::session::{Arithmetic, Device, LearnBatch, Learner, LearnerOptions, Model};
 use kinglet_engine::tape::{Gate, LoraSpec, RopeStyle, Spec, Trained, Yarn};
 use kinglet_models::families;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
@@ -40,7 +40,15 @@ fn lora(model: &Model, rank: usize) -> LoraSpec {
 
 fn options(trained: impl Into<Trained>) -> LearnerOptions {
     let arithmetic = Arithmetic::Exact;
-    LearnerOptions { trained: trained.into(), tokens: 64, sequence: 0, arithmetic, threads: 1, memory_budget: None }
+    LearnerOptions {
+        trained: trained.into(),
+        tokens: 64,
+        sequence: 0,
+        arithmetic,
+        threads: 1,
+        device: Device::Cpu,
+        memory_budget: None,
+    }
 }
 
 /// Sequences of several lengths; about two rows of three have a target, with weights of both signs.

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions};
+use kinglet_engine::session::{Arithmetic, Device, LearnBatch, Learner, LearnerOptions};
 use kinglet_engine::tape::LoraSpec;
 use kinglet_engine::text::EncodeOptions;
 use kinglet_tests::data::{alone, file, heavy, model};
@@ -45,6 +45,7 @@ fn train_within(
         sequence: LENGTH,
         arithmetic,
         threads: 0,
+        device: Device::Cpu,
         memory_budget,
     };
     let mut learner = Learner::new(&model, &options).expect("a learner");

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions};
+use kinglet_engine::session::{Arithmetic, Device, LearnBatch, Learner, LearnerOptions};
 use kinglet_engine::tape::LoraSpec;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::data::{Scratch, file};
@@ -38,8 +38,15 @@ fn check(kind: &str) {
         dropout: 0.0,
     };
     let arithmetic = Arithmetic::Exact;
-    let options =
-        LearnerOptions { trained: lora.into(), tokens: 64, sequence: 0, arithmetic, threads: 2, memory_budget: None };
+    let options = LearnerOptions {
+        trained: lora.into(),
+        tokens: 64,
+        sequence: 0,
+        arithmetic,
+        threads: 2,
+        device: Device::Cpu,
+        memory_budget: None,
+    };
     let mut learner = Learner::new(&model, &options).expect("a learner");
     let mut params = learner.initial().expect("first values");
     for p in learner.params() {

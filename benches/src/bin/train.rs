@@ -22,7 +22,7 @@ use kinglet_benches::memory::Memory;
 use kinglet_benches::model;
 use kinglet_benches::stats::Samples;
 use kinglet_engine::cpu::roof;
-use kinglet_engine::session::{Arithmetic, LearnBatch, Learner, LearnerOptions, Model};
+use kinglet_engine::session::{Arithmetic, Device, LearnBatch, Learner, LearnerOptions, Model};
 use kinglet_engine::tape::LoraSpec;
 use kinglet_engine::tape::Timing;
 use kinglet_engine::text::EncodeOptions;
@@ -58,6 +58,9 @@ struct Args {
     /// Arithmetic of the frozen maps.
     #[arg(long, value_enum, default_value_t = Choice::Wide)]
     arithmetic: Choice,
+    /// Where gradients are computed: cpu, gpu or gpu:N.
+    #[arg(long, default_value = "cpu")]
+    backend: Device,
     /// Text to train on.
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/handbook.txt"))]
     text: PathBuf,
@@ -101,6 +104,7 @@ fn main() -> anyhow::Result<()> {
         sequence: args.seq,
         arithmetic: args.arithmetic.into(),
         threads: args.threads,
+        device: args.backend.clone(),
         memory_budget: args.memory.map(|mb| mb * 1_000_000),
     };
     let mut learner = Learner::new(&model, &options)?;

@@ -1,9 +1,9 @@
 //! The command line: what every command shares. A command's own arguments stand beside its code.
 
 use crate::commands::Command;
-use clap::{Args, Parser, ValueEnum};
+use clap::{Args, Parser};
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::SessionOptions;
+use kinglet_engine::session::{Device, SessionOptions};
 
 /// Text that every model argument shows.
 pub const MODEL_HELP: &str =
@@ -40,39 +40,18 @@ pub struct Global {
     /// Threads to compute with [default: one per core]
     #[arg(long, global = true, value_name = "N", help_heading = "Global options", value_parser = positive)]
     pub threads: Option<usize>,
-    /// Where to compute
-    #[arg(long, global = true, value_enum, default_value_t = Backend::Auto, help_heading = "Global options")]
-    pub backend: Backend,
+    /// Where to compute: auto, cpu, gpu or gpu:N (see `kinglet devices`)
+    #[arg(long, global = true, value_name = "WHERE", default_value = "auto", help_heading = "Global options")]
+    pub backend: Device,
     /// Say more on standard error; twice for details
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]
     pub verbose: u8,
-}
-
-/// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Backend {
-    /// The fastest there is
-    Auto,
-    /// The processor
-    Cpu,
-    /// The graphics card
-    Gpu,
 }
 
 /// A wrong combination of arguments that clap cannot see; exits with 2 like its own errors.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Usage(pub String);
-
-impl Global {
-    /// Refuses what this build cannot compute with.
-    pub fn check_backend(&self) -> anyhow::Result<()> {
-        if self.backend == Backend::Gpu {
-            anyhow::bail!("the GPU backend is not built in yet; use --backend cpu or auto");
-        }
-        Ok(())
-    }
-}
 
 /// An integer of at least 1.
 pub fn positive(text: &str) -> Result<usize, String> {
@@ -116,6 +95,7 @@ impl MemoryArgs {
             threads: global.threads.unwrap_or(0),
             kv_type: self.kv_type,
             chunk: self.chunk,
+            device: global.backend.clone(),
             memory_budget: self.memory_budget,
             ..SessionOptions::default()
         }

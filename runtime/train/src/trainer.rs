@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use kinglet_engine::adapter::fingerprint;
-use kinglet_engine::session::{Arithmetic, Learner, LearnerOptions, Model};
+use kinglet_engine::session::{Arithmetic, Device, Learner, LearnerOptions, Model};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Cursor, Loader, LoaderOptions, Packing};
@@ -56,6 +56,8 @@ pub struct TrainerOptions {
     pub resume: bool,
     /// Threads; 0 for one per core.
     pub threads: usize,
+    /// Where gradients are computed.
+    pub device: Device,
     /// Bytes that the whole may take, the mapped file included.
     pub memory_budget: Option<u64>,
     /// Text of the forgetting probe; `None` for the built-in one.
@@ -223,6 +225,7 @@ impl Trainer {
             sequence,
             arithmetic: Arithmetic::default(),
             threads: options.threads,
+            device: options.device.clone(),
             memory_budget: None,
         };
         // What is held beside the learner follows from the number of parameters.

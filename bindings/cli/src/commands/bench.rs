@@ -63,7 +63,6 @@ struct Row {
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
-    global.check_backend()?;
     let model = models::open(&arguments.model)?;
     let longest = arguments.prompts.iter().chain(&arguments.generate).copied().max().unwrap_or(0);
     let mut session = Session::new(&model, &arguments.memory.options(longest.max(1), global))?;

@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod create;
+mod devices;
 mod estimate;
 mod inspect;
 mod merge;
@@ -27,6 +28,7 @@ pub enum Command {
     Create(create::Arguments),
     Pull(pull::Arguments),
     Models(models::Arguments),
+    Devices(devices::Arguments),
     Inspect(inspect::Arguments),
     Tokenize(tokenize::Arguments),
     Perplexity(perplexity::Arguments),
@@ -44,6 +46,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Create(arguments) => create::run(arguments, global),
         Command::Pull(arguments) => pull::run(arguments, global),
         Command::Models(arguments) => models::run(arguments, global),
+        Command::Devices(arguments) => devices::run(arguments, global),
         Command::Inspect(arguments) => inspect::run(arguments, global),
         Command::Tokenize(arguments) => tokenize::run(arguments, global),
         Command::Perplexity(arguments) => perplexity::run(arguments, global),

@@ -36,7 +36,6 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
-    global.check_backend()?;
     let text = super::file_or_stdin(&arguments.file)?;
     let model = models::open(&arguments.model)?;
     let tokenizer = model.tokenizer();

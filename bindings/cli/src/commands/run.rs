@@ -7,7 +7,7 @@ use crate::sampling::SamplingArgs;
 use crate::{adapters, models, output};
 use anyhow::{Context, bail};
 use clap::Args;
-use kinglet_engine::session::{EndReason, GenerateOptions, GenerationStats, Model, Session};
+use kinglet_engine::session::{Device, EndReason, GenerateOptions, GenerationStats, Model, Session};
 use kinglet_engine::text::{EncodeOptions, Message};
 use serde_json::json;
 use std::io::Write;
@@ -61,7 +61,6 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
-    global.check_backend()?;
     if arguments.prompt.is_none() && arguments.raw {
         return Err(Usage("--raw needs a PROMPT to continue".into()).into());
     }
@@ -77,7 +76,12 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         ignore_end: arguments.ignore_end,
         special: arguments.special,
     };
-    let mut session = Session::new(&model, &arguments.session.memory.options(arguments.session.context, global))?;
+    let mut session_options = arguments.session.memory.options(arguments.session.context, global);
+    if !arguments.adapter.is_empty() && matches!(session_options.device, Device::Auto) {
+        // The GPU has no adapters beside the weights yet.
+        session_options.device = Device::Cpu;
+    }
+    let mut session = Session::new(&model, &session_options)?;
     adapters::apply(&mut session, &arguments.adapter)?;
     let cancel = session.cancel_handle();
     interrupt::listen(move || cancel.cancel());

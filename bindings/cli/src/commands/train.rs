@@ -274,7 +274,6 @@ fn loss_of(loss: LossArg, beta: Option<f64>) -> anyhow::Result<Loss> {
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
-    global.check_backend()?;
     let config = arguments.config()?;
     let probe = match &arguments.probe {
         Some(path) => Some(std::fs::read_to_string(path).with_context(|| path.display().to_string())?),
@@ -289,6 +288,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         title: format!("{} learns {}", arguments.model, names.join(", ")),
         resume: arguments.resume,
         threads: global.threads.unwrap_or(0),
+        device: global.backend.clone(),
         memory_budget: arguments.memory_budget,
         probe,
     };

@@ -6,9 +6,7 @@ use bytemuck::{Pod, Zeroable};
 use super::forward::{CHUNK, TILE, Turning, row_grid};
 use super::kernel::Kernel;
 use super::record::{Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
-use crate::tape::{
-    AttentionBackward, Dropout, Gate, Lora, LoraBackward, Op, ParamId, Rope, Rows, Value, WeightId,
-};
+use crate::tape::{AttentionBackward, Dropout, Gate, Lora, LoraBackward, Op, ParamId, Rope, Rows, Value, WeightId};
 use crate::{Error, Result};
 
 #[repr(C)]

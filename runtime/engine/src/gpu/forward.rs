@@ -9,9 +9,9 @@ use super::device::DeviceKind;
 use super::kernel::Kernel;
 use super::record::{Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
 use super::weights::Piece;
+use crate::Result;
 use crate::quant::DType;
 use crate::tape::{Attention, Epilogue, Gate, KvSource, Linear, Op, Part, Rope, Rows, Tape, Value, WeightId};
-use crate::Result;
 
 /// Rows of a tile.
 pub(super) const TILE: u32 = 64;
@@ -271,7 +271,9 @@ impl Recorder<'_> {
                 Epilogue::Gated(kind, out) => Some((kind, out)),
                 _ => None,
             };
-            return self.matvec(l.x, norm, &l.parts, gated, residual, 0.0);
+            let parts: Vec<(Part, Piece)> =
+                l.parts.iter().map(|p| (p.clone(), self.uploaded.pieces(p.weight)[0])).collect();
+            return self.matvec(l.x, norm, &parts, gated, residual, 0.0);
         }
         for part in &l.parts {
             let map = Map {
@@ -293,23 +295,13 @@ impl Recorder<'_> {
     /// Logits; those of a piece of the head are columns of them.
     fn head(&mut self, x: Value, weight: WeightId, out: Value, norm: Option<(Value, WeightId)>) -> Result<()> {
         let cap = self.spec.logit_softcap.unwrap_or(0.0);
-        if self.decoding.is_some() && self.uploaded.pieces(weight).len() == 1 {
-            let part = Part { weight, bias: None, out };
-            return self.matvec(x, norm, &[part], None, NONE, cap);
-        }
-        let x = match norm {
-            None => x,
-            // A head in pieces: the norm is a dispatch of its own after all, in the place that was planned for it.
-            Some((x0, norm)) => {
-                let out = self.tape.ops.iter().find_map(|op| match op {
-                    Op::RmsNorm { x, weight, out } if (*x, *weight) == (x0, norm) => Some(*out),
-                    _ => None,
-                });
-                let Some(out) = out else { unreachable!("the norm is on the tape") };
-                self.rms_norm(x0, None, norm, out)?;
-                out
+        if self.decoding.is_some() {
+            // Every piece norms for itself.
+            for piece in self.uploaded.pieces(weight).to_vec() {
+                self.matvec(x, norm, &[(Part { weight, bias: None, out }, piece)], None, NONE, cap)?;
             }
-        };
+            return Ok(());
+        }
         let map = Map { weight, bias: NONE, out: self.at(out), out_stride: self.width(out), residual: NONE, cap };
         self.matmul(x, &map, None)
     }
@@ -318,12 +310,12 @@ impl Recorder<'_> {
         &mut self,
         x: Value,
         norm: Option<(Value, WeightId)>,
-        parts: &[Part],
+        parts: &[(Part, Piece)],
         gated: Option<(Gate, Value)>,
         residual: u32,
         cap: f32,
     ) -> Result<()> {
-        let mut types: Vec<DType> = parts.iter().map(|p| self.weights.get(p.weight).dtype).collect();
+        let mut types: Vec<DType> = parts.iter().map(|(p, _)| self.weights.get(p.weight).dtype).collect();
         types.sort();
         types.dedup();
         let mut op = MatvecOp::zeroed();
@@ -338,14 +330,13 @@ impl Recorder<'_> {
         op.out = gated.map_or(NONE, |(_, out)| self.at(out));
         op.cap = cap;
         let (mut buffer, mut rows, mut bytes, mut floats) = (0, 0, 0, u64::from(op.k));
-        for (to, part) in op.part.iter_mut().zip(parts) {
-            let piece = self.uploaded.pieces(part.weight)[0];
+        for (to, (part, piece)) in op.part.iter_mut().zip(parts) {
             buffer = piece.buffer;
             *to = MatvecPart {
                 weight: piece.at,
                 row_bytes: piece.row_bytes,
                 rows: piece.rows as u32,
-                out: self.at(part.out),
+                out: self.at(part.out) + piece.first as u32,
                 bias: part.bias.map_or(NONE, |b| self.uploaded.vector(b)),
                 kind: types.iter().position(|t| *t == self.weights.get(part.weight).dtype).unwrap_or(0) as u32,
                 stride: self.width(part.out),

@@ -14,7 +14,7 @@ use crate::tape::Spec;
 /// Positions per page; `PAGE` of `shaders/kv.wgsl`.
 pub(super) const PAGE: usize = 128;
 /// Pages to begin with.
-const FIRST_PAGES: usize = 4;
+const FIRST_PAGES: usize = 1;
 
 #[derive(Debug)]
 pub(super) struct Pool {

@@ -13,8 +13,8 @@ use crate::{Error, Result};
 const CHUNK: usize = 8 << 20;
 /// Between matrices, and behind the last for reads of whole words.
 const ALIGN: u64 = 16;
-/// Rows that stay together when a matrix is split.
-const UNIT: usize = 64;
+/// Rows that stay together when a matrix is split: what a kernel writes at once.
+const UNIT: usize = 4;
 
 /// Rows of a matrix that lie in one buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,6 +5,7 @@
 
 use std::sync::atomic::AtomicBool;
 
+use super::backend::{Backend, Device};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions};
 use crate::tape::{Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, Segment, Timing, Trained, adapted_norm};
@@ -24,6 +25,8 @@ pub struct LearnerOptions {
     pub arithmetic: Arithmetic,
     /// Threads; 0 for one per core.
     pub threads: usize,
+    /// Where gradients are computed. [`Device::Auto`] falls back to the CPU where the GPU lacks something.
+    pub device: Device,
     /// Bytes the whole may take, the mapped file included: as many layers are kept from computing twice as fit.
     /// `None` allows 512 MB beside the file and the parameters, or what the smallest plan takes.
     pub memory_budget: Option<u64>,
@@ -59,7 +62,7 @@ pub struct LearnBatch {
 pub struct Learner {
     model: Model,
     trained: Trained,
-    executor: Executor,
+    backend: Backend,
     estimate: Estimate,
     /// Most tokens of a batch, and of a run.
     tokens: usize,
@@ -73,17 +76,15 @@ impl Learner {
     /// # Errors
     /// No or unknown weights to adapt, parameters out of range, [`Error::Memory`] with figures when over budget.
     pub fn new(model: &Model, options: &LearnerOptions) -> Result<Learner> {
-        let mut executor_options = check(model, options)?;
-        let estimate = plan(model, options, &mut executor_options);
-        estimate.check(options.memory_budget)?;
-        let executor = Executor::new(model.spec(), model.weights().clone(), &executor_options)?;
+        let wanted = check(model, options)?;
+        let (backend, estimate, run_tokens) = open(model, options, &wanted)?;
         Ok(Learner {
             model: model.clone(),
             trained: options.trained.clone(),
-            executor,
+            backend,
             estimate,
             tokens: options.tokens,
-            run_tokens: executor_options.limits.tokens,
+            run_tokens,
             scores: Vec::new(),
         })
     }
@@ -106,6 +107,11 @@ impl Learner {
         &self.model
     }
 
+    /// What computes, for people: `cpu`, or the GPU's name.
+    pub fn device_name(&self) -> String {
+        self.backend.name()
+    }
+
     /// What is trained.
     pub fn trained(&self) -> &Trained {
         &self.trained
@@ -113,12 +119,12 @@ impl Learner {
 
     /// The trained matrices and their places in the flat vector.
     pub fn params(&self) -> &[Param] {
-        &self.executor.tape().params
+        &self.backend.tape().params
     }
 
     /// Length of the flat vector.
     pub fn param_count(&self) -> usize {
-        self.executor.tape().param_count()
+        self.backend.tape().param_count()
     }
 
     /// Parameters to start from, with which the model is as it was: all weights, where those are trained; else zeros, and the
@@ -235,7 +241,7 @@ impl Learner {
                     dropout_seed: batch.dropout_seed.wrapping_add((first_sequence as u64).wrapping_mul(SEED_STEP)),
                 }),
             };
-            self.scores.extend_from_slice(self.executor.run(purpose, run, cancel)?);
+            self.scores.extend_from_slice(self.backend.run(purpose, run, cancel)?);
             if row == 0 {
                 break;
             }
@@ -245,12 +251,12 @@ impl Learner {
 
     /// Time spent by kind of op since the last call; empty unless [`Learner::set_timing`] turned it on.
     pub fn take_timings(&mut self) -> Vec<Timing> {
-        self.executor.take_timings()
+        self.backend.take_timings()
     }
 
     /// Turns the op timing table on or off.
     pub fn set_timing(&mut self, on: bool) {
-        self.executor.set_timing(on);
+        self.backend.set_timing(on);
     }
 }
 
@@ -308,25 +314,78 @@ fn check_adapters(model: &Model, lora: &LoraSpec) -> Result<()> {
     Ok(())
 }
 
-/// Chooses the tokens of a run and the layers to keep so that least is computed twice, and says what that takes.
+/// The executor, what it takes, and the tokens of a run.
+fn open(model: &Model, options: &LearnerOptions, wanted: &ExecutorOptions) -> Result<(Backend, Estimate, usize)> {
+    #[cfg(feature = "gpu")]
+    match open_gpu(model, options, wanted) {
+        Ok(Some(opened)) => return Ok(opened),
+        Ok(None) => {}
+        Err(e) if matches!(options.device, Device::Auto) => log::warn!("the CPU trains the model: {e}"),
+        Err(e) => return Err(e),
+    }
+    #[cfg(not(feature = "gpu"))]
+    options.device.check()?;
+    let needs = |options: &ExecutorOptions| {
+        let needs = Executor::needs(model.spec(), model.weights(), options);
+        (needs.arena as u64, needs.scratch as u64, needs.param_count)
+    };
+    let (planned, estimate) = plan(model, options, wanted, None, needs);
+    estimate.check(options.memory_budget)?;
+    let executor = Executor::new(model.spec(), model.weights().clone(), &planned)?;
+    Ok((Backend::Cpu(Box::new(executor)), estimate, planned.limits.tokens))
+}
+
+#[cfg(feature = "gpu")]
+fn open_gpu(
+    model: &Model,
+    options: &LearnerOptions,
+    wanted: &ExecutorOptions,
+) -> Result<Option<(Backend, Estimate, usize)>> {
+    use crate::{gpu, quant::DType};
+    let Some(device) = options.device.open()? else { return Ok(None) };
+    let gpu_options = |options: &ExecutorOptions| gpu::ExecutorOptions {
+        limits: options.limits,
+        kv_type: DType::F16,
+        trained: options.trained.clone(),
+        kept_layers: options.kept_layers,
+    };
+    let needs = |options: &ExecutorOptions| {
+        let needs = gpu::Executor::needs(model.spec(), model.weights(), &gpu_options(options));
+        (needs.arena, 0, needs.param_count)
+    };
+    // All values of a run lie in one buffer.
+    let (planned, estimate) = plan(model, options, wanted, Some(device.info().binding_bytes), needs);
+    estimate.check(options.memory_budget)?;
+    let executor = gpu::Executor::new(&device, model.spec(), model.weights().clone(), &gpu_options(&planned))?;
+    Ok(Some((Backend::Gpu(Box::new(executor)), estimate, planned.limits.tokens)))
+}
+
+/// Chooses the tokens of a run and the layers to keep so that least is computed twice, and says what that takes. Values
+/// take at most `most` bytes, where a plan so small exists; `needs` are bytes of values and of scratch, and the parameters.
 ///
 /// The tokens of a run decide in which order gradients are added up, so they do not depend on the number of threads.
-fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut ExecutorOptions) -> Estimate {
+fn plan(
+    model: &Model,
+    options: &LearnerOptions,
+    executor_options: &ExecutorOptions,
+    most: Option<u64>,
+    needs: impl Fn(&ExecutorOptions) -> (u64, u64, usize),
+) -> (ExecutorOptions, Estimate) {
     let estimate = |options: &ExecutorOptions| {
-        let needs = Executor::needs(model.spec(), model.weights(), options);
+        let (arena, scratch, param_count) = needs(options);
         Estimate {
             // Trained weights are read once, and then among the parameters.
             weights: if options.trained == Some(Trained::All) { 0 } else { model.gguf().file_bytes() },
             kv_cache: 0,
-            arena: needs.arena as u64,
+            arena,
             // Each with its gradient.
-            adapters: 8 * needs.param_count as u64,
-            scratch: needs.scratch as u64,
+            adapters: 8 * param_count as u64,
+            scratch,
         }
     };
     let fits = |e: &Estimate, scratch: u64| match options.memory_budget {
-        Some(budget) => e.resident() - e.scratch + scratch <= budget,
-        None => e.arena <= DEFAULT_ARENA,
+        Some(budget) => e.resident() - e.scratch + scratch <= budget && most.is_none_or(|most| e.arena <= most),
+        None => e.arena <= most.unwrap_or(DEFAULT_ARENA),
     };
     let of = |tokens: usize, kept_layers: usize| ExecutorOptions {
         limits: PlanLimits { tokens, outputs: tokens },
@@ -349,6 +408,7 @@ fn plan(model: &Model, options: &LearnerOptions, executor_options: &mut Executor
             false => high = middle - 1,
         }
     }
-    *executor_options = of(tokens, low);
-    estimate(executor_options)
+    let planned = of(tokens, low);
+    let estimate = estimate(&planned);
+    (planned, estimate)
 }
