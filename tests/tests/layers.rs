@@ -27,7 +27,7 @@ const MODULES: [(&str, &[&str]); 13] = [
     ("grammar", &["text", "sampling"]),
     ("tape", &["gguf", "quant", "text", "random"]),
     ("cpu", &["gguf", "quant", "text", "tape", "random"]),
-    ("gpu", &["gguf", "quant", "text", "tape"]),
+    ("gpu", &["gguf", "quant", "text", "tape", "random"]),
     ("adapter", &["gguf", "quant", "text", "tape"]),
     ("session", &["gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter"]),
     ("generate", &["gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter", "session"]),
