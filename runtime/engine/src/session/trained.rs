@@ -111,10 +111,12 @@ impl Learner {
                 let rows = &mut rows[..count * t.width()];
                 // Rows that the model does not compute with stay.
                 quant::dequantize(t.dtype, bytes, rows)?;
-                for (i, row) in rows.chunks_exact_mut(t.width().max(1)).enumerate() {
-                    let at = (block * ROWS + i) * t.width();
-                    if let Some((p, part)) = parts.iter().find(|(_, part)| part.contains(&at)) {
-                        row.copy_from_slice(&values[p.offset + at - part.start..][..t.width()]);
+                let first = block * ROWS * t.width();
+                for (p, part) in &parts {
+                    let (start, end) = (part.start.max(first), part.end.min(first + rows.len()));
+                    if start < end {
+                        let from = p.offset + start - part.start;
+                        rows[start - first..end - first].copy_from_slice(&values[from..from + (end - start)]);
                     }
                 }
                 file.write(&t.name, &quant::quantize(as_written(t), rows)?)?;
@@ -126,13 +128,12 @@ impl Learner {
     /// The trained weights that a tensor holds, with the elements of each.
     fn parts(&self, t: &TensorInfo) -> Vec<(&Param, Range<usize>)> {
         let weights = self.model().weights();
-        let of_tensor = weights.iter().filter(|(id, _)| weights.source(*id).0 == t.name);
         let part = |(id, w): (WeightId, &Weight)| {
-            let p = self.params().iter().find(|p| p.name == w.name)?;
-            let rows = weights.source(id).1;
-            Some((p, rows.start * w.width..rows.end * w.width))
+            let (tensor, elements) = weights.elements(id);
+            let p = self.params().iter().find(|p| tensor == t.name && p.name == w.name)?;
+            Some((p, elements))
         };
-        of_tensor.filter_map(part).collect()
+        weights.iter().filter_map(part).collect()
     }
 
     fn check_length(&self, values: &[f32]) -> Result<()> {
