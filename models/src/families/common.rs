@@ -229,8 +229,7 @@ impl<'a> Keys<'a> {
         let block = format!("blk.{index}");
         let norm = |part: &str| WeightRef::whole(format!("{block}.{part}.weight"));
         let [q_rows, kv_rows] = outputs;
-        let [q, k, v] =
-            self.maps(&block, ["attn_q", "attn_k", "attn_v"], "attn_qkv", [q_rows, kv_rows, kv_rows])?;
+        let [q, k, v] = self.maps(&block, ["attn_q", "attn_k", "attn_v"], "attn_qkv", [q_rows, kv_rows, kv_rows])?;
         let [gate, up] = self.maps(&block, ["ffn_gate", "ffn_up"], "ffn_up", [ffn, ffn])?;
         Ok(LayerSpec {
             attention_norm: norm("attn_norm"),

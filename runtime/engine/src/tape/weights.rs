@@ -126,7 +126,7 @@ impl Weights {
     }
 
     fn insert(&mut self, reference: &WeightRef, weight: Weight) {
-        let key = key(reference);
+        let key = reference.name();
         if !self.ids.contains_key(&key) {
             self.ids.insert(key, WeightId(self.table.len() as u32));
             self.table.push(weight);
@@ -166,7 +166,7 @@ impl Weights {
             ))
         })?;
         Ok(Weight {
-            name: key(reference),
+            name: reference.name(),
             dtype: info.dtype,
             width,
             rows,
@@ -185,7 +185,7 @@ impl Weights {
     /// # Panics
     /// If `reference` is no part of the spec the table was made from: a mistake of the program, not of a file.
     pub(crate) fn id(&self, reference: &WeightRef) -> WeightId {
-        self.ids[&key(reference)]
+        self.ids[&reference.name()]
     }
 
     /// A weight.
@@ -224,12 +224,5 @@ impl Weights {
     /// All weights.
     pub fn iter(&self) -> impl Iterator<Item = (WeightId, &Weight)> {
         self.table.iter().enumerate().map(|(i, w)| (WeightId(i as u32), w))
-    }
-}
-
-fn key(reference: &WeightRef) -> String {
-    match &reference.rows {
-        None => reference.tensor.clone(),
-        Some(rows) => format!("{}[{}..{}]", reference.tensor, rows.start, rows.end),
     }
 }
