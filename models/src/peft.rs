@@ -39,62 +39,83 @@ const GATE: Names = ("mlp.gate_proj", "ffn_gate");
 const UP: Names = ("mlp.up_proj", "ffn_up");
 const GATE_UP: Names = ("mlp.gate_up_proj", "ffn_up");
 const DOWN: Names = ("mlp.down_proj", "ffn_down");
+/// ChatGLM's own implementation; the one within Hugging Face's library has names like the others.
+const GLM_QKV: Names = ("self_attention.query_key_value", "attn_qkv");
+const GLM_O: Names = ("self_attention.dense", "attn_output");
+const GLM_GATE_UP: Names = ("mlp.dense_h_to_4h", "ffn_up");
+const GLM_DOWN: Names = ("mlp.dense_4h_to_h", "ffn_down");
+
+const EMBEDDING: &str = "token_embd.weight";
+const HEAD: &str = "output.weight";
 
 /// The modules of some families, as the Hugging Face implementation has them.
 struct Modules {
     families: &'static [&'static str],
+    /// What stands before `layers.{i}.`
+    front: &'static str,
     layer: &'static [Names],
+    /// Modules outside of layers.
+    outer: [Names; 2],
     /// Whether converters permute the rows of queries and keys.
     permuted: bool,
 }
 
-const MODULES: [Modules; 4] = [
-    Modules { families: &["llama"], layer: &[Q, K, V, O, GATE, UP, DOWN], permuted: true },
-    Modules {
-        families: &["qwen2", "qwen3", "gemma2", "gemma3"],
-        layer: &[Q, K, V, O, GATE, UP, DOWN],
-        permuted: false,
-    },
+const USUAL: Modules = Modules {
+    families: &["qwen2", "qwen3", "gemma2", "gemma3"],
+    front: "model.",
+    layer: &[Q, K, V, O, GATE, UP, DOWN],
+    outer: [("model.embed_tokens", EMBEDDING), ("lm_head", HEAD)],
+    permuted: false,
+};
+
+const MODULES: [Modules; 5] = [
+    Modules { families: &["llama"], permuted: true, ..USUAL },
+    USUAL,
     // Neighbouring components rotate in the implementation too.
-    Modules { families: &["glm4"], layer: &[Q, K, V, O, GATE_UP, DOWN], permuted: false },
-    Modules { families: &["phi3"], layer: &[QKV, O, GATE_UP, DOWN], permuted: false },
+    Modules { families: &["glm4", "chatglm"], layer: &[Q, K, V, O, GATE_UP, DOWN], ..USUAL },
+    Modules {
+        families: &["chatglm"],
+        front: "transformer.encoder.",
+        layer: &[GLM_QKV, GLM_O, GLM_GATE_UP, GLM_DOWN],
+        outer: [("transformer.embedding.word_embeddings", EMBEDDING), ("transformer.output_layer", HEAD)],
+        ..USUAL
+    },
+    Modules { families: &["phi3"], layer: &[QKV, O, GATE_UP, DOWN], ..USUAL },
 ];
-/// Modules outside of layers.
-const OUTER: [(&str, &str); 2] = [("model.embed_tokens", "token_embd.weight"), ("lm_head", "output.weight")];
-const EMBEDDING: &str = OUTER[0].1;
 
 impl Modules {
-    /// Those of `model`; its file must have stacked the same matrices as the implementation.
+    /// Those of `model`, whose file must have stacked the same matrices as the implementation.
     fn of(model: &Model, folder: &Folder<'_>) -> Result<&'static Modules> {
         let family = model.spec().family.as_str();
-        let unsupported = |what: String| Error::Unsupported(format!("{}: {what}", folder.0.display()));
-        let Some(modules) = MODULES.iter().find(|m| m.families.contains(&family)) else {
-            let known: Vec<&str> = MODULES.iter().flat_map(|m| m.families).copied().collect();
-            return Err(unsupported(format!(
-                "PEFT adapters of the architecture {family:?}; known are {}",
-                known.join(", ")
-            )));
-        };
         // The first of each stack: where it is missing, the file has the stack.
-        for first in [Q, GATE] {
-            let found = model.gguf().tensor(&format!("blk.0.{}.weight", first.1)).is_some();
-            if found != modules.layer.contains(&first) {
-                return Err(unsupported(format!(
-                    "{} stacks other matrices than the implementation that PEFT adapts",
-                    model.gguf().name()
-                )));
-            }
-        }
-        Ok(modules)
+        let stacks_alike = |m: &Modules| {
+            let found = |first: Names| model.gguf().tensor(&format!("blk.0.{}.weight", first.1)).is_some();
+            [Q, GATE].into_iter().all(|first| found(first) == m.layer.contains(&first))
+        };
+        let mut of_family = MODULES.iter().filter(|m| m.families.contains(&family)).peekable();
+        let known = of_family.peek().is_some();
+        of_family.find(|m| stacks_alike(m)).ok_or_else(|| {
+            let mut families: Vec<&str> = MODULES.iter().flat_map(|m| m.families).copied().collect();
+            families.sort_unstable();
+            families.dedup();
+            let what = match known {
+                true => format!("{} stacks other matrices than the implementation PEFT adapts", model.gguf().name()),
+                false => format!("PEFT adapters of the architecture {family:?}; known are {}", families.join(", ")),
+            };
+            Error::Unsupported(format!("{}: {what}", folder.0.display()))
+        })
     }
 
     /// The GGUF name of a module's matrix. Wrappers around the text model put more in front (`language_model.model.…`).
     fn gguf_name(&self, module: &str) -> Option<String> {
-        if let Some((_, name)) = OUTER.iter().find(|(m, _)| module == *m || m.strip_prefix("model.") == Some(module)) {
+        if let Some((_, name)) =
+            self.outer.iter().find(|(m, _)| module == *m || m.strip_prefix("model.") == Some(module))
+        {
             return Some((*name).to_string());
         }
         let (front, inner) = module.split_once("layers.")?;
-        if !matches!(front, "" | "model." | "language_model.model." | "model.language_model.") {
+        let wrapped = ["", "language_model.model.", "model.language_model."].contains(&front);
+        if front != self.front && !wrapped {
             return None;
         }
         let (layer, part) = inner.split_once('.')?;
@@ -105,12 +126,12 @@ impl Modules {
 
     /// The module of a matrix.
     fn module_name(&self, gguf: &str) -> Option<String> {
-        if let Some((module, _)) = OUTER.iter().find(|(_, name)| *name == gguf) {
+        if let Some((module, _)) = self.outer.iter().find(|(_, name)| *name == gguf) {
             return Some((*module).to_string());
         }
         let (layer, part) = gguf.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
         let (module, _) = self.layer.iter().find(|(_, name)| *name == part)?;
-        Some(format!("model.layers.{layer}.{module}"))
+        Some(format!("{}layers.{layer}.{module}", self.front))
     }
 
     /// Moves the rows (of `width`) of a query or key matrix between the two orders; others come back as they are.
@@ -137,7 +158,7 @@ impl Modules {
         }
         let wanted = |end: &String| self.layer.iter().find(|(m, _)| m.ends_with(end.as_str())).map(|(m, _)| *m);
         let complete = ends.iter().all(|end| match wanted(end) {
-            Some(module) => (0..layers).all(|i| named.contains(&format!("model.layers.{i}.{module}"))),
+            Some(module) => (0..layers).all(|i| named.contains(&format!("{}layers.{i}.{module}", self.front))),
             None => true,
         });
         if complete { ends.into_iter().collect() } else { named.iter().cloned().collect() }
@@ -437,7 +458,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_again() {
-        for arch in ["llama", "qwen2", "gemma2", "glm4", "phi3"] {
+        for arch in ["llama", "qwen2", "gemma2", "glm4", "chatglm", "phi3"] {
             for dora in [false, true] {
                 let (model, folder) = tiny(arch, &format!("{arch}-{dora}"));
                 let written = adapter(&model, dora);
@@ -497,10 +518,12 @@ mod tests {
 
     #[test]
     fn names_go_both_ways() {
-        let [llama, _, glm, phi] = &MODULES;
+        let [llama, _, glm, own_glm, phi] = &MODULES;
         for (modules, module, gguf) in [
             (llama, "model.layers.12.mlp.up_proj", "blk.12.ffn_up.weight"),
             (glm, "model.layers.12.mlp.gate_up_proj", "blk.12.ffn_up.weight"),
+            (own_glm, "transformer.encoder.layers.3.self_attention.query_key_value", "blk.3.attn_qkv.weight"),
+            (own_glm, "transformer.output_layer", "output.weight"),
             (phi, "model.layers.0.self_attn.qkv_proj", "blk.0.attn_qkv.weight"),
             (llama, "lm_head", "output.weight"),
             (llama, "model.embed_tokens", "token_embd.weight"),
@@ -515,9 +538,9 @@ mod tests {
 
     #[test]
     fn families_without_names_are_refused() {
-        let (model, folder) = tiny("chatglm", "unknown");
+        let (model, folder) = tiny("internlm2", "unknown");
         let error = write(&folder, &adapter(&model, false), &model, None).unwrap_err().to_string();
-        assert!(error.contains("known are llama, qwen2"), "{error}");
+        assert!(error.contains("known are chatglm, gemma2"), "{error}");
         std::fs::remove_dir_all(folder).unwrap();
     }
 }
