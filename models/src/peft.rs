@@ -61,7 +61,7 @@ struct Modules {
 }
 
 const USUAL: Modules = Modules {
-    families: &["qwen2", "qwen3", "gemma2", "gemma3"],
+    families: &["qwen2", "qwen3", "gemma", "gemma2", "gemma3"],
     front: "model.",
     layer: &[Q, K, V, O, GATE, UP, DOWN],
     outer: [("model.embed_tokens", EMBEDDING), ("lm_head", HEAD)],
@@ -540,7 +540,7 @@ mod tests {
     fn families_without_names_are_refused() {
         let (model, folder) = tiny("internlm2", "unknown");
         let error = write(&folder, &adapter(&model, false), &model, None).unwrap_err().to_string();
-        assert!(error.contains("known are chatglm, gemma2"), "{error}");
+        assert!(error.contains("known are chatglm, gemma, gemma2"), "{error}");
         std::fs::remove_dir_all(folder).unwrap();
     }
 }

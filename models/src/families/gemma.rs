@@ -1,6 +1,6 @@
-//! Gemma 2 and 3: scaled embedding, norms before and after each branch, GeGLU, and layers with a sliding window among
-//! those that see everything. Gemma 2 alternates them and bounds attention scores and logits by a tanh; Gemma 3 has five with a
-//! window, and their own base of rotation, for each that sees everything, and norms of query and key heads.
+//! Gemma: a scaled embedding and GeGLU. Gemma 2 and 3 add norms behind each branch, and layers with a sliding window among
+//! those that see everything: Gemma 2 alternates them and bounds attention scores and logits by a tanh; Gemma 3 has five with
+//! a window, and their own base of rotation, for each that sees everything, and norms of query and key heads.
 //!
 //! GGUF files store the norm weights as `1 + w`, so nothing is added here.
 
@@ -15,7 +15,7 @@ const PATTERN_2: usize = 2;
 const PATTERN_3: usize = 6;
 /// Rotation base of Gemma 3's layers with a window.
 const LOCAL_BASE: f32 = 10_000.0;
-/// The largest models, whose attention is scaled by their width per head instead of their head size.
+/// Layers of the largest models.
 const LAYERS_2_27B: usize = 46;
 const LAYERS_3_27B: usize = 62;
 /// What files of Gemma 2 that do not say it leave to the reader.
@@ -23,10 +23,17 @@ const WINDOW_2: u32 = 4_096;
 const ATTENTION_SOFTCAP_2: f32 = 50.0;
 const LOGIT_SOFTCAP_2: f32 = 30.0;
 
+/// `general.architecture = gemma`.
+pub fn gemma(gguf: &Gguf) -> Result<Spec> {
+    decoder(&Keys::new(gguf)?)
+}
+
 /// `general.architecture = gemma2`.
 pub fn gemma2(gguf: &Gguf) -> Result<Spec> {
     let keys = Keys::new(gguf)?;
-    let mut spec = gemma(&keys, LAYERS_2_27B)?;
+    let mut spec = decoder(&keys)?;
+    with_post_norms(&mut spec);
+    scale_by_width(&mut spec, LAYERS_2_27B);
     let softcap = |name: &str, usual| Ok(Some(keys.opt_f32(name)?.unwrap_or(usual)).filter(|c| *c > 0.0));
     spec.attention_softcap = softcap("attn_logit_softcapping", ATTENTION_SOFTCAP_2)?;
     spec.logit_softcap = softcap("final_logit_softcapping", LOGIT_SOFTCAP_2)?;
@@ -38,8 +45,10 @@ pub fn gemma2(gguf: &Gguf) -> Result<Spec> {
 /// `general.architecture = gemma3`.
 pub fn gemma3(gguf: &Gguf) -> Result<Spec> {
     let keys = Keys::new(gguf)?;
-    let mut spec = gemma(&keys, LAYERS_3_27B)?;
+    let mut spec = decoder(&keys)?;
+    with_post_norms(&mut spec);
     with_head_norms(&mut spec);
+    scale_by_width(&mut spec, LAYERS_3_27B);
     spec.logit_softcap = keys.opt_f32("final_logit_softcapping")?.filter(|c| *c > 0.0);
     let mut local = spec.ropes[0].clone();
     local.base = keys.opt_f32("rope.freq_base_swa")?.unwrap_or(LOCAL_BASE);
@@ -50,16 +59,19 @@ pub fn gemma3(gguf: &Gguf) -> Result<Spec> {
     Ok(spec)
 }
 
-/// What both have.
-fn gemma(keys: &Keys<'_>, layers_27b: usize) -> Result<Spec> {
+/// What all have.
+fn decoder(keys: &Keys<'_>) -> Result<Spec> {
     let mut spec = keys.decoder(RopeStyle::Halves)?;
-    with_post_norms(&mut spec);
     spec.embed_scale = (spec.width as f32).sqrt();
     spec.gate = Gate::GeluTanh;
-    if spec.layers.len() == layers_27b {
+    Ok(spec)
+}
+
+/// The attention of the model that has so many layers is scaled by its width per head instead of its head size.
+fn scale_by_width(spec: &mut Spec, layers: usize) {
+    if spec.layers.len() == layers {
         spec.attention_scale = 1.0 / ((spec.width / spec.heads) as f32).sqrt();
     }
-    Ok(spec)
 }
 
 /// Gives all layers but each `pattern`-th a window, unless it is 0, and rotation `rope`.

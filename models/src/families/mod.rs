@@ -17,10 +17,11 @@ use kinglet_engine::{Error, Result};
 type Reader = fn(&Gguf) -> Result<Spec>;
 
 /// Values of `general.architecture` that are known, with their readers.
-const FAMILIES: [(&str, Reader); 10] = [
+const FAMILIES: [(&str, Reader); 11] = [
     ("llama", llama::spec),
     ("qwen2", qwen::qwen2),
     ("qwen3", qwen::qwen3),
+    ("gemma", gemma::gemma),
     ("gemma2", gemma::gemma2),
     ("gemma3", gemma::gemma3),
     ("baichuan", baichuan::spec),
