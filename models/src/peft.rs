@@ -13,7 +13,7 @@ use std::path::Path;
 use kinglet_engine::adapter::{Adapter, BaseId, LowRank};
 use kinglet_engine::quant::{self, DType};
 use kinglet_engine::session::Model;
-use kinglet_engine::tape::{RopeStyle, Spec};
+use kinglet_engine::tape::Spec;
 use kinglet_engine::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
@@ -27,45 +27,142 @@ const TENSORS: &str = "adapter_model.safetensors";
 /// What PEFT writes before the names of a model's modules.
 const PREFIX: &str = "base_model.model.";
 
-/// Families whose modules have the names of [`MODULES`].
-const FAMILIES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
-/// Module within a layer → name of its matrix within a block of the GGUF file.
-const MODULES: [(&str, &str); 7] = [
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-];
-/// Modules outside of layers.
-const OUTER: [(&str, &str); 2] = [("model.embed_tokens", "token_embd.weight"), ("lm_head", "output.weight")];
-const EMBEDDING: &str = OUTER[0].1;
+/// A module within a layer, and its matrix within a block of the GGUF file.
+type Names = (&'static str, &'static str);
 
-/// The GGUF name of a module's matrix. Wrappers around the text model put more in front (`language_model.model.…`).
-fn gguf_name(module: &str) -> Option<String> {
-    if let Some((_, name)) = OUTER.iter().find(|(m, _)| module == *m || m.strip_prefix("model.") == Some(module)) {
-        return Some((*name).to_string());
-    }
-    let (front, inner) = module.split_once("layers.")?;
-    if !matches!(front, "" | "model." | "language_model.model." | "model.language_model.") {
-        return None;
-    }
-    let (layer, part) = inner.split_once('.')?;
-    let layer: usize = layer.parse().ok()?;
-    let (_, name) = MODULES.iter().find(|(m, _)| *m == part)?;
-    Some(format!("blk.{layer}.{name}.weight"))
+const Q: Names = ("self_attn.q_proj", "attn_q");
+const K: Names = ("self_attn.k_proj", "attn_k");
+const V: Names = ("self_attn.v_proj", "attn_v");
+const QKV: Names = ("self_attn.qkv_proj", "attn_qkv");
+const O: Names = ("self_attn.o_proj", "attn_output");
+const GATE: Names = ("mlp.gate_proj", "ffn_gate");
+const UP: Names = ("mlp.up_proj", "ffn_up");
+const GATE_UP: Names = ("mlp.gate_up_proj", "ffn_up");
+const DOWN: Names = ("mlp.down_proj", "ffn_down");
+/// ChatGLM's own implementation; the one within Hugging Face's library has names like the others.
+const GLM_QKV: Names = ("self_attention.query_key_value", "attn_qkv");
+const GLM_O: Names = ("self_attention.dense", "attn_output");
+const GLM_GATE_UP: Names = ("mlp.dense_h_to_4h", "ffn_up");
+const GLM_DOWN: Names = ("mlp.dense_4h_to_h", "ffn_down");
+
+const EMBEDDING: &str = "token_embd.weight";
+const HEAD: &str = "output.weight";
+
+/// The modules of some families, as the Hugging Face implementation has them.
+struct Modules {
+    families: &'static [&'static str],
+    /// What stands before `layers.{i}.`
+    front: &'static str,
+    layer: &'static [Names],
+    /// Modules outside of layers.
+    outer: [Names; 2],
+    /// Whether converters permute the rows of queries and keys.
+    permuted: bool,
 }
 
-/// The module of a matrix.
-fn module_name(gguf: &str) -> Option<String> {
-    if let Some((module, _)) = OUTER.iter().find(|(_, name)| *name == gguf) {
-        return Some((*module).to_string());
+const USUAL: Modules = Modules {
+    families: &["qwen2", "qwen3", "gemma", "gemma2", "gemma3"],
+    front: "model.",
+    layer: &[Q, K, V, O, GATE, UP, DOWN],
+    outer: [("model.embed_tokens", EMBEDDING), ("lm_head", HEAD)],
+    permuted: false,
+};
+
+const MODULES: [Modules; 5] = [
+    Modules { families: &["llama"], permuted: true, ..USUAL },
+    USUAL,
+    // Neighbouring components rotate in the implementation too.
+    Modules { families: &["glm4", "chatglm"], layer: &[Q, K, V, O, GATE_UP, DOWN], ..USUAL },
+    Modules {
+        families: &["chatglm"],
+        front: "transformer.encoder.",
+        layer: &[GLM_QKV, GLM_O, GLM_GATE_UP, GLM_DOWN],
+        outer: [("transformer.embedding.word_embeddings", EMBEDDING), ("transformer.output_layer", HEAD)],
+        ..USUAL
+    },
+    Modules { families: &["phi3"], layer: &[QKV, O, GATE_UP, DOWN], ..USUAL },
+];
+
+impl Modules {
+    /// Those of `model`, whose file must have stacked the same matrices as the implementation.
+    fn of(model: &Model, folder: &Folder<'_>) -> Result<&'static Modules> {
+        let family = model.spec().family.as_str();
+        // The first of each stack: where it is missing, the file has the stack.
+        let stacks_alike = |m: &Modules| {
+            let found = |first: Names| model.gguf().tensor(&format!("blk.0.{}.weight", first.1)).is_some();
+            [Q, GATE].into_iter().all(|first| found(first) == m.layer.contains(&first))
+        };
+        let mut of_family = MODULES.iter().filter(|m| m.families.contains(&family)).peekable();
+        let known = of_family.peek().is_some();
+        of_family.find(|m| stacks_alike(m)).ok_or_else(|| {
+            let mut families: Vec<&str> = MODULES.iter().flat_map(|m| m.families).copied().collect();
+            families.sort_unstable();
+            families.dedup();
+            let what = match known {
+                true => format!("{} stacks other matrices than the implementation PEFT adapts", model.gguf().name()),
+                false => format!("PEFT adapters of the architecture {family:?}; known are {}", families.join(", ")),
+            };
+            Error::Unsupported(format!("{}: {what}", folder.0.display()))
+        })
     }
-    let (layer, part) = gguf.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
-    let (module, _) = MODULES.iter().find(|(_, name)| *name == part)?;
-    Some(format!("model.layers.{layer}.{module}"))
+
+    /// The GGUF name of a module's matrix. Wrappers around the text model put more in front (`language_model.model.…`).
+    fn gguf_name(&self, module: &str) -> Option<String> {
+        if let Some((_, name)) =
+            self.outer.iter().find(|(m, _)| module == *m || m.strip_prefix("model.") == Some(module))
+        {
+            return Some((*name).to_string());
+        }
+        let (front, inner) = module.split_once("layers.")?;
+        let wrapped = ["", "language_model.model.", "model.language_model."].contains(&front);
+        if front != self.front && !wrapped {
+            return None;
+        }
+        let (layer, part) = inner.split_once('.')?;
+        let layer: usize = layer.parse().ok()?;
+        let (_, name) = self.layer.iter().find(|(m, _)| *m == part)?;
+        Some(format!("blk.{layer}.{name}.weight"))
+    }
+
+    /// The module of a matrix.
+    fn module_name(&self, gguf: &str) -> Option<String> {
+        if let Some((module, _)) = self.outer.iter().find(|(_, name)| *name == gguf) {
+            return Some((*module).to_string());
+        }
+        let (layer, part) = gguf.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
+        let (module, _) = self.layer.iter().find(|(_, name)| *name == part)?;
+        Some(format!("{}layers.{layer}.{module}", self.front))
+    }
+
+    /// Moves the rows (of `width`) of a query or key matrix between the two orders; others come back as they are.
+    fn permute(&self, spec: &Spec, name: &str, rows: Vec<f32>, width: usize, way: Way) -> Vec<f32> {
+        let turns = name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight");
+        let (dim, half) = (spec.head_dim, spec.head_dim / 2);
+        if !turns || !self.permuted || dim < 2 || width == 0 || !rows.len().is_multiple_of(dim * width) {
+            return rows;
+        }
+        let mut out = vec![0.0; rows.len()];
+        for (row, values) in rows.chunks_exact(width).enumerate() {
+            let (head, at) = (row / dim * dim, row % dim);
+            let to = head + if way == Way::ToGguf { at % half * 2 + at / half } else { at % 2 * half + at / 2 };
+            out[to * width..(to + 1) * width].copy_from_slice(values);
+        }
+        out
+    }
+
+    /// `target_modules`: the ends of names where every layer has the same modules, else all names in full.
+    fn targets(&self, named: &BTreeSet<String>, layers: usize) -> Vec<String> {
+        let mut ends = BTreeSet::new();
+        for module in named {
+            ends.insert(module.rsplit('.').next().unwrap_or(module).to_string());
+        }
+        let wanted = |end: &String| self.layer.iter().find(|(m, _)| m.ends_with(end.as_str())).map(|(m, _)| *m);
+        let complete = ends.iter().all(|end| match wanted(end) {
+            Some(module) => (0..layers).all(|i| named.contains(&format!("{}layers.{i}.{module}", self.front))),
+            None => true,
+        });
+        if complete { ends.into_iter().collect() } else { named.iter().cloned().collect() }
+    }
 }
 
 /// Which way rows move.
@@ -73,23 +170,6 @@ fn module_name(gguf: &str) -> Option<String> {
 enum Way {
     ToGguf,
     FromGguf,
-}
-
-/// Moves the rows (of `width`) of a query or key matrix between the two orders; others come back as they are.
-fn permute(spec: &Spec, name: &str, rows: Vec<f32>, width: usize, way: Way) -> Vec<f32> {
-    let turns = name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight");
-    let interleaved = spec.ropes.iter().any(|r| r.style == RopeStyle::Interleaved);
-    let (dim, half) = (spec.head_dim, spec.head_dim / 2);
-    if !turns || !interleaved || dim < 2 || width == 0 || !rows.len().is_multiple_of(dim * width) {
-        return rows;
-    }
-    let mut out = vec![0.0; rows.len()];
-    for (row, values) in rows.chunks_exact(width).enumerate() {
-        let (head, at) = (row / dim * dim, row % dim);
-        let to = head + if way == Way::ToGguf { at % half * 2 + at / half } else { at % 2 * half + at / 2 };
-        out[to * width..(to + 1) * width].copy_from_slice(values);
-    }
-    out
 }
 
 fn transpose(matrix: &[f32], width: usize) -> Vec<f32> {
@@ -102,18 +182,6 @@ struct Folder<'a>(&'a Path);
 impl Folder<'_> {
     fn error(&self, file: &str, at: impl Into<String>, what: impl Into<String>) -> Error {
         Error::Format { file: self.0.join(file).display().to_string(), at: at.into(), what: what.into() }
-    }
-
-    fn check_family(&self, model: &Model) -> Result<()> {
-        let family = &model.spec().family;
-        if FAMILIES.contains(&family.as_str()) {
-            return Ok(());
-        }
-        Err(Error::Unsupported(format!(
-            "{}: PEFT adapters of the architecture {family:?}; known are {}",
-            self.0.display(),
-            FAMILIES.join(", ")
-        )))
     }
 }
 
@@ -179,7 +247,7 @@ impl Config {
 /// not fit `model`.
 pub fn read(folder: impl AsRef<Path>, model: &Model) -> Result<Adapter> {
     let folder = Folder(folder.as_ref());
-    folder.check_family(model)?;
+    let known = Modules::of(model, &folder)?;
     let config = Config::read(&folder)?;
     let path = folder.0.join(TENSORS);
     let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
@@ -210,7 +278,7 @@ pub fn read(folder: impl AsRef<Path>, model: &Model) -> Result<Adapter> {
     };
     for (module, [a, b, magnitude]) in modules {
         let refuse = |what: &str| folder.error(TENSORS, format!("module {module}"), what);
-        let Some(name) = gguf_name(module) else {
+        let Some(name) = known.gguf_name(module) else {
             return Err(refuse("is none of the modules of this family that can be adapted"));
         };
         let (Some((a, a_shape)), Some((b, b_shape))) = (a, b) else {
@@ -244,8 +312,8 @@ pub fn read(folder: impl AsRef<Path>, model: &Model) -> Result<Adapter> {
                 inputs,
                 outputs,
                 a,
-                b: permute(model.spec(), &name, b, rank, Way::ToGguf),
-                magnitude: magnitude.map(|m| permute(model.spec(), &name, m.0, 1, Way::ToGguf)),
+                b: known.permute(model.spec(), &name, b, rank, Way::ToGguf),
+                magnitude: magnitude.map(|m| known.permute(model.spec(), &name, m.0, 1, Way::ToGguf)),
             },
         };
         if name == EMBEDDING && entry.magnitude.is_some() {
@@ -277,13 +345,13 @@ fn floats(tensor: &TensorView<'_>) -> Result<Vec<f32>, String> {
 /// An adapter that does not match `model`, matrices that have no name in PEFT, [`Error::Io`].
 pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, model: &Model, base: Option<&str>) -> Result<()> {
     let folder = Folder(folder.as_ref());
-    folder.check_family(model)?;
+    let known = Modules::of(model, &folder)?;
     adapter.matches(model.gguf())?;
     let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     let mut modules = BTreeSet::new();
     let mut ranks = serde_json::Map::new();
     for (name, e) in &adapter.entries {
-        let Some(module) = module_name(name) else {
+        let Some(module) = known.module_name(name) else {
             return Err(Error::Unsupported(format!("{}: {name} has no name in PEFT", adapter.name)));
         };
         if e.rank != adapter.rank {
@@ -298,11 +366,11 @@ pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, model: &Model, base: O
             add("lora_embedding_B", vec![e.inputs, e.rank], &transpose(&e.a, e.inputs));
         } else {
             add("lora_A.weight", vec![e.rank, e.inputs], &e.a);
-            let b = permute(model.spec(), name, e.b.clone(), e.rank, Way::FromGguf);
+            let b = known.permute(model.spec(), name, e.b.clone(), e.rank, Way::FromGguf);
             add("lora_B.weight", vec![e.outputs, e.rank], &b);
         }
         if let Some(m) = &e.magnitude {
-            let m = permute(model.spec(), name, m.clone(), 1, Way::FromGguf);
+            let m = known.permute(model.spec(), name, m.clone(), 1, Way::FromGguf);
             add("lora_magnitude_vector", vec![e.outputs], &m);
         }
         modules.insert(module);
@@ -316,7 +384,7 @@ pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, model: &Model, base: O
         "lora_dropout": 0.0,
         "use_rslora": adapter.rslora,
         "use_dora": adapter.entries.values().any(|e| e.magnitude.is_some()),
-        "target_modules": targets(&modules, model.spec().layers.len()),
+        "target_modules": known.targets(&modules, model.spec().layers.len()),
         "rank_pattern": ranks,
         "alpha_pattern": {},
         "modules_to_save": null,
@@ -345,20 +413,6 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     std::fs::rename(&temporary, path).map_err(Error::io(path))
 }
 
-/// `target_modules`: the ends of names where every layer has the same modules, else all names in full.
-fn targets(modules: &BTreeSet<String>, layers: usize) -> Vec<String> {
-    let mut ends = BTreeSet::new();
-    for module in modules {
-        ends.insert(module.rsplit('.').next().unwrap_or(module).to_string());
-    }
-    let wanted = |end: &String| MODULES.iter().find(|(m, _)| m.ends_with(end.as_str())).map(|(m, _)| *m);
-    let complete = ends.iter().all(|end| match wanted(end) {
-        Some(module) => (0..layers).all(|i| modules.contains(&format!("model.layers.{i}.{module}"))),
-        None => true,
-    });
-    if complete { ends.into_iter().collect() } else { modules.iter().cloned().collect() }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -382,11 +436,13 @@ mod tests {
         for (name, rank) in [
             ("blk.0.attn_q.weight", 3),
             ("blk.0.attn_k.weight", 3),
+            ("blk.0.attn_qkv.weight", 9),
+            ("blk.1.ffn_up.weight", 3),
             ("blk.1.ffn_down.weight", 5),
             ("output.weight", 3),
             ("token_embd.weight", 3),
         ] {
-            let t = model.gguf().tensor(name).unwrap();
+            let Some(t) = model.gguf().tensor(name) else { continue };
             let mut random = |n: usize| (0..n).map(|_| next()).collect::<Vec<f32>>();
             let magnitude = (dora && name.starts_with("blk")).then(|| random(t.rows()));
             if dora && magnitude.is_none() {
@@ -402,7 +458,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_again() {
-        for arch in ["llama", "qwen2"] {
+        for arch in ["llama", "qwen2", "gemma2", "glm4", "chatglm", "phi3"] {
             for dora in [false, true] {
                 let (model, folder) = tiny(arch, &format!("{arch}-{dora}"));
                 let written = adapter(&model, dora);
@@ -462,15 +518,29 @@ mod tests {
 
     #[test]
     fn names_go_both_ways() {
-        for (module, gguf) in [
-            ("model.layers.12.mlp.up_proj", "blk.12.ffn_up.weight"),
-            ("lm_head", "output.weight"),
-            ("model.embed_tokens", "token_embd.weight"),
+        let [llama, _, glm, own_glm, phi] = &MODULES;
+        for (modules, module, gguf) in [
+            (llama, "model.layers.12.mlp.up_proj", "blk.12.ffn_up.weight"),
+            (glm, "model.layers.12.mlp.gate_up_proj", "blk.12.ffn_up.weight"),
+            (own_glm, "transformer.encoder.layers.3.self_attention.query_key_value", "blk.3.attn_qkv.weight"),
+            (own_glm, "transformer.output_layer", "output.weight"),
+            (phi, "model.layers.0.self_attn.qkv_proj", "blk.0.attn_qkv.weight"),
+            (llama, "lm_head", "output.weight"),
+            (llama, "model.embed_tokens", "token_embd.weight"),
         ] {
-            assert_eq!(gguf_name(module).as_deref(), Some(gguf));
-            assert_eq!(module_name(gguf).as_deref(), Some(module));
+            assert_eq!(modules.gguf_name(module).as_deref(), Some(gguf));
+            assert_eq!(modules.module_name(gguf).as_deref(), Some(module));
         }
-        assert_eq!(gguf_name("model.layers.0.mlp.experts.3.up_proj"), None);
-        assert_eq!(gguf_name("vision_tower.layers.0.self_attn.q_proj"), None);
+        assert_eq!(llama.gguf_name("model.layers.0.mlp.experts.3.up_proj"), None);
+        assert_eq!(llama.gguf_name("vision_tower.layers.0.self_attn.q_proj"), None);
+        assert_eq!(phi.gguf_name("model.layers.0.self_attn.q_proj"), None);
+    }
+
+    #[test]
+    fn families_without_names_are_refused() {
+        let (model, folder) = tiny("internlm2", "unknown");
+        let error = write(&folder, &adapter(&model, false), &model, None).unwrap_err().to_string();
+        assert!(error.contains("known are chatglm, gemma, gemma2"), "{error}");
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

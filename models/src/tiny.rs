@@ -124,6 +124,7 @@ const FAMILIES: &[Family] = &[
     PLAIN,
     Family { arch: "qwen2", qkv_bias: true, free_head_dim: false, rope_base: 1e6, ..PLAIN },
     Family { arch: "qwen3", qk_norm: true, rope_base: 1e6, ..PLAIN },
+    Family { arch: "gemma", tied: true, tied_is_fixed: true, ..PLAIN },
     Family {
         arch: "gemma2",
         post_norms: true,

@@ -89,7 +89,7 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn a_session_with_adapters_is_the_merged_model() {
-    for arch in ["llama", "qwen2", "gemma3"] {
+    for arch in ["llama", "qwen2", "gemma3", "chatglm"] {
         for (dora, threads) in [(false, 1), (false, 3), (true, 2)] {
             let folder = Folder::new(&format!("merged-{arch}-{dora}-{threads}"));
             let model = folder.model(&TinyConfig::new(arch));

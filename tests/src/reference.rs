@@ -94,14 +94,6 @@ impl Reference {
     }
 }
 
-/// The key of a weight in the engine's table.
-fn name(reference: &WeightRef) -> String {
-    match &reference.rows {
-        None => reference.tensor.clone(),
-        Some(rows) => format!("{}[{}..{}]", reference.tensor, rows.start, rows.end),
-    }
-}
-
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
@@ -118,7 +110,7 @@ impl Point<'_> {
     }
 
     fn weight(&self, reference: &WeightRef) -> &[f64] {
-        let name = name(reference);
+        let name = reference.name();
         self.param(&name).unwrap_or_else(|| &self.reference.weights[&name])
     }
 
@@ -135,7 +127,7 @@ impl Point<'_> {
         let weight = self.weight(&linear.weight);
         let mut y = product(x, weight, width);
         let outputs = weight.len() / width;
-        let name = name(&linear.weight);
+        let name = linear.weight.name();
         let adapter = |part: &str| self.param(&format!("{name}.{part}"));
         let scale = f64::from(self.reference.lora.scale);
         if let (Some(a), Some(b)) = (adapter("lora_a"), adapter("lora_b")) {
@@ -258,7 +250,7 @@ impl Point<'_> {
         let table = self.weight(&spec.embedding);
         let embed = |t: &u32| table[*t as usize * spec.width..][..spec.width].iter();
         let mut x: Rows = tokens.iter().flat_map(embed).copied().collect();
-        let adapter = |part: &str| self.param(&format!("{}.{part}", name(&spec.embedding)));
+        let adapter = |part: &str| self.param(&format!("{}.{part}", spec.embedding.name()));
         if let (Some(a), Some(b)) = (adapter("lora_a"), adapter("lora_b")) {
             let rank = a.len() / spec.width;
             for (x, token) in x.chunks_exact_mut(spec.width).zip(tokens) {

@@ -88,6 +88,11 @@ fn biases() {
 }
 
 #[test]
+fn stacked_matrices() {
+    parity("chatglm", true, 1e-4);
+}
+
+#[test]
 fn norms_behind_branches() {
     // llama.cpp looks its GELU up in a table of f16: without adapters too the two differ by 7e-4 here.
     parity("gemma3", false, 2e-3);

@@ -84,7 +84,7 @@ fn a_model_from_nothing_learns_a_text_by_heart_and_is_written() {
     let source = scratch.path("tokenizer.gguf");
     write_tiny(&source, &TinyConfig::new("qwen2").with_bpe()).expect("a tokenizer");
     let source = Gguf::open(&source).expect("it opens");
-    for (arch, tied) in [("llama", false), ("qwen2", true), ("gemma3", true)] {
+    for (arch, tied) in [("llama", false), ("qwen2", true), ("gemma3", true), ("chatglm", false)] {
         let path = scratch.path("nothing.gguf");
         let config = TinyConfig { layers: 2, tied, dtype: DType::F16, ..TinyConfig::new(arch) };
         write_scratch(&path, &config, &source).expect("a model from nothing");
@@ -134,11 +134,13 @@ fn a_model_from_nothing_learns_a_text_by_heart_and_is_written() {
 #[test]
 fn a_session_computes_what_was_trained() {
     let scratch = Scratch::new("trained-adapters");
-    let cases: [(&str, bool, &[&str]); 4] = [
+    let cases: [(&str, bool, &[&str]); 6] = [
         ("llama", false, &["token_embd.weight", "output.weight"]),
         ("qwen2", true, &["output.weight"]),
         ("gemma3", true, &[]),
         ("gemma3", false, &["token_embd.weight"]),
+        ("phi3", false, &["output.weight"]),
+        ("chatglm", true, &[]),
     ];
     for (arch, dora, ends) in cases {
         let path = scratch.path("tiny.gguf");

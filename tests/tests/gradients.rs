@@ -225,7 +225,7 @@ fn rows_wider_than_a_chunk_of_every_kernel() {
 #[test]
 fn dropout_and_learned_lengths() {
     let scratch = Scratch::new("gradient-dora");
-    for arch in ["llama", "qwen2", "gemma3"] {
+    for arch in ["llama", "qwen2", "gemma3", "chatglm"] {
         let model = tiny(&scratch, &TinyConfig { layers: 3, ..TinyConfig::new(arch) });
         for (dropout, dora) in [(0.3, false), (0.0, true), (0.1, true)] {
             let lora = LoraSpec { dropout, dora, ..lora(&model, 4) };
@@ -305,6 +305,9 @@ fn all_weights() {
         TinyConfig { vocab: 1_120, ..TinyConfig::new("qwen2") },
         TinyConfig::new("qwen3"),
         TinyConfig { layers: 3, ..TinyConfig::new("gemma3") },
+        TinyConfig::new("gemma2"),
+        TinyConfig::new("chatglm"),
+        TinyConfig { layers: 1, ..TinyConfig::new("phi3").with_dtype(DType::Q4_K) },
         TinyConfig { layers: 1, ..TinyConfig::new("llama").with_dtype(DType::Q4_K) },
     ];
     for config in configs {
@@ -377,7 +380,7 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
 fn quantized_weights_have_the_gradients_of_their_dense_twin() {
     let scratch = Scratch::new("twins");
     let types = || DType::WEIGHTS.into_iter().filter(|t| *t != DType::F32);
-    let archs = if heavy() { vec!["llama", "qwen2", "qwen3", "gemma3"] } else { vec!["llama", "gemma3"] };
+    let archs = if heavy() { vec!["llama", "qwen2", "qwen3", "gemma3", "phi3"] } else { vec!["llama", "gemma3"] };
     for (arch, dtype) in archs.iter().flat_map(|arch| types().map(move |dtype| (*arch, dtype))) {
         let config = TinyConfig { layers: 2, ..TinyConfig::new(arch).with_dtype(dtype) };
         let model = tiny(&scratch, &config);

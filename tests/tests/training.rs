@@ -1,15 +1,19 @@
 //! The training loop as a whole, on tiny models: it learns, it can be interrupted anywhere, it says what is wrong.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use kinglet_engine::Error;
-use kinglet_engine::session::Model;
+use kinglet_engine::adapter::Adapter;
+use kinglet_engine::quant::DType;
+use kinglet_engine::session::{LearnBatch, Model, Session, SessionOptions};
+use kinglet_models::peft;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::data::Scratch;
 use kinglet_tests::process::{kinglet, start};
 use kinglet_train::batch::Packing;
-use kinglet_train::config::TrainConfig;
+use kinglet_train::config::{Target, TrainConfig};
 use kinglet_train::data;
 use kinglet_train::metrics::{self, StepMetrics};
 use kinglet_train::preference::Loss;
@@ -21,9 +25,9 @@ struct Bench {
     model: Model,
 }
 
-fn write_model(scratch: &Scratch) -> PathBuf {
+fn write_model(arch: &str, scratch: &Scratch) -> PathBuf {
     let path = scratch.path("model.gguf");
-    write_tiny(&path, &TinyConfig::new("llama").with_bpe()).expect("a tiny model");
+    write_tiny(&path, &TinyConfig::new(arch).with_bpe()).expect("a tiny model");
     path
 }
 
@@ -43,8 +47,12 @@ fn write_pairs(scratch: &Scratch) -> PathBuf {
 
 impl Bench {
     fn new(name: &str) -> Bench {
+        Bench::of("llama", name)
+    }
+
+    fn of(arch: &str, name: &str) -> Bench {
         let scratch = Scratch::new(name);
-        let model = kinglet_models::open(write_model(&scratch)).expect("the model opens");
+        let model = kinglet_models::open(write_model(arch, &scratch)).expect("the model opens");
         Bench { scratch, model }
     }
 
@@ -112,6 +120,46 @@ fn a_model_learns_what_it_is_told() {
     assert_eq!(finished.ending, Ending::Steps);
     for file in ["adapter.gguf", "adapter_config.json", "adapter_model.safetensors", "report.html", "train.json"] {
         assert!(bench.scratch.path("out").join(file).exists(), "{file} is missing");
+    }
+}
+
+/// Queries, keys and values are trained apart where the model stacks them, and lie in one pair in the files: what a session
+/// makes of these is what was trained.
+#[test]
+fn adapters_of_stacked_matrices_are_in_the_files() {
+    for (rslora, dora, targets) in [
+        (false, false, Target::LAYER.to_vec()),
+        (true, false, Target::LAYER.to_vec()),
+        (false, true, vec![Target::Q, Target::V, Target::Up]),
+    ] {
+        let bench = Bench::of("phi3", "stacked");
+        let config = TrainConfig { rslora, dora, targets, eval_every: 0, early_stop: None, dropout: 0.0, ..config() };
+        let mut trainer = bench.trainer(&config, &write_pairs(&bench.scratch), "out", false).expect("a trainer");
+        complete(&mut trainer).expect("a finished training");
+        let tokens: Vec<u32> = (0..32).map(|i| i * 37 % 250).collect();
+        let batch = LearnBatch {
+            lengths: vec![32],
+            outputs: (0..31).collect(),
+            targets: tokens[1..].to_vec(),
+            weights: vec![1.0; 31],
+            tokens: tokens.clone(),
+            dropout_seed: 0,
+        };
+        let params = trainer.params().to_vec();
+        let go = AtomicBool::new(false);
+        let trained = trainer.learner_mut().score(&batch, &params, &go).expect("scores").to_vec();
+        let options = SessionOptions { context: 64, kv_type: DType::F32, ..SessionOptions::default() };
+        let mut session = Session::new(&bench.model, &options).expect("a session");
+        let base = session.score(&tokens, 0).expect("scores");
+        let out = bench.scratch.path("out");
+        for adapter in [Adapter::open(out.join("adapter.gguf")), peft::read(&out, &bench.model)] {
+            session.set_adapters(&[(Arc::new(adapter.expect("an adapter")), 1.0)]).expect("it is applied");
+            session.reset();
+            let found = session.score(&tokens, 0).expect("scores");
+            let far = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let (apart, moved) = (far(&found, &trained), far(&found, &base));
+            assert!(apart < 0.02 * moved && moved > 0.1, "{rslora} {dora}: {apart} apart, {moved} from the base");
+        }
     }
 }
 
@@ -284,7 +332,7 @@ fn what_does_not_fit_is_refused() {
 #[cfg(unix)]
 fn a_killed_program_goes_on() {
     let scratch = Scratch::new("killed");
-    let (model, data) = (write_model(&scratch), write_pairs(&scratch));
+    let (model, data) = (write_model("llama", &scratch), write_pairs(&scratch));
     let arguments = |folder: &str| -> Vec<String> {
         let text = |path: PathBuf| path.to_string_lossy().into_owned();
         let mut all: Vec<String> =

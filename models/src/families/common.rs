@@ -1,6 +1,10 @@
 //! What all families share: the keys of the sizes and the usual tensor names.
+//!
+//! Some converters stack matrices that share an input: queries, keys and values in `attn_qkv`, the gate above the other half
+//! of the feed-forward map in `ffn_up`. Each part is then described as rows of the one tensor, which stays as it lies in the
+//! file; any family may have stored its layers either way.
 
-use kinglet_engine::gguf::Gguf;
+use kinglet_engine::gguf::{Gguf, TensorInfo};
 use kinglet_engine::tape::{Gate, LayerSpec, LinearSpec, RopeSpec, RopeStyle, Spec, WeightRef};
 use kinglet_engine::{Error, Result};
 
@@ -66,6 +70,44 @@ impl<'a> Keys<'a> {
             weight: WeightRef::whole(format!("{name}.weight")),
             bias: self.opt_tensor(&format!("{name}.bias")),
         }
+    }
+
+    /// Maps of one input: the matrices called `names` or, where the file has not the first of them, the rows of the one
+    /// called `stack`, `rows` of it for each.
+    fn maps<const N: usize>(
+        &self,
+        block: &str,
+        names: [&str; N],
+        stack: &str,
+        rows: [usize; N],
+    ) -> Result<[LinearSpec; N]> {
+        let tensor = |name: &str, kind: &str| format!("{block}.{name}.{kind}");
+        let matrix = tensor(stack, "weight");
+        let stacked = self.gguf.tensor(&matrix).filter(|_| self.gguf.tensor(&tensor(names[0], "weight")).is_none());
+        let Some(info) = stacked else { return Ok(names.map(|name| self.linear(&format!("{block}.{name}")))) };
+        let bias = tensor(stack, "bias");
+        let bias_len = self.gguf.tensor(&bias).map(TensorInfo::elements);
+        let all: usize = rows.iter().sum();
+        for (name, found) in [(&matrix, Some(info.rows())), (&bias, bias_len)] {
+            if let Some(found) = found.filter(|n| *n != all) {
+                return Err(Error::Format {
+                    file: self.gguf.name().to_string(),
+                    at: format!("tensor {name}"),
+                    what: format!("has {found} outputs where {} need {all} together", names.join(", ")),
+                });
+            }
+        }
+        let mut first = 0;
+        let mut maps = names.map(|name| self.linear(&format!("{block}.{name}")));
+        for (map, rows) in maps.iter_mut().zip(rows) {
+            let part = |tensor: &str| WeightRef { tensor: tensor.to_string(), rows: Some(first..first + rows) };
+            map.weight = part(&matrix);
+            if bias_len.is_some() {
+                map.bias = Some(part(&bias));
+            }
+            first += rows;
+        }
+        Ok(maps)
     }
 
     /// Rotation by the usual keys.
@@ -142,6 +184,7 @@ impl<'a> Keys<'a> {
                 self.gguf.name()
             )));
         }
+        let ffn = self.size("feed_forward_length", MAX_WIDTH)?;
         let embedding = "token_embd.weight";
         let vocab = self.gguf.tensor(embedding).map_or(0, |t| t.rows());
         if !(1..=MAX_VOCAB).contains(&vocab) {
@@ -162,7 +205,7 @@ impl<'a> Keys<'a> {
             heads,
             kv_heads,
             head_dim,
-            ffn: self.size("feed_forward_length", MAX_WIDTH)?,
+            ffn,
             context: self.size("context_length", u32::MAX)?,
             norm_eps,
             embed_scale: 1.0,
@@ -175,30 +218,36 @@ impl<'a> Keys<'a> {
             embedding: WeightRef::whole(embedding),
             output_norm: WeightRef::whole("output_norm.weight"),
             head: self.opt_tensor("output.weight").unwrap_or_else(|| WeightRef::whole(embedding)),
-            layers: (0..layers).map(|i| self.layer(i)).collect(),
+            layers: (0..layers)
+                .map(|i| self.layer(i, [heads * head_dim, kv_heads * head_dim], ffn))
+                .collect::<Result<_>>()?,
         })
     }
 
-    fn layer(&self, index: usize) -> LayerSpec {
-        let name = |part: &str| format!("blk.{index}.{part}");
-        let norm = |part: &str| WeightRef::whole(name(&format!("{part}.weight")));
-        LayerSpec {
+    /// Layer `index`, whose queries and keys have `outputs` elements together.
+    fn layer(&self, index: usize, outputs: [usize; 2], ffn: usize) -> Result<LayerSpec> {
+        let block = format!("blk.{index}");
+        let norm = |part: &str| WeightRef::whole(format!("{block}.{part}.weight"));
+        let [q_rows, kv_rows] = outputs;
+        let [q, k, v] = self.maps(&block, ["attn_q", "attn_k", "attn_v"], "attn_qkv", [q_rows, kv_rows, kv_rows])?;
+        let [gate, up] = self.maps(&block, ["ffn_gate", "ffn_up"], "ffn_up", [ffn, ffn])?;
+        Ok(LayerSpec {
             attention_norm: norm("attn_norm"),
-            q: self.linear(&name("attn_q")),
-            k: self.linear(&name("attn_k")),
-            v: self.linear(&name("attn_v")),
-            o: self.linear(&name("attn_output")),
+            q,
+            k,
+            v,
+            o: self.linear(&format!("{block}.attn_output")),
             q_norm: None,
             k_norm: None,
             post_attention_norm: None,
             ffn_norm: norm("ffn_norm"),
-            gate: self.linear(&name("ffn_gate")),
-            up: self.linear(&name("ffn_up")),
-            down: self.linear(&name("ffn_down")),
+            gate,
+            up,
+            down: self.linear(&format!("{block}.ffn_down")),
             post_ffn_norm: None,
             rope: Some(0),
             window: None,
-        }
+        })
     }
 }
 
@@ -207,5 +256,13 @@ pub fn with_head_norms(spec: &mut Spec) {
     for (i, layer) in spec.layers.iter_mut().enumerate() {
         layer.q_norm = Some(WeightRef::whole(format!("blk.{i}.attn_q_norm.weight")));
         layer.k_norm = Some(WeightRef::whole(format!("blk.{i}.attn_k_norm.weight")));
+    }
+}
+
+/// Adds the norms behind attention and feed-forward part that some families have.
+pub fn with_post_norms(spec: &mut Spec) {
+    for (i, layer) in spec.layers.iter_mut().enumerate() {
+        layer.post_attention_norm = Some(WeightRef::whole(format!("blk.{i}.post_attention_norm.weight")));
+        layer.post_ffn_norm = Some(WeightRef::whole(format!("blk.{i}.post_ffw_norm.weight")));
     }
 }

@@ -1,4 +1,4 @@
-//! LLaMA and everything that shares its layout in GGUF files: Mistral, SmolLM2, Baichuan 7B conversions, and others.
+//! LLaMA and everything that shares its layout in GGUF files: Mistral, SmolLM2, InternLM 3, and others.
 //!
 //! Converters permute the rows of Q and K so that pairs of the rotation are neighbours: [`RopeStyle::Interleaved`].
 

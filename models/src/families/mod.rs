@@ -1,8 +1,12 @@
 //! One file per family: GGUF keys → [`Spec`], tensor names, quirks.
 
+mod baichuan;
 mod common;
 mod gemma;
+mod glm;
+mod internlm;
 mod llama;
+mod phi;
 mod qwen;
 
 use kinglet_engine::gguf::Gguf;
@@ -13,8 +17,19 @@ use kinglet_engine::{Error, Result};
 type Reader = fn(&Gguf) -> Result<Spec>;
 
 /// Values of `general.architecture` that are known, with their readers.
-const FAMILIES: [(&str, Reader); 4] =
-    [("llama", llama::spec), ("qwen2", qwen::qwen2), ("qwen3", qwen::qwen3), ("gemma3", gemma::gemma3)];
+const FAMILIES: [(&str, Reader); 11] = [
+    ("llama", llama::spec),
+    ("qwen2", qwen::qwen2),
+    ("qwen3", qwen::qwen3),
+    ("gemma", gemma::gemma),
+    ("gemma2", gemma::gemma2),
+    ("gemma3", gemma::gemma3),
+    ("baichuan", baichuan::spec),
+    ("chatglm", glm::chatglm),
+    ("glm4", glm::glm4),
+    ("internlm2", internlm::internlm2),
+    ("phi3", phi::phi3),
+];
 
 /// The architectures that can run.
 pub fn known() -> Vec<&'static str> {

@@ -19,7 +19,7 @@ use crate::{Error, Result};
 /// What `config` asks of the tape, for `model`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a head that is the embedding, and for parts of tensors.
+/// [`Error::Unsupported`] for a head that is the embedding.
 pub fn trained(config: &TrainConfig, model: &Model) -> Result<Trained> {
     if config.full {
         return Ok(Trained::All);
@@ -45,14 +45,7 @@ pub fn trained(config: &TrainConfig, model: &Model) -> Result<Trained> {
             }
             Target::Head => vec![&spec.head],
         };
-        for matrix in matrices {
-            if let (tensor, Some(rows)) = (&matrix.tensor, &matrix.rows) {
-                return Err(Error::Unsupported(format!(
-                    "an adapter of rows {rows:?} of {tensor}: adapter files know whole tensors only; leave {target:?} out"
-                )));
-            }
-            weights.push(matrix.tensor.clone());
-        }
+        weights.extend(matrices.into_iter().map(WeightRef::name));
     }
     Ok(Trained::Adapters(LoraSpec {
         rank: config.rank,
@@ -80,7 +73,10 @@ pub fn write(
         return Ok((vec![path], None));
     }
     let mut adapter = learner.adapter(params, "the trained adapter")?;
-    (adapter.alpha, adapter.rslora) = (config.alpha as f32, config.rslora);
+    // Stacked matrices come with the sum of their parts' ranks, of which `alpha/√r` would make something else.
+    if !config.rslora || adapter.entries.values().all(|e| e.rank == config.rank) {
+        (adapter.alpha, adapter.rslora) = (config.alpha as f32, config.rslora);
+    }
     let gguf = folder.join("adapter.gguf");
     adapter.save(&gguf, DType::F32)?;
     match peft::write(folder, &adapter, learner.model(), None) {

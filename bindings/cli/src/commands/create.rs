@@ -26,7 +26,7 @@ pub struct Arguments {
     /// The model whose tokenizer it takes
     #[arg(long, help = MODEL_HELP, value_name = "MODEL")]
     tokenizer: String,
-    /// Architecture: llama, qwen2, qwen3 or gemma3
+    /// Architecture: llama, qwen2, qwen3, gemma, gemma2, gemma3, chatglm, glm4, internlm2 or phi3
     #[arg(long, value_name = "NAME", default_value = "llama")]
     arch: String,
     /// Decoder layers
@@ -71,6 +71,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         // A multiple of 32 suits every type that the model may be quantized to later.
         ffn: small(a.ffn.unwrap_or((a.width * 8 / 3).next_multiple_of(32))),
         context: small(a.context),
+        sliding_window: small(a.context.div_ceil(4)),
         tied: !a.untied,
         dtype: a.dtype,
         embedding: a.dtype,

@@ -90,6 +90,13 @@ fn correction(weights: &Weights, id: WeightId, entries: &[(&LowRank, f32, f32)])
             gain.push(sum);
         }
     }
-    let a = entries.iter().flat_map(|(e, ..)| e.a.iter().copied()).collect();
-    Ok(Correction { weight: id, a, b, rank, gain: rescaled.then_some(gain) })
+    let a: Vec<f32> = entries.iter().flat_map(|(e, ..)| e.a.iter().copied()).collect();
+    // Rows of `A` that serve other parts of the matrix have nothing in the columns of this one's `B`.
+    let mut used: Vec<usize> = (0..rank).filter(|r| b.iter().skip(*r).step_by(rank).any(|v| *v != 0.0)).collect();
+    if used.is_empty() {
+        used.push(0);
+    }
+    let a = used.iter().flat_map(|r| &a[r * info.width..][..info.width]).copied().collect();
+    let b = b.chunks_exact(rank).flat_map(|row| used.iter().map(|r| row[*r])).collect();
+    Ok(Correction { weight: id, a, b, rank: used.len(), gain: rescaled.then_some(gain) })
 }

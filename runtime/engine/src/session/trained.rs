@@ -6,48 +6,84 @@ use std::path::Path;
 
 use super::Learner;
 use crate::adapter::{Adapter, BaseId, LowRank};
-use crate::gguf::{TensorInfo, Writer};
+use crate::gguf::{Gguf, TensorInfo, Writer};
 use crate::quant::{self, DType};
-use crate::tape::{Param, Weight, WeightId};
+use crate::tape::{Param, Weight, WeightId, adapted_norm};
 use crate::{Error, Result};
 
 /// Rows that are converted at a time.
 const ROWS: usize = 64;
 
+/// What was trained of some rows of a matrix.
+struct Part<'a> {
+    rows: Range<usize>,
+    /// `[rank, inputs]`.
+    a: &'a [f32],
+    /// `[rows, rank]`.
+    b: &'a [f32],
+    /// `[rows]`.
+    magnitude: Option<&'a [f32]>,
+}
+
+/// The parts of one matrix as one pair: the `A`s one below the other, each `B` in its part's rows and its `A`'s columns, and
+/// zero elsewhere. Files give an entry the scale `alpha/rank`; `B` makes up for the larger rank. Rows that have no trained
+/// length keep the one they have.
+fn whole(gguf: &Gguf, tensor: &str, parts: &[Part<'_>], rank: usize) -> Result<LowRank> {
+    let Some(info) = gguf.tensor(tensor) else {
+        return Err(Error::argument(format!("{}: no tensor {tensor}", gguf.name())));
+    };
+    let (inputs, outputs, total) = (info.width(), info.rows(), rank * parts.len());
+    let mut b = vec![0.0; outputs * total];
+    for (i, part) in parts.iter().enumerate() {
+        for (row, values) in part.rows.clone().zip(part.b.chunks_exact(rank)) {
+            let place = &mut b[row * total + i * rank..][..rank];
+            place.iter_mut().zip(values).for_each(|(to, v)| *to = parts.len() as f32 * v);
+        }
+    }
+    let mut magnitude = None;
+    if parts.iter().any(|part| part.magnitude.is_some()) {
+        let row_bytes = gguf.data(info).len() / outputs.max(1);
+        let mut row = vec![0.0; inputs];
+        let lengths = gguf.data(info).chunks_exact(row_bytes.max(1)).map(|bytes| {
+            quant::dequantize(info.dtype, bytes, &mut row)?;
+            Ok(adapted_norm(&mut row, 0.0, &[], &[]))
+        });
+        let mut lengths = lengths.collect::<Result<Vec<f32>>>()?;
+        for part in parts {
+            let trained = part.magnitude.into_iter().flatten();
+            lengths[part.rows.clone()].iter_mut().zip(trained).for_each(|(to, v)| *to = *v);
+        }
+        magnitude = Some(lengths);
+    }
+    let a = parts.iter().flat_map(|part| part.a).copied().collect();
+    Ok(LowRank { rank: total, inputs, outputs, a, b, magnitude })
+}
+
 impl Learner {
-    /// The adapter that `values` are, named `name` in messages; its `alpha` is the scale times the rank.
+    /// The adapter that `values` are, named `name` in messages; its `alpha` is the scale times the rank. Parts of one matrix
+    /// (stacked queries, keys and values) become one entry, whose rank is the sum of theirs.
     ///
     /// # Errors
-    /// A training of all weights, values of another number, an adapted part of a matrix (those of stacked queries, keys and
-    /// values have an `A` each, which no adapter file can say).
+    /// A training of all weights, values of another number or not finite.
     pub fn adapter(&self, values: &[f32], name: &str) -> Result<Adapter> {
         self.check_length(values)?;
         let Some(lora) = self.trained().lora() else {
             return Err(Error::argument("all weights were trained, no adapter; write a model instead"));
         };
         let weights = self.model().weights();
-        let find = |weight: &str, half: &str| {
-            let p = self.params().iter().find(|p| p.name.strip_suffix(half) == Some(weight))?;
-            Some((p, values.get(p.offset..p.end())?.to_vec()))
-        };
-        let mut entries = BTreeMap::new();
+        let mut matrices: BTreeMap<&str, Vec<Part<'_>>> = BTreeMap::new();
         for (id, info) in weights.iter() {
-            let (Some((a, a_values)), Some((b, b_values))) = (find(&info.name, ".lora_a"), find(&info.name, ".lora_b"))
-            else {
-                continue;
+            let find = |half: &str| {
+                let p = self.params().iter().find(|p| p.name.strip_suffix(half) == Some(&info.name))?;
+                values.get(p.offset..p.end())
             };
-            let (tensor, _) = weights.source(id);
-            if tensor != info.name {
-                return Err(Error::Unsupported(format!(
-                    "an adapter of {}: it is a part of {tensor}, and adapter files know whole tensors only",
-                    info.name
-                )));
-            }
-            let magnitude = find(&info.name, ".lora_magnitude").map(|(_, values)| values);
-            entries.insert(
-                info.name.clone(),
-                LowRank { rank: a.rows, inputs: a.width, outputs: b.rows, a: a_values, b: b_values, magnitude },
-            );
+            let (Some(a), Some(b)) = (find(".lora_a"), find(".lora_b")) else { continue };
+            let (tensor, rows) = weights.source(id);
+            matrices.entry(tensor).or_default().push(Part { rows, a, b, magnitude: find(".lora_magnitude") });
+        }
+        let mut entries = BTreeMap::new();
+        for (tensor, parts) in matrices {
+            entries.insert(tensor.to_string(), whole(self.model().gguf(), tensor, &parts, lora.rank)?);
         }
         let adapter = Adapter {
             name: name.into(),
@@ -111,10 +147,12 @@ impl Learner {
                 let rows = &mut rows[..count * t.width()];
                 // Rows that the model does not compute with stay.
                 quant::dequantize(t.dtype, bytes, rows)?;
-                for (i, row) in rows.chunks_exact_mut(t.width().max(1)).enumerate() {
-                    let at = (block * ROWS + i) * t.width();
-                    if let Some((p, part)) = parts.iter().find(|(_, part)| part.contains(&at)) {
-                        row.copy_from_slice(&values[p.offset + at - part.start..][..t.width()]);
+                let first = block * ROWS * t.width();
+                for (p, part) in &parts {
+                    let (start, end) = (part.start.max(first), part.end.min(first + rows.len()));
+                    if start < end {
+                        let from = p.offset + start - part.start;
+                        rows[start - first..end - first].copy_from_slice(&values[from..from + (end - start)]);
                     }
                 }
                 file.write(&t.name, &quant::quantize(as_written(t), rows)?)?;
@@ -126,13 +164,12 @@ impl Learner {
     /// The trained weights that a tensor holds, with the elements of each.
     fn parts(&self, t: &TensorInfo) -> Vec<(&Param, Range<usize>)> {
         let weights = self.model().weights();
-        let of_tensor = weights.iter().filter(|(id, _)| weights.source(*id).0 == t.name);
         let part = |(id, w): (WeightId, &Weight)| {
-            let p = self.params().iter().find(|p| p.name == w.name)?;
-            let rows = weights.source(id).1;
-            Some((p, rows.start * w.width..rows.end * w.width))
+            let (tensor, elements) = weights.elements(id);
+            let p = self.params().iter().find(|p| tensor == t.name && p.name == w.name)?;
+            Some((p, elements))
         };
-        of_tensor.filter_map(part).collect()
+        weights.iter().filter_map(part).collect()
     }
 
     fn check_length(&self, values: &[f32]) -> Result<()> {

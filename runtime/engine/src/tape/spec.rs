@@ -19,6 +19,14 @@ impl WeightRef {
     pub fn whole(tensor: impl Into<String>) -> WeightRef {
         WeightRef { tensor: tensor.into(), rows: None }
     }
+
+    /// What the weight is called: by its tensor, with the rows where it is a part of one.
+    pub fn name(&self) -> String {
+        match &self.rows {
+            None => self.tensor.clone(),
+            Some(rows) => format!("{}[{}..{}]", self.tensor, rows.start, rows.end),
+        }
+    }
 }
 
 /// A linear map `y = x·Wᵀ + b`; `W` is `[out, in]`, in GGUF order `shape = [in, out]`.

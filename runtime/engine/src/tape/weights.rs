@@ -94,7 +94,7 @@ impl Weights {
     }
 
     fn matrix(&mut self, reference: &WeightRef, rows: usize, width: usize) -> Result<()> {
-        let weight = self.locate(reference, rows, width)?;
+        let weight = self.locate(reference, rows, width, false)?;
         if !DType::WEIGHTS.contains(&weight.dtype) {
             return Err(Error::Unsupported(format!(
                 "{}: tensor {} has type {}, which no kernel multiplies with; convert it to one of {}",
@@ -109,7 +109,7 @@ impl Weights {
     }
 
     fn vector(&mut self, reference: &WeightRef, len: usize) -> Result<()> {
-        let mut weight = self.locate(reference, 1, len)?;
+        let mut weight = self.locate(reference, 1, len, true)?;
         let mut vector = vec![0.0; len];
         let data = &self.tensor_data(weight.tensor)[weight.bytes.clone()];
         quant::dequantize(weight.dtype, data, &mut vector)?;
@@ -126,14 +126,15 @@ impl Weights {
     }
 
     fn insert(&mut self, reference: &WeightRef, weight: Weight) {
-        let key = key(reference);
+        let key = reference.name();
         if !self.ids.contains_key(&key) {
             self.ids.insert(key, WeightId(self.table.len() as u32));
             self.table.push(weight);
         }
     }
 
-    fn locate(&self, reference: &WeightRef, rows: usize, width: usize) -> Result<Weight> {
+    /// Finds a matrix of `rows` rows of `width`, or a vector, whose "rows" in the reference are its elements.
+    fn locate(&self, reference: &WeightRef, rows: usize, width: usize, vector: bool) -> Result<Weight> {
         let format = |what: String| Error::Format {
             file: self.gguf.name().to_string(),
             at: format!("tensor {}", reference.tensor),
@@ -143,28 +144,29 @@ impl Weights {
             return Err(format("is missing; the file is incomplete or of another architecture".into()));
         };
         let info = &self.gguf.tensors()[tensor];
-        // A vector may be stored as [n] or as [n, 1]: count its elements as one row.
-        let (have_width, have_rows) = if rows == 1 && reference.rows.is_none() {
-            (info.width() * info.rows(), 1)
-        } else {
-            (info.width(), info.rows())
+        // A vector may be stored as [n] or as [n, 1]: count its elements as one row, or as rows where some are meant.
+        let have = match (vector, &reference.rows) {
+            (false, _) => (info.width(), info.rows()),
+            (true, None) => (info.elements(), 1),
+            (true, Some(_)) => (1, info.elements()),
         };
-        let range = reference.rows.clone().unwrap_or(0..have_rows);
-        if have_width != width || range.len() != rows || range.end > have_rows {
+        let (unit, units) = if vector && reference.rows.is_some() { (1, width) } else { (width, rows) };
+        let range = reference.rows.clone().unwrap_or(0..have.1);
+        if have.0 != unit || range.len() != units || range.end > have.1 {
             return Err(format(format!(
                 "has shape {:?} where [{width}, {rows}] is needed; the file's metadata and tensors disagree",
                 info.shape
             )));
         }
-        let row_bytes = info.dtype.row_bytes(width).ok_or_else(|| {
+        let row_bytes = info.dtype.row_bytes(unit).ok_or_else(|| {
             format(format!(
-                "rows of {width} elements are no multiple of the {} elements of a {} block",
+                "rows of {unit} elements are no multiple of the {} elements of a {} block",
                 info.dtype.block_len(),
                 info.dtype
             ))
         })?;
         Ok(Weight {
-            name: key(reference),
+            name: reference.name(),
             dtype: info.dtype,
             width,
             rows,
@@ -183,7 +185,7 @@ impl Weights {
     /// # Panics
     /// If `reference` is no part of the spec the table was made from: a mistake of the program, not of a file.
     pub(crate) fn id(&self, reference: &WeightRef) -> WeightId {
-        self.ids[&key(reference)]
+        self.ids[&reference.name()]
     }
 
     /// A weight.
@@ -197,12 +199,20 @@ impl Weights {
         &self.tensor_data(weight.tensor)[weight.bytes.clone()]
     }
 
-    /// Where a weight lies: the tensor's name in the file, and which of its rows the weight is.
+    /// Where a matrix lies: the tensor's name in the file, and which of its rows it is.
     pub fn source(&self, id: WeightId) -> (&str, Range<usize>) {
         let weight = self.get(id);
         let row_bytes = (weight.bytes.len() / weight.rows.max(1)).max(1);
         let first = weight.bytes.start / row_bytes;
         (&self.gguf.tensors()[weight.tensor].name, first..first + weight.rows)
+    }
+
+    /// Where a weight lies: the tensor's name in the file, and which of its elements, counted row by row, the weight is.
+    pub fn elements(&self, id: WeightId) -> (&str, Range<usize>) {
+        let weight = self.get(id);
+        let info = &self.gguf.tensors()[weight.tensor];
+        let at = |byte: usize| byte / info.dtype.block_bytes().max(1) * info.dtype.block_len();
+        (&info.name, at(weight.bytes.start)..at(weight.bytes.end))
     }
 
     /// Some rows of a weight's bytes.
@@ -214,12 +224,5 @@ impl Weights {
     /// All weights.
     pub fn iter(&self) -> impl Iterator<Item = (WeightId, &Weight)> {
         self.table.iter().enumerate().map(|(i, w)| (WeightId(i as u32), w))
-    }
-}
-
-fn key(reference: &WeightRef) -> String {
-    match &reference.rows {
-        None => reference.tensor.clone(),
-        Some(rows) => format!("{}[{}..{}]", reference.tensor, rows.start, rows.end),
     }
 }
