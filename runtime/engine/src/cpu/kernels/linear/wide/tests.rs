@@ -6,6 +6,7 @@
 use super::super::tests::{Case, PAD, Random};
 use super::super::{Activations, LinearTask};
 use super::*;
+use crate::cpu::isa::{Avx2, Avx512};
 
 impl Case {
     fn wide_forward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
@@ -145,6 +146,25 @@ fn both_directions_agree_with_f64_over_types_and_shapes() {
         // Roundings are independent: the usual error is far below the worst.
         let usual = (errors.sum / errors.count as f64).sqrt();
         assert!((1e-4..0.1).contains(&usual), "{}: {usual} of the bound", isa.name());
+    }
+}
+
+/// Wider vectors sum in the same order.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn avx512_gives_the_bits_of_avx2() {
+    let (Some(narrow), Some(broad)) = (Avx2::detect(), Avx512::detect()) else { return };
+    let (narrow, broad) = (Isa::Avx2(narrow), Isa::Avx512(broad));
+    for dtype in [DType::F32, DType::Q4_1, DType::Q6_K] {
+        for (k, rows, tokens) in [(256, 3, 1), (512, 97, 19), (1280, 70, 13), (768, 400, 5), (256, 33, 260)] {
+            let case = Case::new(dtype, k, rows, tokens);
+            for accumulate in [false, true] {
+                let forward = |isa| case.wide_forward(isa, std::slice::from_ref(&(1..rows)), 0.5, accumulate);
+                assert!(forward(narrow) == forward(broad), "y {dtype} {k} {rows} {tokens}");
+                let backward = |isa| case.wide_backward(isa, std::slice::from_ref(&(32..k)), 0.5, accumulate);
+                assert!(backward(narrow) == backward(broad), "dx {dtype} {k} {rows} {tokens}");
+            }
+        }
     }
 }
 

@@ -1,0 +1,250 @@
+//! AVX2 and FMA. Functions marked `inline(always)` are inlined into those with the features.
+
+use super::super::avx2::source::{Source, by_type};
+use super::super::{LinearTask, Scratch};
+use super::blocks::{self, Backward, Forward, LANES, Rows, Scales, Slabs, Target, Vectors};
+use super::{GROUP, MOST, MOST_WEIGHT, SMALLEST, Wide, WideBackwardTask};
+use crate::quant::DType;
+use std::arch::x86_64::*;
+
+/// Tokens of a register tile.
+const TILE: usize = 4;
+/// Steps of a turn of the innermost loop.
+const UNROLL: usize = 4;
+
+/// The forward map for a type; to be called with AVX2, FMA and F16C, and a task that has been checked.
+pub(super) fn forward_of(dtype: DType) -> Forward {
+    by_type!(dtype, forward)
+}
+
+/// The backward pass for a type, likewise.
+pub(super) fn backward_of(dtype: DType) -> Backward {
+    by_type!(dtype, backward)
+}
+
+/// # Safety
+/// As for [`blocks::forward`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn forward<S: Source>(task: &LinearTask<'_>, x: &Wide<'_>, scratch: &mut Scratch) {
+    // SAFETY: the caller's promise.
+    unsafe { blocks::forward::<S, Avx2>(task, x, scratch) }
+}
+
+/// # Safety
+/// As for [`blocks::backward`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn backward<S: Source>(task: &WideBackwardTask<'_>, scratch: &mut Scratch) {
+    // SAFETY: the caller's promise.
+    unsafe { blocks::backward::<S, Avx2>(task, scratch) }
+}
+
+struct Avx2;
+
+impl Vectors for Avx2 {
+    const SLABS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn fix(slab: *mut f32, steps: usize) -> Scales {
+        // SAFETY: the caller's promise.
+        unsafe { fix(slab, steps) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(slabs: Slabs<'_>, x: Rows, to: Target) {
+        for t in (0..x.tokens).step_by(TILE) {
+            let (x, to) = (x.from(t, TILE.min(x.tokens - t)), to.from(t));
+            // SAFETY: the caller's promise.
+            unsafe {
+                match x.tokens {
+                    1 => tile::<1>(slabs, x, to),
+                    2 => tile::<2>(slabs, x, to),
+                    3 => tile::<3>(slabs, x, to),
+                    _ => tile::<4>(slabs, x, to),
+                }
+            }
+        }
+    }
+}
+
+/// One row of activations.
+///
+/// # Safety
+/// The caller has AVX2; `q` and `d` hold whole groups for `x`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn widen_row(x: &[f32], q: &mut [i16], d: &mut [f32]) {
+    let mut last = [0.0f32; GROUP];
+    for (g, d) in d.iter_mut().enumerate() {
+        let x = &x[g * GROUP..];
+        let x = if x.len() >= GROUP {
+            x
+        } else {
+            last[..x.len()].copy_from_slice(x);
+            &last
+        };
+        // SAFETY: whole groups in both.
+        unsafe {
+            let mut v = [_mm256_setzero_ps(); GROUP / 8];
+            let mut top = _mm256_setzero_si256();
+            for (i, v) in v.iter_mut().enumerate() {
+                *v = _mm256_loadu_ps(x.as_ptr().add(8 * i));
+                top = _mm256_max_epi32(top, size_of_bits(*v));
+            }
+            let top = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256::<1>(top));
+            let top = _mm_max_epi32(top, _mm_unpackhi_epi64(top, top));
+            let top = _mm_max_epi32(top, _mm_shuffle_epi32::<1>(top));
+            let most = f32::from_bits(_mm_cvtsi128_si32(top) as u32);
+            let inverse = match most {
+                _ if !most.is_finite() => 0.0,
+                _ if most < SMALLEST => 0.0,
+                _ => MOST / most,
+            };
+            *d = if most.is_finite() { f32::from(u8::from(inverse > 0.0)) * (most / MOST) } else { f32::NAN };
+            // Nothing of a NaN may be multiplied, not even by zero.
+            let keep = _mm256_castsi256_ps(_mm256_set1_epi32(-i32::from(inverse > 0.0)));
+            let by = _mm256_set1_ps(inverse);
+            let mut int = [_mm256_setzero_si256(); GROUP / 8];
+            for (int, v) in int.iter_mut().zip(v) {
+                *int = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_and_ps(v, keep), by));
+            }
+            for h in 0..GROUP / 16 {
+                let words = _mm256_packs_epi32(int[2 * h], int[2 * h + 1]);
+                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+                _mm256_storeu_si256(q.as_mut_ptr().add(g * GROUP + 16 * h).cast(), words);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn size_of_bits(v: __m256) -> __m256i {
+    // SAFETY: register arithmetic.
+    unsafe { _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff_ffff)) }
+}
+
+/// Rounds a slab of `rows` × 16 weights in place: as `q[row / 2][lane][row % 2]`, i16, whole groups of rows with
+/// zeros behind the last, by one scale for each lane, which is returned.
+///
+/// # Safety
+/// The slab holds the rows, filled up to a group, as f32; the caller has AVX2.
+#[inline(always)]
+unsafe fn fix(slab: *mut f32, rows: usize) -> Scales {
+    // SAFETY: rows of 16 values; a pair of rows is read before it is written over.
+    unsafe {
+        let mut top = [_mm256_setzero_si256(); 2];
+        for r in 0..rows {
+            for (h, top) in top.iter_mut().enumerate() {
+                *top = _mm256_max_epi32(*top, size_of_bits(_mm256_loadu_ps(slab.add(16 * r + 8 * h))));
+            }
+        }
+        let (mut scales, mut by, mut keep) = ([_mm256_setzero_ps(); 2], [_mm256_setzero_ps(); 2], top);
+        for h in 0..2 {
+            let most = _mm256_castsi256_ps(top[h]);
+            let infinite = _mm256_cmpgt_epi32(top[h], _mm256_set1_epi32(0x7f7f_ffff));
+            let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(most, _mm256_set1_ps(SMALLEST));
+            let finite =
+                _mm256_andnot_si256(_mm256_or_si256(infinite, _mm256_castps_si256(tiny)), _mm256_set1_epi32(-1));
+            let scale =
+                _mm256_and_ps(_mm256_div_ps(most, _mm256_set1_ps(MOST_WEIGHT)), _mm256_castsi256_ps(finite));
+            scales[h] = _mm256_blendv_ps(scale, _mm256_set1_ps(f32::NAN), _mm256_castsi256_ps(infinite));
+            by[h] = _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(MOST_WEIGHT), most), _mm256_castsi256_ps(finite));
+            keep[h] = finite;
+        }
+        let int = |r: usize, h: usize| {
+            let v = _mm256_and_ps(_mm256_loadu_ps(slab.add(16 * r + 8 * h)), _mm256_castsi256_ps(keep[h]));
+            _mm256_cvtps_epi32(_mm256_mul_ps(v, by[h]))
+        };
+        let pairs = rows / 2;
+        for p in 0..pairs {
+            let (a, b) = ([int(2 * p, 0), int(2 * p, 1)], [int(2 * p + 1, 0), int(2 * p + 1, 1)]);
+            for h in 0..2 {
+                let pair = _mm256_blend_epi16::<0b1010_1010>(a[h], _mm256_slli_epi32::<16>(b[h]));
+                _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), pair);
+            }
+        }
+        let mut p = pairs;
+        if rows % 2 == 1 {
+            let a = [int(2 * p, 0), int(2 * p, 1)];
+            for (h, a) in a.into_iter().enumerate() {
+                let pair = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
+                _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), pair);
+            }
+            p += 1;
+        }
+        for p in p..rows.div_ceil(GROUP) * GROUP / 2 {
+            for h in 0..2 {
+                _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), _mm256_setzero_si256());
+            }
+        }
+        let mut lanes = Scales([0.0; LANES]);
+        for (h, scales) in scales.into_iter().enumerate() {
+            _mm256_storeu_ps(lanes.0.as_mut_ptr().add(8 * h), scales);
+        }
+        lanes
+    }
+}
+
+/// T tokens × 16 lanes.
+///
+/// The inner loop counts to a number the compiler cannot see: unrolled, it is reordered and drowns in spills.
+///
+/// # Safety
+/// As for [`Vectors::multiply`], with T rows of activations and one slab.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile<const T: usize>(slab: Slabs<'_>, x: Rows, to: Target) {
+    let Rows { q, d, row: wide, .. } = x;
+    let mut w = slab.at.cast::<__m256i>();
+    // SAFETY: by the contract.
+    unsafe {
+        let steps = std::hint::black_box(GROUP / 2 / UNROLL);
+        let mut acc = [[_mm256_setzero_ps(); 2]; T];
+        for g in 0..slab.groups {
+            let mut sums = [[_mm256_setzero_si256(); 2]; T];
+            let mut x: [*const i32; T] = [std::ptr::null(); T];
+            for (t, x) in x.iter_mut().enumerate() {
+                *x = q.add((t * wide + g) * GROUP).cast();
+            }
+            for s in 0..steps {
+                for i in 0..UNROLL {
+                    let (w0, w1) = (_mm256_loadu_si256(w.add(2 * i)), _mm256_loadu_si256(w.add(2 * i + 1)));
+                    for (sums, x) in sums.iter_mut().zip(x) {
+                        let pair = _mm256_set1_epi32(x.add(UNROLL * s + i).read_unaligned());
+                        sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(w0, pair));
+                        sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(w1, pair));
+                    }
+                    // Keeps the steps apart: reordered, they drown in spills.
+                    for sum in sums.as_flattened_mut() {
+                        std::arch::asm!(
+                            "/* {0} */",
+                            inout(ymm_reg) * sum,
+                            options(nomem, nostack, preserves_flags)
+                        );
+                    }
+                }
+                w = w.add(2 * UNROLL);
+            }
+            for (t, acc) in acc.iter_mut().enumerate() {
+                let scale = _mm256_broadcast_ss(&*d.add(t * wide + g));
+                for (acc, sum) in acc.iter_mut().zip(sums[t]) {
+                    *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *acc);
+                }
+            }
+        }
+        let scales = slab.scales[0].0.as_ptr();
+        let scales = [_mm256_loadu_ps(scales), _mm256_loadu_ps(scales.add(8))];
+        for (t, acc) in acc.iter().enumerate() {
+            for h in 0..2 {
+                let at = to.at.wrapping_add(t * to.row + 8 * h);
+                let columns = to.columns.saturating_sub(8 * h);
+                if columns >= 8 {
+                    let old = if to.add { _mm256_loadu_ps(at) } else { _mm256_setzero_ps() };
+                    _mm256_storeu_ps(at, _mm256_fmadd_ps(acc[h], scales[h], old));
+                } else if columns > 0 {
+                    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+                    let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(columns as i32), lanes);
+                    let old = if to.add { _mm256_maskload_ps(at, mask) } else { _mm256_setzero_ps() };
+                    _mm256_maskstore_ps(at, mask, _mm256_fmadd_ps(acc[h], scales[h], old));
+                }
+            }
+        }
+    }
+}
