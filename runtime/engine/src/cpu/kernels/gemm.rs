@@ -117,11 +117,20 @@ fn run(isa: Isa, g: &Gemm<'_>, form: Form) {
     #[cfg(target_arch = "x86_64")]
     if super::vector::has_avx2(isa) && g.k > 0 {
         // SAFETY: the token in `isa` proves the instructions; `check` has found everything in bounds.
-        unsafe { avx2::gemm(g, form) };
+        unsafe { avx2::gemm(g, form, slab_of(isa)) };
         return;
     }
     let _ = isa;
     scalar(g, form);
+}
+
+/// The best kernel for slabs of 16 columns, to be called with the instructions of `isa`, which are AVX2 or more.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn slab_of(isa: Isa) -> avx2::SlabKernel {
+    match isa {
+        Isa::Avx512(_) => avx512::slab,
+        _ => avx2::slab::<2>,
+    }
 }
 
 /// The specification: rows of C, by dot products or by adding up rows of B.
@@ -183,6 +192,9 @@ pub(crate) mod avx2 {
         pub alpha: f32,
         pub add: bool,
     }
+
+    /// [`slab`], of 16 columns, for some instruction set.
+    pub type SlabKernel = unsafe fn(usize, usize, Left, Slab, Target);
 
     /// C ← α·A·B (+ C) for `rows` rows, `k` terms and one slab of 8·V columns, V being 1 or 2.
     ///
@@ -281,7 +293,7 @@ pub(crate) mod avx2 {
     /// # Safety
     /// The operands must have been checked.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn gemm(g: &Gemm<'_>, form: Form) {
+    pub(super) unsafe fn gemm(g: &Gemm<'_>, form: Form, slab_of_16: SlabKernel) {
         let mut packed = Packed([0.0; 16 * DEPTH]);
         let depth = if form == Form::Tn { DEPTH_TN } else { DEPTH };
         let (row, step) = if form == Form::Tn { (1, g.a_stride) } else { (g.a_stride, 1) };
@@ -297,7 +309,7 @@ pub(crate) mod avx2 {
                         let b = columns_of(g, form, p..p + k, j..j + columns, &mut packed);
                         let at = g.c.base.add(i * g.c.stride + j);
                         let c = Target { at, row: g.c.stride, columns, alpha: g.alpha, add: g.accumulate || p > 0 };
-                        if columns > 8 { slab::<2>(rows, k, a, b, c) } else { slab::<1>(rows, k, a, b, c) }
+                        if columns > 8 { slab_of_16(rows, k, a, b, c) } else { slab::<1>(rows, k, a, b, c) }
                     }
                 }
             }
@@ -353,6 +365,80 @@ pub(crate) mod avx2 {
                 }
             }
             Slab { at: to, row: 16 }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    //! The register tile for slabs of 16 columns in AVX-512: 12 rows of one vector, summed in the order of the AVX2 form.
+    use super::avx2::{Left, Slab, Target};
+    use std::arch::x86_64::*;
+
+    /// Rows of a register tile: independent sums enough for two units of latency 4 or 5.
+    const ROWS: usize = 12;
+
+    /// As [`avx2::slab`](super::avx2::slab) with 16 columns.
+    ///
+    /// # Safety
+    /// As there; the caller has AVX-512 F and BW.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub unsafe fn slab(rows: usize, k: usize, a: Left, b: Slab, c: Target) {
+        let tiles = rows.div_ceil(ROWS);
+        let mut i = 0;
+        for tile in 0..tiles {
+            let n = (rows - i).div_ceil(tiles - tile);
+            // SAFETY: rows i .. i + n of those promised.
+            unsafe {
+                let a = Left { at: a.at.add(i * a.row), ..a };
+                let c = Target { at: c.at.add(i * c.row), ..c };
+                match n {
+                    1 => one::<1>(k, a, b, c),
+                    2 => one::<2>(k, a, b, c),
+                    3 => one::<3>(k, a, b, c),
+                    4 => one::<4>(k, a, b, c),
+                    5 => one::<5>(k, a, b, c),
+                    6 => one::<6>(k, a, b, c),
+                    7 => one::<7>(k, a, b, c),
+                    8 => one::<8>(k, a, b, c),
+                    9 => one::<9>(k, a, b, c),
+                    10 => one::<10>(k, a, b, c),
+                    11 => one::<11>(k, a, b, c),
+                    _ => one::<12>(k, a, b, c),
+                }
+            }
+            i += n;
+        }
+    }
+
+    /// One register tile of N rows × 16 columns.
+    ///
+    /// # Safety
+    /// As for [`slab`], with N rows.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn one<const N: usize>(k: usize, a: Left, b: Slab, c: Target) {
+        // SAFETY: the caller's promise; `a` and `b` advance once per term.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); N];
+            // One pointer for three rows, as in the AVX2 form.
+            let mut p: [*const f32; 4] = std::array::from_fn(|i| a.at.wrapping_add(3 * i * a.row));
+            let mut q = b.at;
+            for _ in 0..k {
+                let y = _mm512_loadu_ps(q);
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_fmadd_ps(_mm512_set1_ps(*p[i / 3].add(i % 3 * a.row)), y, *sum);
+                }
+                for p in p.iter_mut().take(N.div_ceil(3)) {
+                    *p = p.wrapping_add(a.step);
+                }
+                q = q.wrapping_add(b.row);
+            }
+            let mask = ((1u32 << c.columns.min(16)) - 1) as __mmask16;
+            for (i, sum) in sums.into_iter().enumerate() {
+                let at = c.at.wrapping_add(i * c.row);
+                let old = if c.add { _mm512_maskz_loadu_ps(mask, at) } else { _mm512_setzero_ps() };
+                _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(_mm512_set1_ps(c.alpha), sum, old));
+            }
         }
     }
 }
@@ -484,6 +570,21 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    /// Wider vectors sum in the same order.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn avx512_gives_the_bits_of_avx2() {
+        use crate::cpu::isa::{Avx2, Avx512};
+        let (Some(narrow), Some(broad)) = (Avx2::detect(), Avx512::detect()) else { return };
+        for form in [Form::Nt, Form::Nn, Form::Tn] {
+            for (m, n, k) in [(1, 16, 5), (50, 33, 300), (7, 90, 8), (195, 31, 70)] {
+                let case = Case::new(form, m, n, k);
+                let run = |isa| case.run(isa, 0.75, true, (m, n));
+                assert!(run(Isa::Avx2(narrow)) == run(Isa::Avx512(broad)), "{form:?} {m} × {n} × {k}");
             }
         }
     }

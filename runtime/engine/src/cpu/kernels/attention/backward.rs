@@ -141,7 +141,7 @@ pub unsafe fn attention_backward(isa: Isa, task: &AttentionBackwardTask<'_>, scr
     #[cfg(target_arch = "x86_64")]
     if super::super::vector::has_avx2(isa) {
         // SAFETY: the token in `isa` proves the instructions; the rest is the caller's promise.
-        unsafe { avx2::backward(task, scratch) };
+        unsafe { avx2::backward(task, scratch, super::super::gemm::slab_of(isa)) };
         return;
     }
     let _ = isa;
@@ -203,7 +203,7 @@ mod avx2 {
     //! AVX2 and FMA.
     use super::super::block::Bend;
     use super::{AttentionBackwardTask, TILE, padded};
-    use crate::cpu::kernels::gemm::avx2::{Left, Slab, Target, slab};
+    use crate::cpu::kernels::gemm::avx2::{Left, Slab, SlabKernel, Target};
     use crate::cpu::kernels::vector::avx2::{exp2, sum, tanh_of_exp2, transpose};
     use std::arch::x86_64::*;
     use std::f32::consts::LOG2_E;
@@ -213,6 +213,8 @@ mod avx2 {
 
     /// Where the pieces of the scratch lie. Row-major blocks are [64][width].
     struct Scratch {
+        /// The products' kernel.
+        slab: SlabKernel,
         dim: usize,
         width: usize,
         q: *mut f32,
@@ -237,7 +239,7 @@ mod avx2 {
     impl Scratch {
         /// # Safety
         /// `next` must have room for `attention_backward_scratch_len` floats less the alignment.
-        unsafe fn cut(mut next: *mut f32, dim: usize) -> Scratch {
+        unsafe fn cut(mut next: *mut f32, dim: usize, slab: SlabKernel) -> Scratch {
             let (width, panel) = (padded(dim), TILE * dim.next_multiple_of(16));
             let mut take = |n: usize| {
                 let at = next;
@@ -246,6 +248,7 @@ mod avx2 {
                 at
             };
             Scratch {
+                slab,
                 dim,
                 width,
                 q: take(TILE * width),
@@ -266,12 +269,12 @@ mod avx2 {
 
     /// See [`attention_backward`](super::attention_backward), whose promises are those of the caller here.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn backward(task: &AttentionBackwardTask<'_>, scratch: &mut [f32]) {
+    pub(super) unsafe fn backward(task: &AttentionBackwardTask<'_>, scratch: &mut [f32], slab: SlabKernel) {
         let bend = Bend::of(task.scale, task.softcap, task.alibi.is_some());
         let (first, last) = task.rows;
         // SAFETY: the scratch's length was checked; rows and heads are the task's; blocks are at most TILE long.
         unsafe {
-            let at = Scratch::cut(super::super::aligned(scratch), task.head_dim);
+            let at = Scratch::cut(super::super::aligned(scratch), task.head_dim, slab);
             // What lies between a head's width and the next multiple of 16 is multiplied, though never read back.
             for block in [at.q, at.d_out, at.k] {
                 block.write_bytes(0, TILE * at.width);
@@ -334,7 +337,7 @@ mod avx2 {
         if !some {
             return;
         }
-        let (dim, width) = (at.dim, at.width);
+        let (dim, width, slab) = (at.dim, at.width, at.slab);
         // SAFETY: indices stay below the block's and the head's sizes, by which the scratch was cut.
         unsafe {
             let offset = head * dim;
@@ -359,8 +362,8 @@ mod avx2 {
                     };
                     let panel = panel * 16 * dim.next_multiple_of(16);
                     let left = |at: *mut f32| Left { at: at.add(m * width), row: width, step: 1 };
-                    slab::<2>(n, dim, left(at.q), Slab { at: at.kt.add(panel), row: 16 }, to(at.p));
-                    slab::<2>(n, dim, left(at.d_out), Slab { at: at.vt.add(panel), row: 16 }, to(at.ds));
+                    slab(n, dim, left(at.q), Slab { at: at.kt.add(panel), row: 16 }, to(at.p));
+                    slab(n, dim, left(at.d_out), Slab { at: at.vt.add(panel), row: 16 }, to(at.ds));
                 }
                 #[allow(clippy::needless_range_loop, reason = "i counts rows of five arrays")]
                 for i in m..m + n {
@@ -373,7 +376,7 @@ mod avx2 {
                     let ds = Left { at: at.ds.add(m * TILE + any.0), row: TILE, step: 1 };
                     let k = Slab { at: at.k.add(any.0 * width + c), row: width };
                     let dq = Target { at: at.dq.add(m * width + c), row: width, columns: 16, alpha: 1.0, add: false };
-                    slab::<2>(n, any.1 - any.0, ds, k, dq);
+                    slab(n, any.1 - any.0, ds, k, dq);
                 }
                 #[allow(clippy::needless_range_loop, reason = "i counts rows of five arrays")]
                 for i in m..m + n {
@@ -396,8 +399,8 @@ mod avx2 {
                         alpha: 1.0,
                         add: true,
                     };
-                    slab::<2>(n, to - from, left(at.p), right(at.d_out), sum(at.dv));
-                    slab::<2>(n, to - from, left(at.ds), right(at.q), sum(at.dk));
+                    slab(n, to - from, left(at.p), right(at.d_out), sum(at.dv));
+                    slab(n, to - from, left(at.ds), right(at.q), sum(at.dk));
                 }
             }
         }

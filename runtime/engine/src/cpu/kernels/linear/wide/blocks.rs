@@ -14,8 +14,9 @@ use super::{BACKWARD_COLUMNS, BACKWARD_ROWS, FORWARD_COLUMNS, GROUP, UNIT, Wide,
 
 /// Rows of a block of the forward map.
 const FORWARD_ROWS: usize = 64;
-/// Tokens that go by between two looks at the same part of the output.
-const TOKENS: usize = 256;
+/// Tokens that go by while their activations stay in the second cache, with the block and their part of the output: whole
+/// register tiles of 4 and of 12.
+const TOKENS: usize = 72;
 /// Lanes of a slab.
 pub(super) const LANES: usize = 16;
 
