@@ -477,7 +477,7 @@ fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
             options.kv_type
         )));
     }
-    if spec.heads % spec.kv_heads.max(1) != 0 {
+    if !spec.heads.is_multiple_of(spec.kv_heads.max(1)) {
         return Err(Error::argument("heads must be a multiple of kv_heads"));
     }
     Ok(())

@@ -142,7 +142,7 @@ pub(super) fn reads_on_the_way(tape: &Tape, index: usize) -> Vec<Value> {
 pub(super) fn unfit(tape: &Tape, weights: &crate::tape::Weights) -> Option<String> {
     let odd = |id: WeightId, vocab: bool| {
         let w = weights.get(id);
-        (w.width % 16 != 0 || (w.rows % 4 != 0 && !vocab))
+        (!w.width.is_multiple_of(16) || (!w.rows.is_multiple_of(4) && !vocab))
             .then(|| format!("{} is {} × {}, kernels need multiples of 4 × 16", w.name, w.rows, w.width))
     };
     if tape.spec.head_dim > 256 || !tape.spec.head_dim.is_multiple_of(4) {

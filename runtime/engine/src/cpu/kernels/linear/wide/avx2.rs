@@ -143,8 +143,7 @@ unsafe fn fix(slab: *mut f32, rows: usize) -> Scales {
             let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(most, _mm256_set1_ps(SMALLEST));
             let finite =
                 _mm256_andnot_si256(_mm256_or_si256(infinite, _mm256_castps_si256(tiny)), _mm256_set1_epi32(-1));
-            let scale =
-                _mm256_and_ps(_mm256_div_ps(most, _mm256_set1_ps(MOST_WEIGHT)), _mm256_castsi256_ps(finite));
+            let scale = _mm256_and_ps(_mm256_div_ps(most, _mm256_set1_ps(MOST_WEIGHT)), _mm256_castsi256_ps(finite));
             scales[h] = _mm256_blendv_ps(scale, _mm256_set1_ps(f32::NAN), _mm256_castsi256_ps(infinite));
             by[h] = _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(MOST_WEIGHT), most), _mm256_castsi256_ps(finite));
             keep[h] = finite;
@@ -213,11 +212,7 @@ unsafe fn tile<const T: usize>(slab: Slabs<'_>, x: Rows, to: Target) {
                     }
                     // Keeps the steps apart: reordered, they drown in spills.
                     for sum in sums.as_flattened_mut() {
-                        std::arch::asm!(
-                            "/* {0} */",
-                            inout(ymm_reg) * sum,
-                            options(nomem, nostack, preserves_flags)
-                        );
+                        std::arch::asm!("/* {0} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags));
                     }
                 }
                 w = w.add(2 * UNROLL);

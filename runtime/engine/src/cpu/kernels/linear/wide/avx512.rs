@@ -101,9 +101,7 @@ impl Vectors for Avx512 {
             let n = (x.tokens - t).div_ceil(tiles - i);
             let (x, to) = (x.from(t, n), to.from(t));
             // SAFETY: the caller's promise.
-            unsafe {
-                if slabs.scales.len() == 2 { some::<2>(slabs, x, to) } else { some::<1>(slabs, x, to) }
-            }
+            unsafe { if slabs.scales.len() == 2 { some::<2>(slabs, x, to) } else { some::<1>(slabs, x, to) } }
             t += n;
         }
     }
