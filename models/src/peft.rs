@@ -3,7 +3,7 @@
 //! The tensors of a linear map are `base_model.model.{module}.lora_A.weight` `[r, in]` and `….lora_B.weight` `[out, r]`,
 //! of the embedding `….lora_embedding_A` `[r, vocab]` and `….lora_embedding_B` `[width, r]`; DoRA adds
 //! `….lora_magnitude_vector` `[out]`. Modules are named as in the Hugging Face implementation of the family, whose queries
-//! and keys rotate in halves. Where the GGUF file has their rows interleaved ([`RopeStyle::Interleaved`]), row
+//! and keys rotate in halves. Where the GGUF file has their rows interleaved (`RopeStyle::Interleaved`), row
 //! `p·D/2 + i` of a head is row `2i + p` in the file, and the rows of `B` (and of the magnitude) move likewise; `A` stays.
 //! Format: <https://huggingface.co/docs/peft/developer_guides/checkpoint>.
 
