@@ -6,8 +6,10 @@
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kinglet_engine::session::Model;
 use kinglet_models::catalogue;
 use kinglet_models::pull::Cache;
+use kinglet_models::tiny::{TinyConfig, write_tiny};
 
 /// The three real models of the catalogue that parity is held on.
 pub const MODELS: [&str; 3] = ["smollm2", "qwen2.5-coder", "gemma3"];
@@ -38,6 +40,19 @@ pub fn alone() -> MutexGuard<'static, ()> {
 /// A file under `tests/data`.
 pub fn file(name: &str) -> PathBuf {
     crate::source::root().join("tests/data").join(name)
+}
+
+/// A tiny random model, in the scratch directory.
+pub fn tiny(scratch: &Scratch, config: &TinyConfig) -> Model {
+    let path = scratch.path("tiny.gguf");
+    write_tiny(&path, config).expect("a tiny model");
+    kinglet_models::open(&path).expect("the model opens")
+}
+
+/// Every matrix of the layers.
+pub fn maps(model: &Model) -> Vec<String> {
+    let matrix = |w: &kinglet_engine::tape::Weight| w.name.starts_with("blk.") && w.rows > 1;
+    model.weights().iter().filter(|(_, w)| matrix(w)).map(|(_, w)| w.name.clone()).collect()
 }
 
 /// A directory of its own for one test, removed when dropped.

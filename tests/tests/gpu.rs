@@ -12,20 +12,14 @@ use kinglet_engine::session::{
     Arithmetic, Device, Engine, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions,
 };
 use kinglet_engine::tape::LoraSpec;
-use kinglet_models::tiny::{TinyConfig, write_tiny};
+use kinglet_models::tiny::TinyConfig;
 use kinglet_tests::compare::{argmax, divergence};
-use kinglet_tests::data::{self, Random, Scratch, alone, heavy};
+use kinglet_tests::data::{self, Random, Scratch, alone, heavy, maps, tiny};
 
 /// The device under test: `KINGLET_GPU`, or the first.
 fn device(binding_bytes: Option<u64>) -> Arc<gpu::Device> {
     let index = std::env::var("KINGLET_GPU").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
     gpu::Device::open(index, Limits { binding_bytes }).expect("a GPU, or lavapipe in its place")
-}
-
-fn open(scratch: &Scratch, config: &TinyConfig) -> Model {
-    let path = scratch.path("tiny.gguf");
-    write_tiny(&path, config).expect("a tiny model");
-    kinglet_models::open(&path).expect("the model opens")
 }
 
 fn options(device: Device) -> SessionOptions {
@@ -86,7 +80,7 @@ fn gpu_logits_are_the_cpus_for_every_architecture() {
     for config in architectures() {
         let scratch = Scratch::new(&format!("gpu-{}", config.arch));
         let config = TinyConfig { dtype: DType::F32, embedding: DType::F32, ..config };
-        compare(&config.arch.clone(), &open(&scratch, &config), &device);
+        compare(&config.arch.clone(), &tiny(&scratch, &config), &device);
     }
 }
 
@@ -108,7 +102,7 @@ fn gpu_logits_are_the_cpus_for_every_type() {
             embedding: dtype,
             ..config
         };
-        let model = open(&scratch, &config);
+        let model = tiny(&scratch, &config);
         compare(dtype.name(), &model, &whole);
         compare(&format!("{dtype} in pieces"), &model, &small);
     }
@@ -118,7 +112,7 @@ fn gpu_logits_are_the_cpus_for_every_type() {
 #[test]
 fn gpu_sequences_share_pages_like_the_cpus() {
     let scratch = Scratch::new("gpu-sequences");
-    let model = open(&scratch, &TinyConfig::new("qwen2"));
+    let model = tiny(&scratch, &TinyConfig::new("qwen2"));
     let never = AtomicBool::new(false);
     let run = |device: Device| {
         let options = SessionOptions { chunk: 256, logit_rows: 3, ..options(device) };
@@ -143,12 +137,6 @@ fn gpu_sequences_share_pages_like_the_cpus() {
     let (ours, wanted) = (run(Device::Open(device(None))), run(Device::Cpu));
     let distance = distance(&ours, &wanted);
     assert!(distance < 1e-3, "{distance}");
-}
-
-/// Every matrix of the layers.
-fn maps(model: &Model) -> Vec<String> {
-    let matrix = |w: &kinglet_engine::tape::Weight| w.name.starts_with("blk.") && w.rows > 1;
-    model.weights().iter().filter(|(_, w)| matrix(w)).map(|(_, w)| w.name.clone()).collect()
 }
 
 fn learner(model: &Model, device: Device, dropout: f32, memory_budget: Option<u64>) -> Learner {
@@ -209,7 +197,7 @@ fn gpu_gradients_are_the_cpus_for_every_architecture() {
     for config in architectures() {
         let scratch = Scratch::new(&format!("gpu-gradients-{}", config.arch));
         let config = TinyConfig { dtype: DType::F32, embedding: DType::F32, ..config };
-        compare_gradients(&config.arch.clone(), &open(&scratch, &config), &device, 0.2);
+        compare_gradients(&config.arch.clone(), &tiny(&scratch, &config), &device, 0.2);
     }
 }
 
@@ -221,7 +209,7 @@ fn gpu_gradients_are_the_cpus_for_every_type() {
         let scratch = Scratch::new(&format!("gpu-gradients-{dtype}"));
         let config =
             TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..TinyConfig::new("llama") };
-        let model = open(&scratch, &TinyConfig { dtype, embedding: dtype, ..config });
+        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..config });
         compare_gradients(dtype.name(), &model, &whole, 0.0);
         compare_gradients(&format!("{dtype} on a small device"), &model, &small, 0.0);
     }

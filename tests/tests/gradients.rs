@@ -15,24 +15,12 @@ use kinglet_engine::session::{Arithmetic, Device, LearnBatch, Learner, LearnerOp
 use kinglet_engine::tape::{Gate, LoraSpec, RopeStyle, Spec, Trained, Yarn};
 use kinglet_models::families;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
-use kinglet_tests::data::{Random, Scratch, heavy};
+use kinglet_tests::data::{Random, Scratch, heavy, maps, tiny};
 use kinglet_tests::reference::Reference;
 
 /// Most tensors that get a direction of their own; of deep models every n-th.
 const DIRECTIONS: usize = 28;
 const SCALE: f32 = 1.5;
-
-fn tiny(scratch: &Scratch, config: &TinyConfig) -> Model {
-    let path = scratch.path("tiny.gguf");
-    write_tiny(&path, config).expect("a tiny model");
-    kinglet_models::open(&path).expect("the model opens")
-}
-
-/// Every matrix of the layers.
-fn maps(model: &Model) -> Vec<String> {
-    let matrix = |w: &kinglet_engine::tape::Weight| w.name.starts_with("blk.") && w.rows > 1;
-    model.weights().iter().filter(|(_, w)| matrix(w)).map(|(_, w)| w.name.clone()).collect()
-}
 
 fn lora(model: &Model, rank: usize) -> LoraSpec {
     LoraSpec { rank, scale: SCALE, weights: maps(model), ..LoraSpec::default() }

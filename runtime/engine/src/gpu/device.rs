@@ -150,7 +150,24 @@ impl Device {
             };
             return Err(Error::Argument(format!("there is no GPU {index}: {known}")));
         };
-        let mut info = describe(index, adapter);
+        Device::of(describe(index, adapter), adapter, limits)
+    }
+
+    /// Opens the first adapter that is a GPU, on a card or in the processor, and fit; none if there is no such.
+    ///
+    /// # Errors
+    /// A driver that refuses.
+    pub fn best() -> Result<Option<Arc<Device>>> {
+        let all = adapters();
+        let infos = all.iter().enumerate().map(|(index, adapter)| (describe(index, adapter), adapter));
+        let real = |info: &DeviceInfo| matches!(info.kind, DeviceKind::Discrete | DeviceKind::Integrated);
+        match infos.into_iter().find(|(info, _)| info.unfit.is_none() && real(info)) {
+            Some((info, adapter)) => Device::of(info, adapter, Limits::default()).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn of(mut info: DeviceInfo, adapter: &wgpu::Adapter, limits: Limits) -> Result<Arc<Device>> {
         if let Some(why) = &info.unfit {
             return Err(Error::Unsupported(format!("{}: {why}; use the CPU", info.name)));
         }
@@ -312,9 +329,7 @@ impl Device {
             _ => return Err(self.error("results cannot be read back; open the session again")),
         }
         let view = staging.get_mapped_range(0..bytes).map_err(|e| self.error(format!("{e:?}")))?;
-        for (to, from) in out.iter_mut().zip(view.iter()) {
-            *to = *from;
-        }
+        out.copy_from_slice(&view);
         drop(view);
         staging.unmap();
         Ok(())

@@ -15,7 +15,7 @@ use super::record::{Binds, Dispatch, Recorder, Scratch};
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
-    Batch, Frequencies, Param, Plan, PlanLimits, Purpose, Rows, Spec, Tape, Timing, Timings, Trained, Weights, decoder,
+    Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, Spec, Tape, Timing, Timings, Trained, Weights, decoder,
 };
 use crate::{Error, Result, random};
 
@@ -107,7 +107,16 @@ impl Program {
             let logits = &mut tape.values[tape.result.0 as usize];
             logits.width = logits.width.next_multiple_of(4);
         }
-        let plan = Plan::with_reads(&tape, limits, |_, _| None, |index| forward::reads_on_the_way(&tape, index));
+        let plan = Plan::with_reads(
+            &tape,
+            limits,
+            |_, _| None,
+            |index| match purpose {
+                Purpose::Generate => forward::reads_on_the_way(&tape, index),
+                // Nothing is decoded, so every op is a dispatch of its own.
+                Purpose::Score | Purpose::Learn => Vec::new(),
+            },
+        );
         let mut end = (plan.arena_bytes as u64 / 4).next_multiple_of(64);
         let mut place = |floats: usize| {
             let at = end as u32;
@@ -133,7 +142,7 @@ pub struct Executor {
     device: Arc<Device>,
     spec: Spec,
     weights: Arc<Weights>,
-    uploaded: Arc<Uploaded>,
+    uploaded: Uploaded,
     options: ExecutorOptions,
     programs: Vec<Program>,
     pool: Pool,
@@ -166,7 +175,7 @@ impl Executor {
         if let Some(why) = forward::unfit(&program.tape, &weights) {
             return Err(Error::Unsupported(format!("on the GPU: {why}; use the CPU")));
         }
-        let uploaded = Arc::new(Uploaded::new(device, spec, &weights)?);
+        let uploaded = Uploaded::new(device, spec, &weights)?;
         // Nothing is cached in learning.
         let element = if options.half() { 2 } else { 4 };
         let pool = Pool::new(device.clone(), spec, element)?;
@@ -202,11 +211,6 @@ impl Executor {
         ExecutorNeeds { arena: 4 * program.scratch.end, param_count: program.tape.param_count() }
     }
 
-    /// Bytes of the cache when one sequence holds `positions`.
-    pub fn cache_bytes(spec: &Spec, kv_type: DType, positions: usize) -> u64 {
-        Pool::bytes(spec, if kv_type == DType::F16 { 2 } else { 4 }, positions)
-    }
-
     /// The device.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
@@ -215,11 +219,6 @@ impl Executor {
     /// The tape for what the executor was set up for.
     pub fn tape(&self) -> &Tape {
         &self.programs[0].tape
-    }
-
-    /// The trained matrices.
-    pub fn params(&self) -> &[Param] {
-        &self.programs[0].tape.params
     }
 
     /// What decoding one token moves.

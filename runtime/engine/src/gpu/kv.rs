@@ -54,12 +54,6 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Bytes of all layers' buffers when they hold `positions` in one sequence.
-    pub fn bytes(spec: &Spec, element_bytes: usize, positions: usize) -> u64 {
-        let pages = positions.div_ceil(PAGE).max(FIRST_PAGES).next_power_of_two();
-        (pages * 2 * spec.kv_heads * PAGE * spec.head_dim * element_bytes * spec.layers.len()) as u64
-    }
-
     fn buffers(&self, pages: usize, layers: usize) -> Result<Vec<wgpu::Buffer>> {
         (0..layers).map(|_| self.device.storage(pages as u64 * self.page_bytes, "the KV cache")).collect()
     }

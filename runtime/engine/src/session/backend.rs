@@ -47,19 +47,11 @@ impl std::str::FromStr for Device {
 impl Device {
     /// The device to try, opened; none for the CPU.
     pub(super) fn open(&self) -> Result<Option<Arc<gpu::Device>>> {
-        let limits = gpu::Limits::default();
         match self {
             Device::Cpu => Ok(None),
-            Device::Gpu(index) => gpu::Device::open(*index, limits).map(Some),
+            Device::Auto => gpu::Device::best(),
+            Device::Gpu(index) => gpu::Device::open(*index, gpu::Limits::default()).map(Some),
             Device::Open(device) => Ok(Some(device.clone())),
-            Device::Auto => {
-                use gpu::DeviceKind::{Discrete, Integrated};
-                let fit = |d: &gpu::DeviceInfo| d.unfit.is_none() && matches!(d.kind, Discrete | Integrated);
-                match gpu::devices().into_iter().find(fit) {
-                    Some(info) => gpu::Device::open(info.index, limits).map(Some),
-                    None => Ok(None),
-                }
-            }
         }
     }
 }

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::{
     AdapterReport, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence, SessionOptions,
 };
-
 use crate::tape::{Purpose, Timing};
 use crate::{Error, Result};
 

@@ -6,8 +6,7 @@ struct Op {
     q: u32, k: u32, v: u32, out: u32,
     lse: u32, scale: f32, cap: f32, slopes: u32,
     kv: Kv,
-    q_norm: u32, k_norm: u32, eps: f32, dims: u32,
-    table: u32, halves: u32, unused0: u32, unused1: u32,
+    turn: Turning,
 }
 
 var<workgroup> query: array<f32, 256>;
@@ -30,11 +29,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var first = 0u;
     if kv.window > 0u && position + 1u > kv.window { first = position + 1u - kv.window; }
     if FUSED {
-        let turn = Turn(op.k_norm, op.eps, op.dims, op.table, op.halves);
-        load_head(turn, t, op.k + own, dim);
-        for (var i = t; i < dim; i += 64u) { key[i] = turned(turn, row, i, 1.0); }
-        load_head(Turn(op.q_norm, op.eps, op.dims, op.table, op.halves), t, op.q + mine, dim);
-        for (var i = t; i < dim; i += 64u) { query[i] = turned(turn, row, i, 1.0); }
+        load_head(op.turn.k_norm, op.turn.eps, t, op.k + own, dim);
+        for (var i = t; i < dim; i += 64u) { key[i] = turned(op.turn, row, i, 1.0); }
+        load_head(op.turn.q_norm, op.turn.eps, t, op.q + mine, dim);
+        for (var i = t; i < dim; i += 64u) { query[i] = turned(op.turn, row, i, 1.0); }
     } else {
         for (var i = t; i < dim; i += 64u) { query[i] = arena[op.q + mine + i]; }
     }

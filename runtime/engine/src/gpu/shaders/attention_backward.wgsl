@@ -16,15 +16,16 @@ var<workgroup> other: array<f32, 256>;
 var<workgroup> weights_p: array<f32, 64>;
 var<workgroup> weights_s: array<f32, 64>;
 
-fn product(a: u32, b: u32, dim: u32) -> f32 {
-    var s = 0.0;
-    for (var i = 0u; i < dim; i++) { s += arena[a + i] * arena[b + i]; }
+// The products of `own` and of `other` with vectors of the arena.
+fn products(first: u32, second: u32, dim: u32) -> vec2<f32> {
+    var s = vec2<f32>();
+    for (var i = 0u; i < dim; i++) { s += vec2(own[i] * arena[first + i], other[i] * arena[second + i]); }
     return s;
 }
 
-// Probability and gradient of the score of query head h at row i for key row j: S = `s`, dP = `dp`.
-fn gradient(h: u32, i: u32, j: u32, product: f32, dp: f32) -> vec2<f32> {
-    var s = product * op.scale;
+// Probability and gradient of the score of query head h at row i for key row j, from q·k and dP.
+fn gradient(h: u32, i: u32, j: u32, products: vec2<f32>) -> vec2<f32> {
+    var s = products.x * op.scale;
     var slope = 1.0;
     if op.cap > 0.0 {
         let y = tanh(clamp(s / op.cap, -15.0, 15.0));
@@ -33,7 +34,7 @@ fn gradient(h: u32, i: u32, j: u32, product: f32, dp: f32) -> vec2<f32> {
     }
     if op.slopes != NONE { s += constants[op.slopes + h] * (f32(j) - f32(i)); }
     let p = exp(s - arena[op.lse + i * op.kv.heads + h]);
-    return vec2(p, p * (dp - arena[op.delta + i * op.kv.heads + h]) * slope * op.scale);
+    return vec2(p, p * (products.y - arena[op.delta + i * op.kv.heads + h]) * slope * op.scale);
 }
 
 @compute @workgroup_size(64)
@@ -66,13 +67,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             var g = vec2<f32>();
             if j <= row {
                 let key = (j * kv.kv_heads + kv_head) * dim;
-                var s = 0.0;
-                var dp = 0.0;
-                for (var i = 0u; i < dim; i++) {
-                    s += own[i] * arena[op.k + key + i];
-                    dp += other[i] * arena[op.v + key + i];
-                }
-                g = gradient(h, row, j, s, dp);
+                g = gradient(h, row, j, products(op.k + key, op.v + key, dim));
             }
             workgroupBarrier();
             weights_s[t] = g.y;
@@ -107,13 +102,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             var g = vec2<f32>();
             if i < end {
                 let query = (i * kv.heads + h) * dim;
-                var s = 0.0;
-                var dp = 0.0;
-                for (var d = 0u; d < dim; d++) {
-                    s += own[d] * arena[op.q + query + d];
-                    dp += other[d] * arena[op.d_o + query + d];
-                }
-                g = gradient(h, i, row, s, dp);
+                g = gradient(h, i, row, products(op.q + query, op.d_o + query, dim));
             }
             workgroupBarrier();
             weights_p[t] = g.x;

@@ -3,8 +3,7 @@ struct Op {
     q: u32, k: u32, v: u32, q_out: u32,
     k_out: u32, cached: u32, unused0: u32, unused1: u32,
     kv: Kv,
-    q_norm: u32, k_norm: u32, eps: f32, dims: u32,
-    table: u32, halves: u32, unused2: u32, unused3: u32,
+    turn: Turning,
 }
 
 @compute @workgroup_size(64)
@@ -15,16 +14,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let h = select(group.x - op.kv.heads, group.x, is_query);
     let heads = select(op.kv.kv_heads, op.kv.heads, is_query);
     let at = (row * heads + h) * dim;
-    let turn = Turn(select(op.k_norm, op.q_norm, is_query), op.eps, op.dims, op.table, op.halves);
-    load_head(turn, t, select(op.k, op.q, is_query) + at, dim);
+    let norm = select(op.turn.k_norm, op.turn.q_norm, is_query);
+    load_head(norm, op.turn.eps, t, select(op.k, op.q, is_query) + at, dim);
     let to = select(op.k_out, op.q_out, is_query) + at;
-    for (var i = t; i < dim; i += 64u) { arena[to + i] = turned(turn, row, i, 1.0); }
+    for (var i = t; i < dim; i += 64u) { arena[to + i] = turned(op.turn, row, i, 1.0); }
     if is_query || op.cached == 0u { return; }
     let record = row_record(row);
     let key = kv_index(op.kv, record.start, record.position, 0u, h);
     let value = kv_index(op.kv, record.start, record.position, 1u, h);
     for (var i = 2u * t; i < dim; i += 128u) {
-        kv_store(key + i, vec2(turned(turn, row, i, 1.0), turned(turn, row, i + 1u, 1.0)));
+        kv_store(key + i, vec2(turned(op.turn, row, i, 1.0), turned(op.turn, row, i + 1u, 1.0)));
         let source = op.v + at + i;
         kv_store(value + i, vec2(arena[source], arena[source + 1u]));
     }

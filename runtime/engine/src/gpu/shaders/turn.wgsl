@@ -1,10 +1,10 @@
 // Norm and rotation of one head of a row, D ≤ 256, by 64 invocations.
-struct Turn { norm: u32, eps: f32, dims: u32, table: u32, halves: u32 }
+struct Turning { q_norm: u32, k_norm: u32, eps: f32, dims: u32, table: u32, halves: u32, unused0: u32, unused1: u32 }
 
 var<workgroup> head: array<f32, 256>;
 
 // Component i of a head that lies in `head`, turned by the row's angles (backwards with sign −1).
-fn turned(turn: Turn, row: u32, i: u32, sign: f32) -> f32 {
+fn turned(turn: Turning, row: u32, i: u32, sign: f32) -> f32 {
     if i >= turn.dims { return head[i]; }
     let pairs = turn.dims / 2u;
     var pair = i / 2u;
@@ -21,8 +21,8 @@ fn turned(turn: Turn, row: u32, i: u32, sign: f32) -> f32 {
     return head[i] * c + head[other] * s;
 }
 
-// Brings a head into `head`, normed if it is to be.
-fn load_head(turn: Turn, t: u32, at: u32, dim: u32) {
+// Brings a head into `head`, normed if there is a norm.
+fn load_head(norm: u32, eps: f32, t: u32, at: u32, dim: u32) {
     var sum = 0.0;
     workgroupBarrier();
     for (var i = t; i < dim; i += 64u) {
@@ -31,9 +31,9 @@ fn load_head(turn: Turn, t: u32, at: u32, dim: u32) {
         sum += v * v;
     }
     workgroupBarrier();
-    if turn.norm != NONE {
-        let rho = inverseSqrt(sum_all(t, sum) / f32(dim) + turn.eps);
-        for (var i = t; i < dim; i += 64u) { head[i] *= rho * constants[turn.norm + i]; }
+    if norm != NONE {
+        let rho = inverseSqrt(sum_all(t, sum) / f32(dim) + eps);
+        for (var i = t; i < dim; i += 64u) { head[i] *= rho * constants[norm + i]; }
         workgroupBarrier();
     }
 }
