@@ -80,6 +80,21 @@ fn adapters() -> Vec<wgpu::Adapter> {
     all
 }
 
+/// Whether a look for a GPU is worth its price: loading the drivers takes 30 ms and 50 MB, and some of their layers write to
+/// standard error. On Linux a GPU has a node in `/dev`; elsewhere the drivers are part of the system and are asked.
+fn may_have_gpu() -> bool {
+    if !cfg!(target_os = "linux") {
+        return true;
+    }
+    // Kernel drivers with render nodes, NVIDIA's own, Windows beneath Linux, and those of phones' chips.
+    const NODES: [&str; 6] = ["dri", "nvidia", "dxg", "kgsl", "mali", "pvr"];
+    let is_node = |name: &str| NODES.iter().any(|node| name.starts_with(node));
+    match std::fs::read_dir("/dev") {
+        Ok(entries) => entries.flatten().any(|entry| entry.file_name().to_str().is_some_and(is_node)),
+        Err(_) => true,
+    }
+}
+
 fn kind(t: wgpu::DeviceType) -> DeviceKind {
     match t {
         wgpu::DeviceType::DiscreteGpu => DeviceKind::Discrete,
@@ -158,6 +173,9 @@ impl Device {
     /// # Errors
     /// A driver that refuses.
     pub fn best() -> Result<Option<Arc<Device>>> {
+        if !may_have_gpu() {
+            return Ok(None);
+        }
         let all = adapters();
         let infos = all.iter().enumerate().map(|(index, adapter)| (describe(index, adapter), adapter));
         let real = |info: &DeviceInfo| matches!(info.kind, DeviceKind::Discrete | DeviceKind::Integrated);

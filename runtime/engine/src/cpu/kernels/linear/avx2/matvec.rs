@@ -2,10 +2,11 @@
 //!
 //! A unit of 256 weights at a time: its eight scales are made at once, multiplied by the activations' eight, and
 //! stored; then eight times 32 bytes are unpacked, multiplied with the tokens' bytes, and added under their scale. Rows
-//! lie one after the other, so a thread's share is one stream, which is prefetched `AHEAD` bytes before its use, over
-//! page ends that stop the hardware's prefetcher. Every row is computed alone: results do not depend on the split.
+//! lie one after the other and are computed one after the other, so a thread's share is one stream. Two rows at a time would
+//! share the loads of the activations, but long rows then come from memory at half the rate: the hardware prefetches one
+//! stream of whole pages better than two that jump, and better than software does.
 
-// Registers are numbered: `for r in 0..R` says what happens better than zipped iterators do.
+// Registers are numbered: `for t in 0..T` says what happens better than zipped iterators do.
 #![allow(clippy::needless_range_loop)]
 
 use super::super::XRow;
@@ -31,13 +32,7 @@ impl Dot for Maddubs {
     }
 }
 
-/// How far before its use a weight is prefetched, in bytes.
-const AHEAD: usize = 2048;
-
 /// Rows `rows` of the matrix at `weight` times `T` tokens: `write(t, row, value)`.
-///
-/// Rows go in pairs, which share the loads of the activations (loads are what a core runs out of here); the last of an
-/// odd number goes alone, through the same steps.
 ///
 /// # Safety
 /// The caller has AVX2, FMA, F16C and what `D` needs; every row is `row_bytes` of whole blocks for `k` values; `x`
@@ -51,44 +46,23 @@ pub(crate) unsafe fn matvec<B: Block, D: Dot, const T: usize>(
     x: [XRow; T],
     mut write: impl FnMut(usize, usize, f32),
 ) {
-    let mut row = rows.start;
-    // SAFETY: the rows lie in the matrix.
-    unsafe {
-        while row + 2 <= rows.end {
-            let p = weight.add(row * row_bytes);
-            some_rows::<B, D, 2, T>([p, p.add(row_bytes)], k, &x, |t, r, value| write(t, row + r, value));
-            row += 2;
-        }
-        if row < rows.end {
-            some_rows::<B, D, 1, T>([weight.add(row * row_bytes)], k, &x, |t, r, value| write(t, row + r, value));
-        }
-    }
-}
-
-/// `R` rows.
-#[inline(always)]
-unsafe fn some_rows<B: Block, D: Dot, const R: usize, const T: usize>(
-    mut p: [*const u8; R],
-    k: usize,
-    x: &[XRow; T],
-    mut write: impl FnMut(usize, usize, f32),
-) {
-    // SAFETY: units and their tail stay within the row.
-    unsafe {
-        let mut sums = [[[_mm256_setzero_ps(); PARTS]; T]; R];
-        // A count the compiler cannot see keeps it from unrolling `unit` into more values than there are registers.
-        let steps = std::hint::black_box(8 / B::STEP);
-        for u in 0..k / 256 {
-            unit::<B, D, R, T>(&p, u, 8, steps, x, &mut sums);
-            p = p.map(|p| p.add(B::BYTES));
-        }
-        if !k.is_multiple_of(256) {
-            let groups = k % 256 / 32;
-            unit::<B, D, R, T>(&p, k / 256, groups, groups / B::STEP, x, &mut sums);
-        }
-        for (r, sums) in sums.iter().enumerate() {
+    // A count the compiler cannot see keeps it from unrolling `unit` into more values than there are registers.
+    let steps = std::hint::black_box(8 / B::STEP);
+    for row in rows {
+        // SAFETY: the row lies in the matrix; units and their tail stay within it.
+        unsafe {
+            let mut p = weight.add(row * row_bytes);
+            let mut sums = [[_mm256_setzero_ps(); PARTS]; T];
+            for u in 0..k / 256 {
+                unit::<B, D, T>(p, u, 8, steps, &x, &mut sums);
+                p = p.add(B::BYTES);
+            }
+            if !k.is_multiple_of(256) {
+                let groups = k % 256 / 32;
+                unit::<B, D, T>(p, k / 256, groups, groups / B::STEP, &x, &mut sums);
+            }
             for (t, [a, b]) in sums.iter().enumerate() {
-                write(t, r, horizontal(_mm256_add_ps(*a, *b)));
+                write(t, row, horizontal(_mm256_add_ps(*a, *b)));
             }
         }
     }
@@ -115,40 +89,35 @@ struct Products {
     _values: [f32; 16],
 }
 
-/// Unit `u` of `R` rows, which has `groups` groups, in `steps` steps of `B::STEP`.
+/// Unit `u` of a row, which lies at `p` and has `groups` groups, in `steps` steps of `B::STEP`.
 #[inline(always)]
-unsafe fn unit<B: Block, D: Dot, const R: usize, const T: usize>(
-    p: &[*const u8; R],
+unsafe fn unit<B: Block, D: Dot, const T: usize>(
+    p: *const u8,
     u: usize,
     groups: usize,
     steps: usize,
     x: &[XRow; T],
-    sums: &mut [[[__m256; PARTS]; T]; R],
+    sums: &mut [[__m256; PARTS]; T],
 ) {
     // SAFETY: by `matvec`'s contract; activation scales are padded to a multiple of eight.
     unsafe {
-        let mut products = [[const { MaybeUninit::<Products>::uninit() }; T]; R];
-        for r in 0..R {
-            for line in 0..B::BYTES.div_ceil(64) {
-                _mm_prefetch::<_MM_HINT_T0>(p[r].wrapping_add(AHEAD + 64 * line).cast());
-            }
-            let (d, m) = B::scales(p[r], groups);
-            for t in 0..T {
-                let dx = _mm256_loadu_ps(x[t].d.add(8 * u));
-                let to = products[r][t].as_mut_ptr().cast::<f32>();
-                let part = &mut sums[r][t];
-                if B::HALVES {
-                    let low = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
-                    let high = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
-                    _mm256_store_ps(to, _mm256_mul_ps(d[0], low));
-                    _mm256_store_ps(to.add(8), _mm256_mul_ps(d[1], high));
-                    part[0] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s16.add(16 * u)), part[0]);
-                    part[1] = _mm256_fmadd_ps(m[1], _mm256_loadu_ps(x[t].s16.add(16 * u + 8)), part[1]);
-                } else {
-                    _mm256_store_ps(to, _mm256_mul_ps(d[0], dx));
-                    if !B::SIGNED {
-                        part[1] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s.add(8 * u)), part[1]);
-                    }
+        let mut products = [const { MaybeUninit::<Products>::uninit() }; T];
+        let (d, m) = B::scales(p, groups);
+        for t in 0..T {
+            let dx = _mm256_loadu_ps(x[t].d.add(8 * u));
+            let to = products[t].as_mut_ptr().cast::<f32>();
+            let part = &mut sums[t];
+            if B::HALVES {
+                let low = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+                let high = _mm256_permutevar8x32_ps(dx, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+                _mm256_store_ps(to, _mm256_mul_ps(d[0], low));
+                _mm256_store_ps(to.add(8), _mm256_mul_ps(d[1], high));
+                part[0] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s16.add(16 * u)), part[0]);
+                part[1] = _mm256_fmadd_ps(m[1], _mm256_loadu_ps(x[t].s16.add(16 * u + 8)), part[1]);
+            } else {
+                _mm256_store_ps(to, _mm256_mul_ps(d[0], dx));
+                if !B::SIGNED {
+                    part[1] = _mm256_fmadd_ps(m[0], _mm256_loadu_ps(x[t].s.add(8 * u)), part[1]);
                 }
             }
         }
@@ -157,12 +126,12 @@ unsafe fn unit<B: Block, D: Dot, const R: usize, const T: usize>(
         // Where shifts depend on the group it must be a constant, and there is no loop.
         if B::STEP == 8 {
             for g in 0..8 {
-                group::<B, D, R, T>(p, u, g, g, x, &products, sums);
+                group::<B, D, T>(p, u, g, g, x, &products, sums);
             }
         } else {
             for step in 0..steps {
                 for j in 0..B::STEP {
-                    group::<B, D, R, T>(p, u, step * B::STEP + j, j, x, &products, sums);
+                    group::<B, D, T>(p, u, step * B::STEP + j, j, x, &products, sums);
                 }
             }
         }
@@ -171,36 +140,33 @@ unsafe fn unit<B: Block, D: Dot, const R: usize, const T: usize>(
 
 /// Group `g` of unit `u`, into partial sum `part` (modulo their number).
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn group<B: Block, D: Dot, const R: usize, const T: usize>(
-    p: &[*const u8; R],
+unsafe fn group<B: Block, D: Dot, const T: usize>(
+    p: *const u8,
     u: usize,
     g: usize,
     part: usize,
     x: &[XRow; T],
-    products: &[[MaybeUninit<Products>; T]; R],
-    sums: &mut [[[__m256; PARTS]; T]; R],
+    products: &[MaybeUninit<Products>; T],
+    sums: &mut [[__m256; PARTS]; T],
 ) {
     // SAFETY: the unit has the group, and its products have been written.
     unsafe {
-        for r in 0..R {
-            let w = B::group(p[r], g);
-            let size = if B::SIGNED { _mm256_abs_epi8(w) } else { w };
-            for t in 0..T {
-                let q = _mm256_loadu_si256(x[t].q.add(256 * u + 32 * g).cast());
-                let q = if B::SIGNED { _mm256_sign_epi8(q, w) } else { q };
-                let dot = _mm256_cvtepi32_ps(D::dot(size, q));
-                let from = products[r][t].as_ptr().cast::<f32>();
-                let scale = if B::HALVES {
-                    // Lanes 0 to 3 hold the first 16 values, 4 to 7 the others.
-                    let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*from.add(2 * g).cast()));
-                    _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
-                } else {
-                    _mm256_broadcast_ss(&*from.add(g))
-                };
-                let sum = &mut sums[r][t][part % PARTS];
-                *sum = _mm256_fmadd_ps(dot, scale, *sum);
-            }
+        let w = B::group(p, g);
+        let size = if B::SIGNED { _mm256_abs_epi8(w) } else { w };
+        for t in 0..T {
+            let q = _mm256_loadu_si256(x[t].q.add(256 * u + 32 * g).cast());
+            let q = if B::SIGNED { _mm256_sign_epi8(q, w) } else { q };
+            let dot = _mm256_cvtepi32_ps(D::dot(size, q));
+            let from = products[t].as_ptr().cast::<f32>();
+            let scale = if B::HALVES {
+                // Lanes 0 to 3 hold the first 16 values, 4 to 7 the others.
+                let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*from.add(2 * g).cast()));
+                _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+            } else {
+                _mm256_broadcast_ss(&*from.add(g))
+            };
+            let sum = &mut sums[t][part % PARTS];
+            *sum = _mm256_fmadd_ps(dot, scale, *sum);
         }
     }
 }

@@ -163,8 +163,10 @@ unsafe fn tile<const T: usize, const S: usize>(slabs: Slabs<'_>, x: Rows, to: Ta
                         }
                     }
                     // Keeps the steps apart: reordered, they drown in spills.
-                    for sum in sums.as_flattened_mut() {
-                        std::arch::asm!("/* {0} */", inout(zmm_reg) * sum, options(nomem, nostack, preserves_flags));
+                    for t in 0..T {
+                        for s in 0..S {
+                            std::arch::asm!("/* {0} */", inout(zmm_reg) sums[t][s], options(nomem, nostack, preserves_flags));
+                        }
                     }
                 }
                 w = w.add(LANES * UNROLL);
