@@ -197,11 +197,18 @@ mod tests {
             &dir,
             r#"echo "$@" > "$0.args"
 while [ "$1" != --dest ]; do shift; done
-head -c 500 /dev/zero > "$TMPDIR/x.whl"; sleep 0.4
+head -c 500 /dev/zero > "$TMPDIR/x.whl"
+until [ -e "$0.seen" ]; do sleep 0.05; done
 cp "$TMPDIR/x.whl" "$2/a_b-1.2-py3-none-any.whl""#,
         );
         let mut most = 0;
-        let wheel = pip.fetch(&PART, &dir, &mut Silent, &mut |n, _| most = most.max(n)).unwrap();
+        let mut seen = |n: u64, _: &mut dyn Progress| {
+            most = most.max(n);
+            if n == 500 {
+                fs::write(dir.join("stand-in.seen"), "").unwrap();
+            }
+        };
+        let wheel = pip.fetch(&PART, &dir, &mut Silent, &mut seen).unwrap();
         assert_eq!(wheel.file_name().unwrap(), "a_b-1.2-py3-none-any.whl");
         assert_eq!(most, 500);
         let args = fs::read_to_string(dir.join("stand-in.args")).unwrap();
