@@ -5,11 +5,13 @@
 //! once, so `bytes per token / memory roof` is the time no program beats; a prompt's token costs two operations per
 //! weight of the layers.
 
-use crate::args::{Global, MODEL_HELP, MemoryArgs, positive};
+mod kernels;
+
+use crate::args::{Global, MODEL_HELP, MemoryArgs, Usage, positive};
 use crate::interrupt::{self, Interrupted};
 use crate::models;
 use crate::output::{self, Table};
-use clap::Args;
+use clap::{Args, Subcommand};
 use kinglet_engine::cpu::roof;
 use kinglet_engine::gguf::{Gguf, TensorInfo};
 use kinglet_engine::session::Session;
@@ -27,10 +29,14 @@ Timings on a busy machine mean little: look at the spread.
 Examples:
   kinglet bench smollm2
   kinglet bench model.gguf -p 512,2048 -n 128 -r 10 --threads 4 --json
-  kinglet bench smollm2 -p 512 -n 0 --ops              with the time of each kind of operation")]
+  kinglet bench smollm2 -p 512 -n 0 --ops              with the time of each kind of operation
+  kinglet bench kernels --types Q4_K,Q8_0              the kernels of linear maps, one by one")]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Arguments {
-    #[arg(help = MODEL_HELP, value_name = "MODEL")]
-    model: String,
+    #[command(subcommand)]
+    what: Option<What>,
+    #[arg(help = MODEL_HELP, value_name = "MODEL", required = true)]
+    model: Option<String>,
     /// Lengths of prompts; 0 for none
     #[arg(short = 'p', long = "prompt", value_name = "N,…", value_delimiter = ',', default_value = "512")]
     prompts: Vec<usize>,
@@ -45,6 +51,12 @@ pub struct Arguments {
     ops: bool,
     #[command(flatten)]
     memory: MemoryArgs,
+}
+
+/// What else than a model can be measured.
+#[derive(Subcommand, Debug)]
+enum What {
+    Kernels(kernels::Arguments),
 }
 
 /// One row of the result.
@@ -63,7 +75,12 @@ struct Row {
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
-    let model = models::open(&arguments.model)?;
+    let name = match (&arguments.what, &arguments.model) {
+        (Some(What::Kernels(arguments)), _) => return kernels::run(arguments, global),
+        (None, Some(name)) => name,
+        (None, None) => return Err(Usage("a model is needed".into()).into()),
+    };
+    let model = models::open(name)?;
     let longest = arguments.prompts.iter().chain(&arguments.generate).copied().max().unwrap_or(0);
     let mut session = Session::new(&model, &arguments.memory.options(longest.max(1), global))?;
     let threads = session.options().threads;
@@ -106,7 +123,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     let isa = Isa::detect().name();
     if global.json {
         return output::json(&json!({
-            "model": arguments.model,
+            "model": name,
             "file_bytes": model.gguf().file_bytes(),
             "bytes_per_token": per_token,
             "operations_per_prompt_token": ops,
@@ -121,7 +138,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     let mut table = Table::new(&["model", ">size", ">threads", "isa", ">test", ">tokens/s", "roof", ">share"]);
     for row in &rows {
         table.row(vec![
-            arguments.model.clone(),
+            name.clone(),
             output::bytes(model.gguf().file_bytes()),
             threads.to_string(),
             isa.into(),

@@ -6,6 +6,7 @@ pub mod isa;
 pub mod kernels;
 mod kv;
 mod matrix;
+pub mod measure;
 mod ops;
 mod ops_head;
 mod ops_learn;

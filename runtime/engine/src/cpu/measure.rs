@@ -1,0 +1,148 @@
+//! Times the kernels of linear maps one by one: what `kinglet bench kernels` shows.
+
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use super::isa::Isa;
+use super::kernels::linear::{
+    Activations, KERNELS, KernelInfo, LinearTask, OutMut, Q8, Q8Mut, Scratch, activation_bytes, pick, quantize_rows,
+};
+use crate::quant::DType;
+use crate::{Error, Result};
+
+/// What to time a kernel on: a matrix of `rows` × `k` weights, and tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// Rows of the matrix, which the threads divide evenly.
+    pub rows: usize,
+    /// Values in a row.
+    pub k: usize,
+    /// Tokens.
+    pub tokens: usize,
+    /// Threads.
+    pub threads: usize,
+    /// How often; the best time counts.
+    pub runs: usize,
+}
+
+/// Random weights of one type, with scales near 0.01: what kernels are timed on.
+#[derive(Debug)]
+pub struct Weights {
+    dtype: DType,
+    bytes: Vec<u8>,
+}
+
+impl Weights {
+    /// Whole blocks, `bytes` of them or a little less.
+    pub fn random(dtype: DType, bytes: usize) -> Weights {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut data: Vec<u8> = (0..bytes.div_ceil(8)).flat_map(|_| random.next().to_le_bytes()).collect();
+        data.truncate(bytes / dtype.block_bytes() * dtype.block_bytes());
+        // Where the f16 of a block are: their exponents are set, so that none is a NaN and none is huge.
+        let halves: &[usize] = match dtype {
+            DType::F16 | DType::Q4_0 | DType::Q5_0 | DType::Q8_0 | DType::IQ4_NL | DType::IQ4_XS => &[0],
+            DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
+            DType::Q2_K => &[80, 82],
+            DType::Q3_K => &[108],
+            DType::Q6_K => &[208],
+            _ => &[],
+        };
+        for block in data.chunks_exact_mut(dtype.block_bytes()) {
+            for at in halves {
+                block[at + 1] = 0x20 | (block[at + 1] & 0x83);
+            }
+            match dtype {
+                DType::Q8_K | DType::F32 => block[3] = 0x3c,
+                DType::BF16 => block[1] = 0x3c,
+                DType::MXFP4 => block[0] = 120,
+                _ => {}
+            }
+        }
+        Weights { dtype, bytes: data }
+    }
+}
+
+/// All kernels that this CPU can run, by type, each with whether [`pick`] takes it for what it is for.
+pub fn kernels(tokens: usize) -> Vec<(&'static KernelInfo, bool)> {
+    let isa = Isa::detect();
+    let names: Vec<&str> = Isa::available().into_iter().map(Isa::name).collect();
+    let mut all: Vec<&KernelInfo> = KERNELS.iter().copied().flatten().filter(|k| names.contains(&k.isa)).collect();
+    all.sort_by_key(|k| (k.dtype.ggml(), k.name));
+    let picked = |k: &KernelInfo| [1, tokens].into_iter().any(|n| pick(isa, k.dtype, n).name == k.name);
+    all.into_iter().map(|k| (k, picked(k))).collect()
+}
+
+/// The best time of `kernel` on a case.
+///
+/// # Errors
+/// [`Error::Argument`] for a matrix larger than the weights or of another type.
+pub fn time(kernel: &KernelInfo, weights: &Weights, case: &Case) -> Result<Duration> {
+    let &Case { rows, k, tokens, threads, runs } = case;
+    let (isa, dtype) = (Isa::detect(), weights.dtype);
+    let mut random = Random(7);
+    let f32s: Vec<f32> = (0..tokens * k).map(|_| (random.next() % 2001) as f32 / 1000.0 - 1.0).collect();
+    let mut q8 = vec![0u64; activation_bytes(tokens, k).div_ceil(8)];
+    // SAFETY: the buffer is large enough, aligned, and used by this thread only.
+    let dst = unsafe { Q8Mut::new(q8.as_mut_ptr().cast(), tokens, k) };
+    quantize_rows(isa, &f32s, k, 0..tokens, &dst)?;
+    let q8 = Q8::new(bytemuck::cast_slice(&q8), tokens, k)?;
+    let x = Activations { f32s: &f32s, q8: Some(q8), wide: None, tokens, k, stride: k };
+    let mut y = vec![0f32; tokens * rows];
+    // SAFETY: `y` outlives the tasks, which have disjoint rows.
+    let out = unsafe { OutMut::new(y.as_mut_ptr(), rows, y.len()) };
+    let barrier = Barrier::new(threads);
+    let work = |i: usize| -> Result<Duration> {
+        let mut scratch = Scratch::new();
+        let range = rows * i / threads..rows * (i + 1) / threads;
+        let task = LinearTask { dtype, weight: &weights.bytes, k, rows: range, x: &x, out, accumulate: false };
+        let mut best = Ok(Duration::MAX);
+        for _ in 0..runs {
+            // Whatever happens, all threads come to the barriers.
+            barrier.wait();
+            let start = Instant::now();
+            let ran = kernel.run(isa, &task, &mut scratch);
+            barrier.wait();
+            best = best.and_then(|best| ran.map(|()| start.elapsed().min(best)));
+        }
+        best
+    };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|i| scope.spawn(move || work(i))).collect();
+        let own = work(0);
+        let died = || Err(Error::argument("a thread of the measurement ended early"));
+        others.into_iter().try_fold((), |(), t| t.join().unwrap_or_else(|_| died()).map(drop)).and(own)
+    })
+}
+
+/// Xorshift: speed and reproducibility are all that is asked of it.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_listed_runs_and_one_per_use_is_picked() {
+        let all = kernels(512);
+        for dtype in DType::WEIGHTS {
+            let weights = Weights::random(dtype, 16 * dtype.row_bytes(256).unwrap());
+            let of: Vec<_> = all.iter().filter(|(k, _)| k.dtype == dtype).collect();
+            let picked = of.iter().filter(|(_, picked)| *picked).count();
+            assert!((1..=2).contains(&picked), "{dtype}: {picked}");
+            for (kernel, _) in of {
+                let case = Case { rows: 16, k: 256, tokens: 5, threads: 2, runs: 2 };
+                assert!(time(kernel, &weights, &case).unwrap() < Duration::MAX, "{}", kernel.name);
+                assert!(time(kernel, &weights, &Case { rows: 17, ..case }).is_err(), "{}", kernel.name);
+            }
+        }
+    }
+}
