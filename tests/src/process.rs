@@ -1,7 +1,7 @@
 //! The `kinglet` program, run as a user runs it.
 //!
-//! It is built on first use by the cargo that runs the tests, in the profile the tests run in, so it is never older
-//! than the sources.
+//! It is built on first use by the cargo that runs the tests, in the profile and with the features the tests have, so it is
+//! never older than the sources and seldom has to be built at all.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -13,11 +13,12 @@ use crate::source::root;
 pub fn program() -> &'static PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
-        let profile = if cfg!(debug_assertions) { "test" } else { "release" };
         let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
         let output = Command::new(cargo)
             .current_dir(root())
-            .args(["build", "--quiet", "-p", "kinglet-cli", "--profile", profile, "--message-format", "json"])
+            .args(["build", "--quiet", "--workspace", "--bin", "kinglet", "--message-format", "json"])
+            .args(["--profile", &profile()])
+            .args(cfg!(feature = "oracle").then_some("--features=kinglet-tests/oracle"))
             .stdin(Stdio::null())
             .output()
             .expect("cargo runs");
@@ -34,6 +35,16 @@ pub fn program() -> &'static PathBuf {
             .find_map(|message| message["executable"].as_str().map(PathBuf::from))
             .expect("cargo names the program")
     })
+}
+
+/// The profile of the tests: they lie in `target/PROFILE/deps`.
+fn profile() -> String {
+    let exe = std::env::current_exe().expect("a test program has a path");
+    let folder = exe.parent().and_then(|deps| deps.parent()).and_then(|folder| folder.file_name());
+    match folder.and_then(|name| name.to_str()) {
+        None | Some("debug") => "test".into(),
+        Some(name) => name.into(),
+    }
 }
 
 /// What a run printed, and how it ended.
