@@ -1,7 +1,7 @@
 //! Adapters named on the command line: `FILE` or `FILE:SCALE`, where FILE is a GGUF file or a PEFT folder.
 
 use kinglet_engine::adapter::Adapter;
-use kinglet_engine::session::{Model, ScaledAdapter, Session};
+use kinglet_engine::session::{Device, Model, ScaledAdapter, Session, SessionOptions};
 use kinglet_models::peft;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,17 +14,22 @@ pub fn open(argument: &str, model: &Model) -> anyhow::Result<ScaledAdapter> {
     Ok((Arc::new(adapter), scale))
 }
 
-/// Puts all of them in force and says so.
-pub fn apply(session: &mut Session, arguments: &[String]) -> anyhow::Result<()> {
+/// A session with all of them in force, which it says.
+pub fn session(model: &Model, mut options: SessionOptions, arguments: &[String]) -> anyhow::Result<Session> {
     if arguments.is_empty() {
-        return Ok(());
+        return Ok(Session::new(model, &options)?);
     }
-    let adapters = arguments.iter().map(|a| open(a, session.model())).collect::<anyhow::Result<Vec<_>>>()?;
+    if matches!(options.device, Device::Auto) {
+        // The GPU has no adapters beside the weights yet.
+        options.device = Device::Cpu;
+    }
+    let mut session = Session::new(model, &options)?;
+    let adapters = arguments.iter().map(|a| open(a, model)).collect::<anyhow::Result<Vec<_>>>()?;
     let report = session.set_adapters(&adapters)?;
     for ((adapter, scale), tensors) in adapters.iter().zip(&report.tensors) {
         eprintln!("adapter {}: rank {}, {tensors} matrices corrected, factor {scale}", adapter.name, adapter.rank);
     }
-    Ok(())
+    Ok(session)
 }
 
 /// Path and factor; a colon that no number follows is part of the path.

@@ -2,11 +2,10 @@
 
 use crate::args::{Global, MODEL_HELP, MemoryArgs, positive};
 use crate::interrupt::{self, Interrupted};
-use crate::{models, output, progress};
+use crate::{adapters, models, output, progress};
 use clap::Args;
 use kinglet_assistant::eval::perplexity::{Perplexity, perplexity};
 use kinglet_engine::Error;
-use kinglet_engine::session::Session;
 use kinglet_engine::text::EncodeOptions;
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -31,6 +30,9 @@ pub struct Arguments {
     /// Stop after so many windows
     #[arg(long, value_name = "N", value_parser = positive)]
     windows: Option<usize>,
+    /// Apply a LoRA adapter, a .gguf file or a PEFT folder, with an optional factor; may be given again
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    adapter: Vec<String>,
     #[command(flatten)]
     memory: MemoryArgs,
 }
@@ -43,7 +45,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     if let Some(windows) = arguments.windows {
         tokens.truncate(windows.saturating_mul(arguments.context));
     }
-    let mut session = Session::new(&model, &arguments.memory.options(arguments.context, global))?;
+    let options = arguments.memory.options(arguments.context, global);
+    let mut session = adapters::session(&model, options, &arguments.adapter)?;
     let cancel = session.cancel_handle();
     interrupt::listen(move || cancel.cancel());
     let bos = if tokenizer.adds_bos() { tokenizer.bos() } else { None };

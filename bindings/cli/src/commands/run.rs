@@ -7,7 +7,7 @@ use crate::sampling::SamplingArgs;
 use crate::{adapters, models, output};
 use anyhow::{Context, bail};
 use clap::Args;
-use kinglet_engine::session::{Device, EndReason, GenerateOptions, GenerationStats, Model, Session};
+use kinglet_engine::session::{EndReason, GenerateOptions, GenerationStats, Model, Session};
 use kinglet_engine::text::{EncodeOptions, Message};
 use serde_json::json;
 use std::io::Write;
@@ -76,13 +76,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         ignore_end: arguments.ignore_end,
         special: arguments.special,
     };
-    let mut session_options = arguments.session.memory.options(arguments.session.context, global);
-    if !arguments.adapter.is_empty() && matches!(session_options.device, Device::Auto) {
-        // The GPU has no adapters beside the weights yet.
-        session_options.device = Device::Cpu;
-    }
-    let mut session = Session::new(&model, &session_options)?;
-    adapters::apply(&mut session, &arguments.adapter)?;
+    let session_options = arguments.session.memory.options(arguments.session.context, global);
+    let mut session = adapters::session(&model, session_options, &arguments.adapter)?;
     let cancel = session.cancel_handle();
     interrupt::listen(move || cancel.cancel());
     match prompt {

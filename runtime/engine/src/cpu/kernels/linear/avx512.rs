@@ -170,8 +170,12 @@ unsafe fn matvec<B: Pair, const T: usize>(task: &LinearTask<'_>, x: &Q8<'_>, t0:
                 unit::<B, T>(p, u, 8, &x, &mut sums);
                 p = p.add(B::BYTES);
             }
-            if !task.k.is_multiple_of(256) {
-                unit::<B, T>(p, task.k / 256, task.k % 256 / 32, &x, &mut sums);
+            // Known numbers make shorter code of the widths that small models have.
+            match task.k % 256 / 32 {
+                0 => {}
+                2 => unit::<B, T>(p, task.k / 256, 2, &x, &mut sums),
+                4 => unit::<B, T>(p, task.k / 256, 4, &x, &mut sums),
+                groups => unit::<B, T>(p, task.k / 256, groups, &x, &mut sums),
             }
             for (t, [a, b]) in sums.iter().enumerate() {
                 task.out.write(t0 + t, row, _mm512_reduce_add_ps(_mm512_add_ps(*a, *b)), task.accumulate);
