@@ -186,11 +186,16 @@ pub fn enter<'a, T>(object: &'a Mutex<T>, what: &str) -> Outcome<MutexGuard<'a, 
             KINGLET_ERR_BUSY,
             format!("another call on this {what} is running; wait for it, or cancel it"),
         )),
-        Err(TryLockError::Poisoned(_)) => Err(Failure::new(
-            KINGLET_ERR_INTERNAL,
-            format!("an earlier call on this {what} failed inside the library; free it and make a new one"),
-        )),
+        Err(TryLockError::Poisoned(_)) => Err(unusable(what)),
     }
+}
+
+/// The failure of every call on an object in which one has panicked.
+pub fn unusable(what: &str) -> Failure {
+    Failure::new(
+        KINGLET_ERR_INTERNAL,
+        format!("an earlier call on this {what} failed inside the library; free it and make a new one"),
+    )
 }
 
 #[cfg(test)]

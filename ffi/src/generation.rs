@@ -14,7 +14,7 @@ use kinglet_engine::session::{EndReason, GenerateOptions};
 
 use crate::args::{self, Versioned};
 use crate::fence::{
-    Failure, KINGLET_DONE, KINGLET_OK, Outcome, enter, fence, fence_void, kinglet_error, kinglet_status,
+    Failure, KINGLET_DONE, KINGLET_OK, Outcome, enter, fence, fence_void, kinglet_error, kinglet_status, unusable,
 };
 use crate::request;
 use crate::session::kinglet_session;
@@ -166,7 +166,8 @@ impl kinglet_generation {
             Phase::Done => return Ok(None),
             Phase::Failed(failure) => return Err(failure.clone()),
             Phase::Prompt { .. } | Phase::Answer => {
-                let mut slot = enter(&self.session.slot, "session")?;
+                // Who else asks for the session now is sent away at once: waiting for that takes no time.
+                let mut slot = self.session.slot.lock().map_err(|_| unusable("session"))?;
                 match state.advance(&mut slot, &self.cancelled) {
                     Ok(Some(event)) => return Ok(Some(event)),
                     Ok(None) => self.give_back(&mut slot),

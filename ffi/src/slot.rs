@@ -13,7 +13,7 @@ enum Holder {
     /// A generation that is still feeding its prompt.
     Prompt,
     /// A generation; it borrows `Slot::session`, so it goes first.
-    Answer(Generation<'static>),
+    Answer(Box<Generation<'static>>),
 }
 
 /// A session of the engine's, which at most one generation holds.
@@ -94,7 +94,7 @@ impl Slot {
         // SAFETY: the session lives in its own allocation until `drop`, which ends the generation first; while the
         // generation lives, no other method touches the session.
         let session: &'static mut Session = unsafe { &mut *self.session.as_ptr() };
-        self.holder = Holder::Answer(session.generate(prompt, options)?);
+        self.holder = Holder::Answer(Box::new(session.generate(prompt, options)?));
         Ok(())
     }
 

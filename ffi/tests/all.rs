@@ -5,6 +5,8 @@
 
 #[path = "all/abi.rs"]
 mod abi;
+#[path = "all/bindings.rs"]
+mod bindings;
 #[path = "all/clients.rs"]
 mod clients;
 #[path = "all/hard.rs"]

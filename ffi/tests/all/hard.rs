@@ -116,9 +116,11 @@ fn pull(generation: *mut kinglet_generation) -> Answer {
             }
             match event.kind {
                 KINGLET_EVENT_TEXT => {
-                    let text = CStr::from_ptr(event.text).to_str().expect("whole UTF-8");
-                    assert_eq!(text.len(), event.text_len);
-                    answer.pieces.push(text.to_owned());
+                    // A model may write U+0000 too, so the length counts.
+                    let text = std::slice::from_raw_parts(event.text.cast::<u8>(), event.text_len + 1);
+                    let (end, text) = text.split_last().expect("a NUL at the end");
+                    answer.pieces.push(str::from_utf8(text).expect("whole UTF-8").to_owned());
+                    assert_eq!(*end, 0);
                     answer.tokens.extend_from_slice(std::slice::from_raw_parts(event.tokens, event.n_tokens));
                 }
                 KINGLET_EVENT_PREFILL => answer.prefills.push(event.prefilled_tokens),
@@ -361,40 +363,44 @@ fn eight_threads_at_once_get_busy_or_a_token_and_nothing_is_lost() {
     let request = r#"{"prompt": "the hat", "max_tokens": 100, "ignore_end": true, "sampling": {"temperature": 0}}"#;
     let alone = answer(s, request);
     assert_eq!(alone.tokens.len(), 100);
-    let g = Shared(generate(s, request).expect("a generation"));
-    let (tokens, busy, ends, turned_away) =
-        (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
     let whole = Shared(s);
-    std::thread::scope(|scope| {
-        for thread in 0..8 {
-            let (g, whole, tokens, busy, ends, turned_away) = (&g, &whole, &tokens, &busy, &ends, &turned_away);
-            scope.spawn(move || {
-                loop {
-                    let (mut event, mut err) = (event(), error());
-                    // SAFETY: the struct is this thread's; the generation may be asked by any.
-                    match unsafe { kinglet_generation_next(g.0, &mut event, &mut err) } {
-                        KINGLET_OK if event.kind == KINGLET_EVENT_TEXT => {
-                            tokens.fetch_add(event.n_tokens, Ordering::Relaxed)
+    let (busy, turned_away) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    // Until threads have met at the generation and at the session, which may take some rounds.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while busy.load(Ordering::Relaxed) == 0 || turned_away.load(Ordering::Relaxed) == 0 {
+        assert!(Instant::now() < deadline, "the threads never met");
+        let g = Shared(generate(s, request).expect("a generation"));
+        let (tokens, ends) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let (g, whole, tokens, busy, ends, turned_away) = (&g, &whole, &tokens, &busy, &ends, &turned_away);
+                scope.spawn(move || {
+                    loop {
+                        let (mut event, mut err) = (event(), error());
+                        // SAFETY: the struct is this thread's; the generation may be asked by any.
+                        match unsafe { kinglet_generation_next(g.0, &mut event, &mut err) } {
+                            KINGLET_OK if event.kind == KINGLET_EVENT_TEXT => {
+                                tokens.fetch_add(event.n_tokens, Ordering::Relaxed)
+                            }
+                            KINGLET_OK => ends.fetch_add(1, Ordering::Relaxed),
+                            KINGLET_ERR_BUSY => busy.fetch_add(1, Ordering::Relaxed),
+                            KINGLET_DONE => return,
+                            status => panic!("{status}: {}", message(&err)),
+                        };
+                        if thread % 2 == 0 {
+                            // SAFETY: the session may be asked by any thread.
+                            let status = unsafe { kinglet_session_token_count(whole.0, &mut 0, null_mut()) };
+                            assert!(matches!(status, KINGLET_OK | KINGLET_ERR_BUSY), "{status}");
+                            turned_away.fetch_add(usize::from(status == KINGLET_ERR_BUSY), Ordering::Relaxed);
                         }
-                        KINGLET_OK => ends.fetch_add(1, Ordering::Relaxed),
-                        KINGLET_ERR_BUSY => busy.fetch_add(1, Ordering::Relaxed),
-                        KINGLET_DONE => return,
-                        status => panic!("{status}: {}", message(&err)),
-                    };
-                    if thread % 2 == 0 {
-                        // SAFETY: the session may be asked by any thread.
-                        let status = unsafe { kinglet_session_token_count(whole.0, &mut 0, null_mut()) };
-                        assert!(matches!(status, KINGLET_OK | KINGLET_ERR_BUSY), "{status}");
-                        turned_away.fetch_add(usize::from(status == KINGLET_ERR_BUSY), Ordering::Relaxed);
                     }
-                }
-            });
-        }
-    });
-    assert_eq!((tokens.into_inner(), ends.into_inner()), (100, 1));
-    assert!(busy.into_inner() > 0 && turned_away.into_inner() > 0, "the threads never met");
-    // SAFETY: they are ours.
-    unsafe { kinglet_generation_free(g.0) };
+                });
+            }
+        });
+        assert_eq!((tokens.into_inner(), ends.into_inner()), (100, 1));
+        // SAFETY: it is ours.
+        unsafe { kinglet_generation_free(g.0) };
+    }
     assert_eq!(answer(s, request).tokens, alone.tokens);
     // SAFETY: they are ours.
     unsafe {
@@ -796,6 +802,34 @@ fn a_training_that_was_cancelled_is_resumed_as_if_nothing_had_happened() {
         set(&[], null(), &mut err);
         assert_eq!(answer(s, request).tokens, base.tokens);
         kinglet_session_free(s);
+        kinglet_model_free(model);
+    }
+}
+
+#[test]
+fn whoever_asks_for_a_session_does_not_disturb_the_generation_that_holds_it() {
+    let scratch = Scratch::new("disturb");
+    let model = open(&scratch.model());
+    let s = Shared(session(model, None));
+    let request = r#"{"prompt": "the hat", "max_tokens": 300, "ignore_end": true}"#;
+    let g = Shared(generate(s.0, request).expect("a generation"));
+    std::thread::scope(|scope| {
+        // `pull` takes no status but success.
+        let puller = scope.spawn(|| {
+            let g = &g;
+            pull(g.0).tokens.len()
+        });
+        while !puller.is_finished() {
+            // SAFETY: any thread may.
+            let status = unsafe { kinglet_session_reset(s.0, null_mut()) };
+            assert!(matches!(status, KINGLET_OK | KINGLET_ERR_BUSY), "{status}");
+        }
+        assert_eq!(puller.join().expect("the puller ends"), 300);
+    });
+    // SAFETY: they are ours.
+    unsafe {
+        kinglet_generation_free(g.0);
+        kinglet_session_free(s.0);
         kinglet_model_free(model);
     }
 }
