@@ -241,24 +241,27 @@ impl State {
             self.phase = Phase::Answer;
         }
         let generation = slot.answer()?;
-        let piece = generation.next()?;
+        self.text.clear();
+        let token = generation.next()?.map(|piece| {
+            self.text.extend_from_slice(piece.text.as_bytes());
+            piece.token
+        });
         let stats = generation.stats();
         self.counts.output = stats.output_tokens;
         self.counts.prefilled = self.counts.prompt;
         (self.counts.prefill, self.counts.decode) = (stats.prefill, stats.decode);
-        let Some(piece) = piece else {
+        let Some(token) = token else {
             self.phase = Phase::Ended(stats.end.unwrap_or(EndReason::EndOfText));
             return Ok(None);
         };
-        self.text.clear();
-        self.text.extend_from_slice(piece.text.as_bytes());
+        let text_len = self.text.len();
         self.text.push(0);
-        self.token = piece.token.unwrap_or(0) as i32;
+        self.token = token.unwrap_or(0) as i32;
         Ok(Some(kinglet_event {
             text: self.text.as_ptr().cast(),
-            text_len: piece.text.len(),
+            text_len,
             tokens: &raw const self.token,
-            n_tokens: usize::from(piece.token.is_some()),
+            n_tokens: usize::from(token.is_some()),
             ..self.event(KINGLET_EVENT_TEXT)
         }))
     }

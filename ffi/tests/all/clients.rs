@@ -3,7 +3,17 @@
 
 use std::process::Command;
 
-use crate::support::{Link, Scratch, compile, file, succeed};
+use crate::support::{Link, Scratch, compile, file, run, succeed};
+
+#[test]
+fn the_readme_shows_the_examples_as_they_are() {
+    let readme = std::fs::read_to_string(file("../README.md")).expect("README.md");
+    for (name, longest) in [("examples/chat.c", 40), ("examples/train.c", 60)] {
+        let source = std::fs::read_to_string(file(name)).expect(name);
+        assert!(readme.contains(&source), "README.md shows another {name}");
+        assert!(source.lines().count() <= longest, "{name} is longer than {longest} lines");
+    }
+}
 
 #[test]
 fn the_example_streams_a_chat() {
@@ -43,4 +53,15 @@ fn a_client_of_version_1_runs() {
         let output = succeed(command.arg(scratch.model()).arg(scratch.lessons()).arg(&folder));
         assert!(output.ends_with("all calls of version 1 do what they did\n"), "{output}");
     }
+}
+
+#[test]
+fn the_library_is_silent_and_rests_between_calls() {
+    let scratch = Scratch::new("quiet");
+    let program = compile(&file("tests/c/quiet.c"), &file("include"), Link::Shared, &scratch);
+    let mut command = Command::new(program);
+    command.arg(scratch.model()).arg(scratch.lessons()).arg(scratch.path("learned"));
+    let output = run(&mut command);
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), printed.as_str()), (Some(0), "silence\n"));
 }

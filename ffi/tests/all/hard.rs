@@ -188,6 +188,12 @@ fn null_and_rubbish_arguments_are_named() {
         wrong!(kinglet_model_open(file.as_ptr(), &bad, &mut out, e), KINGLET_ERR_MEMORY, "1000");
         let bad = kinglet_model_options { flags: 64, ..cpu() };
         wrong!(kinglet_model_open(file.as_ptr(), &bad, &mut out, e), KINGLET_ERR_UNSUPPORTED, "0x40");
+        // Enough for the file, too little for a session.
+        let length = std::fs::metadata(scratch.path("tiny.gguf")).expect("the file").len();
+        let tight = kinglet_model_options { memory_budget: length + 4096, ..cpu() };
+        assert_eq!(kinglet_model_open(file.as_ptr(), &tight, &mut out, e), KINGLET_OK, "{}", message(&*e));
+        wrong!(kinglet_session_create(out, null(), &mut null_mut(), e), KINGLET_ERR_MEMORY, "smaller context");
+        kinglet_model_free(out);
         wrong!(kinglet_model_open_fd(-1, 0, 0, null(), &mut out, e), KINGLET_ERR_ARG, "-1");
         wrong!(kinglet_model_open_fd(1_000_000, 0, 0, null(), &mut out, e), KINGLET_ERR_IO, "descriptor");
 

@@ -118,6 +118,8 @@ pub fn compile(source: &Path, include: &Path, link: Link, scratch: &Scratch) -> 
     compiler.arg("-I").arg(include).arg("-I").arg(file("include")).arg(source).arg("-o").arg(&program);
     match link {
         Link::Shared => {
+            // A client may stand in the way of the system's functions.
+            compiler.arg("-rdynamic");
             compiler.arg("-L").arg(&lib).arg(format!("-Wl,-rpath,{}", lib.display())).args(["-lkinglet", "-lpthread"]);
         }
         Link::Static => {

@@ -37,6 +37,7 @@ from ._native import (
     ffi,
     handle,
     lib,
+    string,
     struct,
 )
 
@@ -110,17 +111,17 @@ class Report:
 
 def version() -> str:
     """The version of the library."""
-    return ffi.string(lib.kinglet_version()).decode()
+    return string(lib.kinglet_version())
 
 
 def build() -> dict[str, Any]:
     """How the library was built and what it uses of this processor."""
-    return data(lib.kinglet_build_json)
+    return data(dict, lib.kinglet_build_json)
 
 
 def devices() -> list[dict[str, Any]]:
     """The devices that models can run on; ``backend`` of each is what ``Model`` takes."""
-    return data(lib.kinglet_devices_json)
+    return data(list, lib.kinglet_devices_json)
 
 
 class _Object:
@@ -202,7 +203,7 @@ class Model(_Object):
     @property
     def info(self) -> dict[str, Any]:
         """What the model is."""
-        return data(lib.kinglet_model_info_json, self._pointer)
+        return data(dict, lib.kinglet_model_info_json, self._pointer)
 
     @property
     def chat_template(self) -> str | None:
@@ -214,20 +215,20 @@ class Model(_Object):
         content = text.encode() if isinstance(text, str) else text
         flags = lib.KINGLET_TOKENIZE_SPECIAL * special | lib.KINGLET_TOKENIZE_CONTROL * control
         out, count = array("int32_t", lib.kinglet_tokenize, self._pointer, content, len(content), flags)
-        return ffi.unpack(out, count) if count else []
+        return list(out[0:count])
 
     def detokenize(self, tokens: Sequence[int], *, control: bool = False) -> str:
         """The text of tokens."""
         flags = lib.KINGLET_DETOKENIZE_CONTROL * control
         out, count = array("char", lib.kinglet_detokenize, self._pointer, list(tokens), len(tokens), flags)
-        return ffi.buffer(out, count)[:].decode()
+        return str(ffi.buffer(out, count)[:], "utf-8")
 
     def token_bytes(self, token: int, *, control: bool = False) -> bytes:
         """The bytes of one token, which may be a part of a character."""
         flags = lib.KINGLET_DETOKENIZE_CONTROL * control
         count, out = ffi.new("size_t *"), ffi.new("char[]", 4096)
         call(lib.kinglet_token_bytes, self._pointer, token, flags, out, 4096, count)
-        return ffi.buffer(out, count[0])[:]
+        return bytes(ffi.buffer(out, count[0]))
 
     def session(self, *, context: int = 0, kv: str | None = None, chunk: int = 0) -> Session:
         """A conversation: a window of ``context`` tokens (0: as many as the model was trained for)."""
@@ -274,7 +275,7 @@ class Adapter(_Object):
     @property
     def info(self) -> dict[str, Any]:
         """What the adapter is."""
-        return data(lib.kinglet_adapter_info_json, self._pointer)
+        return data(dict, lib.kinglet_adapter_info_json, self._pointer)
 
 
 class Session(_Object):
@@ -286,7 +287,7 @@ class Session(_Object):
     def __len__(self) -> int:
         count = ffi.new("size_t *")
         call(lib.kinglet_session_token_count, self._pointer, count)
-        return count[0]
+        return int(count[0])
 
     def __bool__(self) -> bool:
         return True
@@ -311,13 +312,13 @@ class Session(_Object):
     def logits(self) -> list[float]:
         """The logits of what follows the tokens fed last."""
         out, count = array("float", lib.kinglet_session_logits, self._pointer)
-        return ffi.unpack(out, count)
+        return list(out[0:count])
 
     def score(self, tokens: Sequence[int]) -> list[float]:
         """Reads tokens and gives the log-probability of each but the first."""
         out = ffi.new("float[]", max(len(tokens) - 1, 1))
         call(lib.kinglet_session_score, self._pointer, list(tokens), len(tokens), out, max(len(tokens) - 1, 0))
-        return ffi.unpack(out, len(tokens) - 1)
+        return list(out[0 : len(tokens) - 1])
 
     def fork(self) -> Session:
         """A second session that has read the same tokens."""
@@ -381,7 +382,7 @@ class Generation(_Object, Iterator[Piece], AsyncIterator[Piece]):
                 setattr(self, name, getattr(event, name))
             if event.kind == lib.KINGLET_EVENT_TEXT:
                 text = ffi.buffer(event.text, event.text_len)[:].decode()
-                return Piece(text, tuple(ffi.unpack(event.tokens, event.n_tokens)) if event.n_tokens else ())
+                return Piece(text, tuple(event.tokens[0 : event.n_tokens]) if event.n_tokens else ())
             if event.kind == lib.KINGLET_EVENT_END:
                 self.end = EndReason(event.end_reason)
         return None
@@ -406,14 +407,15 @@ class Trainer(_Object, Iterator[Report]):
         r = self._report
         if call(lib.kinglet_trainer_step, self._pointer, r) == lib.KINGLET_DONE:
             raise StopIteration
-        note = None if r.note == ffi.NULL else ffi.string(r.note).decode()
-        numbers = (getattr(r, name) for name in list(Report.__dataclass_fields__)[1:-1])
-        return Report(r.kind == lib.KINGLET_TRAIN_ROLLED_BACK, *numbers, note)
+        note = None if r.note == ffi.NULL else string(r.note)
+        names = [name for name in Report.__dataclass_fields__ if name not in ("rolled_back", "note")]
+        numbers = {name: getattr(r, name) for name in names}
+        return Report(rolled_back=r.kind == lib.KINGLET_TRAIN_ROLLED_BACK, note=note, **numbers)
 
     @property
     def info(self) -> dict[str, Any]:
         """What is ahead."""
-        return data(lib.kinglet_trainer_info_json, self._pointer)
+        return data(dict, lib.kinglet_trainer_info_json, self._pointer)
 
     def save(self) -> None:
         """Writes a checkpoint into the output folder."""
@@ -425,7 +427,7 @@ class Trainer(_Object, Iterator[Report]):
 
     def finish(self) -> dict[str, Any]:
         """Writes what was trained and a report into the output folder."""
-        return data(lib.kinglet_trainer_finish, self._pointer)
+        return data(dict, lib.kinglet_trainer_finish, self._pointer)
 
     def cancel(self) -> None:
         """Stops the step that is running, or else the next, from any thread: it raises ``Cancelled``."""

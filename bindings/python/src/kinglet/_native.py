@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 from cffi import FFI
 
@@ -41,7 +41,8 @@ def _library() -> str:
     return ctypes.util.find_library("kinglet") or "libkinglet.so.1"
 
 
-ffi = FFI()
+# cffi knows the types of what C returns only when it runs.
+ffi: Any = FFI()
 ffi.cdef(_declarations())
 try:
     lib: Any = ffi.dlopen(_library())
@@ -98,12 +99,20 @@ _EXCEPTIONS: dict[int, type[Error]] = {
 }
 
 
+_T = TypeVar("_T")
+
+
+def string(pointer: Any) -> str:
+    """A NUL-terminated string of the library's."""
+    return str(ffi.string(pointer), "utf-8")
+
+
 def call(function: Callable[..., int], *arguments: Any) -> int:
     """Calls ``function`` with a place for its error behind ``arguments``; a status below 0 is raised."""
     error = ffi.new("kinglet_error *")
     status = function(*arguments, error)
     if status < 0:
-        message = ffi.string(error.message).decode()
+        message = string(error.message)
         raise _EXCEPTIONS.get(status, Error)(status, message)
     return status
 
@@ -122,14 +131,16 @@ def text(function: Callable[..., int], *arguments: Any) -> str | None:
     if out[0] == ffi.NULL:
         return None
     try:
-        return ffi.string(out[0]).decode()
+        return string(out[0])
     finally:
         lib.kinglet_string_free(out[0])
 
 
-def data(function: Callable[..., int], *arguments: Any) -> Any:
-    """The JSON that ``function`` hands out, as Python values."""
-    return json.loads(text(function, *arguments) or "null")
+def data(kind: type[_T], function: Callable[..., int], *arguments: Any) -> _T:
+    """The JSON that ``function`` hands out, a ``kind``."""
+    value = json.loads(text(function, *arguments) or "null")
+    assert isinstance(value, kind)
+    return value
 
 
 def array(kind: str, function: Callable[..., int], *arguments: Any) -> Any:
