@@ -43,7 +43,7 @@ int main(int argc, char **argv) {
     ask(session, argv[4]);
 
     snprintf(config, sizeof config,
-             "{\"data\": \"%s\", \"output\": \"%s\", \"steps\": 60, \"warmup\": 5, \"lr\": 0.005, \"val_fraction\": 0}",
+             "{\"data\": \"%s\", \"output\": \"%s\", \"steps\": 60, \"warmup\": 5, \"lr\": 0.002, \"val_fraction\": 0}",
              argv[2], argv[3]);
     check(kinglet_trainer_create(model, config, &trainer, &err));
     while (check(kinglet_trainer_step(trainer, &report, &err)) == KINGLET_OK)

@@ -151,7 +151,9 @@ pub unsafe extern "C" fn kinglet_session_fork(
         fence(err, || {
             args::place(out, "session")?;
             let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
-            Ok(args::give(out, kinglet_session::new(slot.idle()?.fork()?)))
+            let fork = kinglet_session::new(slot.idle()?.fork()?);
+            enter(&fork.slot, "session")?.adapter_bytes = slot.adapter_bytes;
+            Ok(args::give(out, fork))
         })
     }
 }
@@ -236,6 +238,7 @@ pub unsafe extern "C" fn kinglet_session_memory(
             let session = slot.idle()?;
             let mut estimate = Session::estimate(session.model(), session.options())?;
             estimate.kv_cache = session.cache_bytes() as u64;
+            estimate.adapters = slot.adapter_bytes as u64;
             args::write(out, &kinglet_memory::new(estimate))?;
             Ok(KINGLET_OK)
         })
@@ -262,8 +265,9 @@ pub unsafe extern "C" fn kinglet_session_set_adapters(
             let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
             let adapters = scaled(adapters, scales, n_adapters)?;
             let (session, logits) = slot.idle_with_logits()?;
-            session.set_adapters(&adapters)?;
+            let report = session.set_adapters(&adapters)?;
             logits.clear();
+            slot.adapter_bytes = report.bytes;
             Ok(KINGLET_OK)
         })
     }

@@ -23,6 +23,8 @@ pub struct Slot {
     holder: Holder,
     /// What is next, as of the last feed: `[vocab]`, or empty.
     pub logits: Vec<f32>,
+    /// What the adapters in force take.
+    pub adapter_bytes: usize,
 }
 
 // SAFETY: the session is owned, and it and its generation may be sent (`sendable` holds the compiler to it).
@@ -37,7 +39,7 @@ const _: () = {
 impl Slot {
     pub fn new(session: Session) -> Slot {
         let session = NonNull::from(Box::leak(Box::new(session)));
-        Slot { session, holder: Holder::Nobody, logits: Vec::new() }
+        Slot { session, holder: Holder::Nobody, logits: Vec::new(), adapter_bytes: 0 }
     }
 
     /// The session.

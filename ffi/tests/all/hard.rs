@@ -801,6 +801,10 @@ fn a_training_that_was_cancelled_is_resumed_as_if_nothing_had_happened() {
         set(&[from_file], &0.0, &mut err);
         assert_eq!(answer(s, request).tokens, base.tokens);
         set(&[from_file], null(), &mut err);
+        let zero: kinglet_memory = std::mem::zeroed();
+        let mut memory = kinglet_memory { struct_size: size_of::<kinglet_memory>() as u32, ..zero };
+        assert_eq!(kinglet_session_memory(s, &mut memory, &mut err), KINGLET_OK);
+        assert!(memory.adapters > 0 && memory.total >= memory.adapters + memory.weights);
         // Freed while it is in force.
         kinglet_adapter_free(from_file);
         kinglet_adapter_free(adapter);

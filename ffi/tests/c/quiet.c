@@ -1,6 +1,8 @@
 /* Holds the library to its silence: no output, no environment read, no exit, no thread at work behind a call that has
  * returned. Stands in the way of getenv, and prints what it catches.   quiet MODEL.gguf LESSONS.jsonl FOLDER */
+#define _GNU_SOURCE
 #include <dirent.h>
+#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,10 +11,14 @@
 
 static int watching;
 
-/* Found by the library before the system's. */
+/* Found by the library before the system's. Drivers that the system loads may read what they like. */
 char *getenv(const char *name) {
-    if (watching) printf("the library reads %s\n", name);
-    return NULL;
+    char *(*systems)(const char *) = NULL;
+    Dl_info caller;
+    if (watching && dladdr(__builtin_return_address(0), &caller) && strstr(caller.dli_fname, "libkinglet"))
+        printf("the library reads %s\n", name);
+    *(void **)&systems = dlsym(RTLD_NEXT, "getenv");
+    return systems ? systems(name) : NULL;
 }
 
 /* Ticks of processor time of all threads. */

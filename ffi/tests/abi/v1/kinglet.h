@@ -313,7 +313,8 @@ typedef struct kinglet_event {
      messages     the whole conversation: [{"role": "user", "content": "Hello!"}, ...], as the OpenAI API has it; keys
                   are role, content, tool_calls, name, tool_call_id, reasoning_content. What the session has read of
                   it already is not computed again.
-     prompt       instead of messages: text to continue, without the chat template
+     prompt       instead of messages: text to continue, without the chat template; the text of control tokens in it
+                  stands for them
      tools        tools on offer, as the OpenAI API has them, for the chat template
      template     further variables of the chat template, such as {"enable_thinking": false}
      max_tokens   most tokens to generate

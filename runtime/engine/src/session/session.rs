@@ -16,6 +16,8 @@ pub struct CancelHandle(Arc<AtomicBool>);
 
 impl CancelHandle {
     /// Asks to stop. One atomic store: safe in a signal handler.
+    // Inlined, so that a caller's proof that it cannot unwind sees the store.
+    #[inline]
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
