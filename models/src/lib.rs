@@ -16,6 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kinglet_engine::Result;
+use kinglet_engine::adapter::Adapter;
 use kinglet_engine::gguf::Gguf;
 use kinglet_engine::session::Model;
 
@@ -25,6 +26,15 @@ use kinglet_engine::session::Model;
 /// A file that is no GGUF or is damaged, an architecture that is not supported, tensors that do not fit the metadata.
 pub fn open(path: impl AsRef<Path>) -> Result<Model> {
     load(Gguf::open(path)?)
+}
+
+/// Opens the LoRA adapter at `path` for `model`: a GGUF file, or a folder as PEFT writes it.
+///
+/// # Errors
+/// What [`Adapter::open`] and [`peft::read`] say of files that are no adapters or do not fit `model`.
+pub fn open_adapter(path: impl AsRef<Path>, model: &Model) -> Result<Adapter> {
+    let path = path.as_ref();
+    if path.is_dir() { peft::read(path, model) } else { Adapter::open(path) }
 }
 
 /// As [`open`], for a GGUF that is already mapped or read.

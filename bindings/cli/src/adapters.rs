@@ -1,17 +1,12 @@
 //! Adapters named on the command line: `FILE` or `FILE:SCALE`, where FILE is a GGUF file or a PEFT folder.
 
-use kinglet_engine::adapter::Adapter;
 use kinglet_engine::session::{Device, Model, ScaledAdapter, Session, SessionOptions};
-use kinglet_models::peft;
-use std::path::Path;
 use std::sync::Arc;
 
 /// Reads one adapter for `model`.
 pub fn open(argument: &str, model: &Model) -> anyhow::Result<ScaledAdapter> {
     let (path, scale) = split(argument);
-    let path = Path::new(path);
-    let adapter = if path.is_dir() { peft::read(path, model)? } else { Adapter::open(path)? };
-    Ok((Arc::new(adapter), scale))
+    Ok((Arc::new(kinglet_models::open_adapter(path, model)?), scale))
 }
 
 /// A session with all of them in force, which it says.

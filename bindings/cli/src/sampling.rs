@@ -2,11 +2,8 @@
 
 use anyhow::Context;
 use clap::Args;
-use kinglet_engine::sampling::{Mirostat, SamplerOptions};
+use kinglet_engine::sampling::{DRY_BREAKERS, Mirostat, SamplerOptions};
 use kinglet_engine::text::{EncodeOptions, Tokenizer};
-
-/// Ends of clauses, across which DRY follows no repetition unless others are named: those of llama.cpp.
-const BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
 
 /// How tokens are chosen; the chain and its defaults are llama.cpp's.
 #[derive(Args, Debug)]
@@ -78,7 +75,7 @@ impl SamplingArgs {
         let plain = EncodeOptions { add_special: false, parse_special: false };
         let mut breakers: Vec<&str> = self.dry_breaker.iter().map(String::as_str).collect();
         if breakers.is_empty() {
-            breakers = BREAKERS.into();
+            breakers = DRY_BREAKERS.into();
         }
         let m = Mirostat::default();
         let mirostat = Mirostat { tau: self.mirostat_tau.unwrap_or(m.tau), eta: self.mirostat_eta.unwrap_or(m.eta) };

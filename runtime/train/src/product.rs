@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
+use kinglet_engine::adapter::Adapter;
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Learner, Model};
 use kinglet_engine::tape::{LayerSpec, LinearSpec, LoraSpec, Trained, WeightRef};
@@ -57,6 +58,19 @@ pub fn trained(config: &TrainConfig, model: &Model) -> Result<Trained> {
     }))
 }
 
+/// The adapter that `params` of `learner` are.
+///
+/// # Errors
+/// A training of all weights, numbers that are not finite.
+pub fn adapter(learner: &Learner, params: &[f32], config: &TrainConfig) -> Result<Adapter> {
+    let mut adapter = learner.adapter(params, "the trained adapter")?;
+    // Stacked matrices come with the sum of their parts' ranks, of which `alpha/√r` would make something else.
+    if !config.rslora || adapter.entries.values().all(|e| e.rank == config.rank) {
+        (adapter.alpha, adapter.rslora) = (config.alpha as f32, config.rslora);
+    }
+    Ok(adapter)
+}
+
 /// Writes what `params` of `learner` have become into `folder`; gives the paths, and a note where a form had to be left out.
 ///
 /// # Errors
@@ -72,11 +86,7 @@ pub fn write(
         learner.write_model(params, None, &path)?;
         return Ok((vec![path], None));
     }
-    let mut adapter = learner.adapter(params, "the trained adapter")?;
-    // Stacked matrices come with the sum of their parts' ranks, of which `alpha/√r` would make something else.
-    if !config.rslora || adapter.entries.values().all(|e| e.rank == config.rank) {
-        (adapter.alpha, adapter.rslora) = (config.alpha as f32, config.rslora);
-    }
+    let adapter = adapter(learner, params, config)?;
     let gguf = folder.join("adapter.gguf");
     adapter.save(&gguf, DType::F32)?;
     match peft::write(folder, &adapter, learner.model(), None) {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use kinglet_engine::adapter::fingerprint;
+use kinglet_engine::adapter::{Adapter, fingerprint};
 use kinglet_engine::session::{Arithmetic, Device, Learner, LearnerOptions, Model};
 use serde::{Deserialize, Serialize};
 
@@ -339,6 +339,14 @@ impl Trainer {
     /// Parameters, in the places that the learner gives them.
     pub fn params(&self) -> &[f32] {
         &self.params
+    }
+
+    /// The adapter as it is after the steps so far, to try it out.
+    ///
+    /// # Errors
+    /// A training of all weights, numbers that are not finite.
+    pub fn adapter(&self) -> Result<Adapter> {
+        product::adapter(&self.learner, &self.params, &self.state.config)
     }
 
     /// The learner, for its table of times.

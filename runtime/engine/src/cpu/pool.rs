@@ -23,6 +23,9 @@ const SPINS: u32 = 2_000;
 /// Looks a worker takes for the next job before it parks: between two tokens it should still be awake.
 const JOB_SPINS: u32 = 20_000;
 
+/// A worker's stack in bytes. That of the standard library; unless it is said, RUST_MIN_STACK is read from the environment.
+const STACK: usize = 2 << 20;
+
 /// Spins on `done`, politely.
 fn spin_until(mut done: impl FnMut() -> bool) {
     let mut spins = 0;
@@ -173,6 +176,7 @@ impl Pool {
             let shared = shared.clone();
             let worker = std::thread::Builder::new()
                 .name(format!("kinglet-{index}"))
+                .stack_size(STACK)
                 .spawn(move || worker(&shared, index))
                 .map_err(|e| {
                     Error::argument(format!(

@@ -61,6 +61,10 @@ pub struct SamplerOptions {
     pub seed: Option<u64>,
 }
 
+/// Ends of clauses, which callers tokenize for [`SamplerOptions::dry_sequence_breakers`] unless they know better: those of
+/// llama.cpp.
+pub const DRY_BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
+
 /// Mirostat version 2 (Basu et al. 2021, arXiv:2007.14966).
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Mirostat {

@@ -92,6 +92,10 @@ impl Cache {
         }
     }
 
+    pub fn is_on_cpu(&self) -> bool {
+        matches!(self, Cache::Cpu(_))
+    }
+
     pub fn bytes(&self) -> usize {
         match self {
             Cache::Cpu(cache) => cache.bytes(),

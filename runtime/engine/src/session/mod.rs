@@ -12,6 +12,7 @@
 
 mod adapters;
 mod backend;
+mod devices;
 mod engine;
 mod estimate;
 mod generate;
@@ -24,6 +25,7 @@ mod trained;
 pub use crate::cpu::Arithmetic;
 pub use adapters::{AdapterReport, ScaledAdapter};
 pub use backend::Device;
+pub use devices::{DeviceSummary, devices};
 pub use engine::{Engine, Sequence, SessionOptions};
 pub use estimate::Estimate;
 pub use generate::{EndReason, GenerateOptions, Generation, GenerationStats, Piece};

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{
-    AdapterReport, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence, SessionOptions,
+    AdapterReport, Device, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence,
+    SessionOptions,
 };
 use crate::tape::{Purpose, Timing};
 use crate::{Error, Result};
@@ -15,6 +16,8 @@ pub struct CancelHandle(Arc<AtomicBool>);
 
 impl CancelHandle {
     /// Asks to stop. One atomic store: safe in a signal handler.
+    // Inlined, so that a caller's proof that it cannot unwind sees the store.
+    #[inline]
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -97,6 +100,23 @@ impl Session {
     /// Forgets everything.
     pub fn reset(&mut self) {
         self.sequence.truncate(0);
+    }
+
+    /// A second session that holds the same tokens, under the same adapters: it shares their keys and values until one of
+    /// the two writes, and has threads and activations of its own.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] on a GPU, whose caches belong to one session; [`Error::Memory`].
+    pub fn fork(&self) -> Result<Session> {
+        if !self.sequence.cache.is_on_cpu() {
+            return Err(Error::Unsupported(
+                "a fork of a session on the GPU; open a second session and feed it the same tokens".into(),
+            ));
+        }
+        let options = SessionOptions { device: Device::Cpu, ..self.options().clone() };
+        let mut engine = Engine::new(self.model(), &options)?;
+        engine.set_adapters(self.adapters())?;
+        Ok(Session { engine, sequence: self.sequence.clone(), cancel: CancelHandle::default() })
     }
 
     /// Keeps the longest common start of the window and `tokens`, forgets the rest, and says how long it is.

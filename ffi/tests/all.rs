@@ -1,0 +1,17 @@
+//! The contract, from the other side: the header against the sources, C programs against the library, and the calls that
+//! go wrong.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "all/abi.rs"]
+mod abi;
+#[path = "all/bindings.rs"]
+mod bindings;
+#[path = "all/clients.rs"]
+mod clients;
+#[path = "all/hard.rs"]
+mod hard;
+#[path = "all/header.rs"]
+mod header;
+#[path = "all/support.rs"]
+mod support;
