@@ -7,7 +7,7 @@ use crate::sampling::SamplingArgs;
 use crate::{adapters, models, output};
 use anyhow::{Context, bail};
 use clap::Args;
-use kinglet_engine::session::{Device, EndReason, GenerateOptions, GenerationStats, Model, Session};
+use kinglet_engine::session::{Device, EndReason, GenerateOptions, GenerationStats, Model, Session, Speculation};
 use kinglet_engine::text::{EncodeOptions, Message};
 use serde_json::json;
 use std::io::Write;
@@ -24,7 +24,8 @@ Examples:
   kinglet run smollm2 \"Name three rivers.\" --temperature 0
   git diff | kinglet run qwen2.5-coder - --system \"Write a commit message for this diff.\"
   kinglet run gemma3 \"Once upon a time\" --raw -n 100     continue the text, no chat template
-  kinglet run smollm2 \"Why?\" --json                      the answer with counts and times")]
+  kinglet run smollm2 \"Why?\" --json                      the answer with counts and times
+  kinglet run qwen2.5-coder - --speculate lookup < f.rs   for answers that repeat much of the question")]
 pub struct Arguments {
     #[arg(help = MODEL_HELP, value_name = "MODEL")]
     model: String,
@@ -54,6 +55,10 @@ pub struct Arguments {
     /// Apply a LoRA adapter, a .gguf file or a PEFT folder, with an optional factor; may be given again
     #[arg(long, value_name = "FILE[:SCALE]")]
     adapter: Vec<String>,
+    /// Guess tokens ahead and check them together, which gives the same answer sooner where guesses are good: lookup
+    /// (from the text so far) or a MODEL that is smaller and has the same vocabulary; off for neither
+    #[arg(long, value_name = "lookup|MODEL|off", default_value = "off")]
+    speculate: String,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -75,13 +80,26 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         stop: arguments.stop.clone(),
         ignore_end: arguments.ignore_end,
         special: arguments.special,
+        speculation: match arguments.speculate.as_str() {
+            "off" => Speculation::Off,
+            "lookup" => Speculation::Lookup,
+            _ => Speculation::Model,
+        },
     };
     let mut session_options = arguments.session.memory.options(arguments.session.context, global);
     if !arguments.adapter.is_empty() && matches!(session_options.device, Device::Auto) {
         // The GPU has no adapters beside the weights yet.
         session_options.device = Device::Cpu;
     }
+    if options.speculation != Speculation::Off {
+        session_options.logit_rows = Speculation::ROWS;
+    }
     let mut session = Session::new(&model, &session_options)?;
+    if options.speculation == Speculation::Model {
+        let draft = models::open(&arguments.speculate)?;
+        session_options.logit_rows = 1;
+        session.set_draft(Some(Session::new(&draft, &session_options)?))?;
+    }
     adapters::apply(&mut session, &arguments.adapter)?;
     let cancel = session.cancel_handle();
     interrupt::listen(move || cancel.cancel());
@@ -140,7 +158,10 @@ fn one_answer(
             "text": answer,
             "end": stats.end.map(EndReason::name),
             "prompt_tokens": stats.prompt_tokens,
+            "reused_tokens": stats.reused_tokens,
             "output_tokens": stats.output_tokens,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
             "prefill_ms": stats.prefill.as_secs_f64() * 1e3,
             "decode_ms": stats.decode.as_secs_f64() * 1e3,
         }))?;
@@ -168,7 +189,7 @@ pub fn generate(
         cancel.cancel();
     }
     while let Some(piece) = generation.next()? {
-        show(&piece.text)?;
+        show(piece.text)?;
     }
     std::io::stdout().flush()?;
     let stats = generation.stats().clone();
@@ -181,8 +202,12 @@ pub fn summary(stats: &GenerationStats) -> String {
     let rate = |tokens: usize, time: Duration| if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() };
     let computed = stats.prompt_tokens - stats.reused_tokens.min(stats.prompt_tokens);
     let decoded = stats.output_tokens.saturating_sub(1);
+    let guessed = match stats.drafted_tokens {
+        0 => String::new(),
+        drafted => format!(" ({} of {drafted} guesses right)", stats.accepted_tokens),
+    };
     format!(
-        "prompt {} tokens ({} kept), {:.0} ms, {:.1} tokens/s; answer {} tokens, {:.1} tokens/s; ended by {}",
+        "prompt {} tokens ({} kept), {:.0} ms, {:.1} tokens/s; answer {} tokens, {:.1} tokens/s{guessed}; ended by {}",
         stats.prompt_tokens,
         stats.reused_tokens,
         stats.prefill.as_secs_f64() * 1e3,

@@ -135,7 +135,7 @@ impl KvCache {
     }
 
     /// The pages' addresses, first to last.
-    pub(super) fn page_pointers(&self) -> Vec<*const u8> {
-        self.pages.iter().map(|p| p.as_ptr().cast_const()).collect()
+    pub(super) fn page_pointers(&self) -> impl Iterator<Item = *const u8> + '_ {
+        self.pages.iter().map(|p| p.as_ptr().cast_const())
     }
 }

@@ -8,7 +8,7 @@ use super::backend::{Backend, Cache, Device};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions, KvCache, KvLayout};
 use crate::quant::DType;
-use crate::tape::{Batch, PlanLimits, Purpose, Segment, Timing};
+use crate::tape::{Batch, PlanLimits, Purpose, Segments, Timing};
 use crate::{Error, Result};
 
 /// How a session is set up. The default suits a chat on a laptop.
@@ -74,6 +74,36 @@ impl Sequence {
     }
 }
 
+/// Sequences with the tokens to feed to each.
+struct Feeds<'a, 's, 't>(&'a mut [(&'s mut Sequence, &'t [u32])]);
+
+impl Segments<Cache> for Feeds<'_, '_, '_> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn rows(&self, index: usize) -> usize {
+        self.0[index].1.len()
+    }
+
+    fn cache(&mut self, index: usize) -> Option<&mut Cache> {
+        Some(&mut self.0[index].0.cache)
+    }
+}
+
+/// The rows of a run that give logits or, with targets, cross-entropies.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Wanted<'a> {
+    /// Logits of no row.
+    Nothing,
+    /// Logits of each sequence's last row.
+    Last,
+    /// Logits of all rows.
+    All,
+    /// Cross-entropies of chosen rows, increasing, with the target of each.
+    Scores { outputs: &'a [u32], targets: &'a [u32] },
+}
+
 /// A model made ready to run. See the module's text.
 #[derive(Debug)]
 pub struct Engine {
@@ -84,6 +114,9 @@ pub struct Engine {
     /// Why the CPU runs the model though a GPU was asked for, or looked for.
     fallback: Option<String>,
     adapters: Arc<[ScaledAdapter]>,
+    /// Tokens of a run, and its outputs: kept, so that a run need not allocate.
+    tokens: Vec<u32>,
+    outputs: Vec<u32>,
 }
 
 impl Engine {
@@ -96,7 +129,16 @@ impl Engine {
         let layout = KvLayout::new(model.spec(), options.kv_type)?;
         Engine::estimate(model, &options)?.check(options.memory_budget)?;
         let (backend, fallback) = open(model, &options)?;
-        Ok(Engine { model: model.clone(), options, layout, backend, fallback, adapters: Arc::new([]) })
+        Ok(Engine {
+            model: model.clone(),
+            options,
+            layout,
+            backend,
+            fallback,
+            adapters: Arc::new([]),
+            tokens: Vec::new(),
+            outputs: Vec::new(),
+        })
     }
 
     /// What [`Engine::new`] with the same arguments will come to need, with one sequence of the full context.
@@ -164,32 +206,23 @@ impl Engine {
     /// # Errors
     /// More tokens than a chunk or sequences than `logit_rows`, token ids outside the vocabulary, a full context,
     /// [`Error::Cancelled`] (no sequence has changed then).
-    pub fn step(&mut self, feeds: &mut [(&mut Sequence, &[u32])], cancel: &AtomicBool) -> Result<&[f32]> {
-        let mut last = 0;
-        let outputs: Vec<u32> = feeds
-            .iter()
-            .map(|(_, tokens)| {
-                last += tokens.len() as u32;
-                last.saturating_sub(1)
-            })
-            .collect();
-        self.run(Purpose::Generate, feeds, &outputs, &[], cancel)
+    pub fn step(&mut self, feeds: &mut [(&mut Sequence, &[u32])], cancel: &AtomicBool) -> Result<&mut [f32]> {
+        self.run(feeds, Wanted::Last, false, cancel)
     }
 
-    /// Feeds one sequence and gives a result for chosen rows: logits for [`Purpose::Generate`], the cross-entropy of
-    /// `targets` for [`Purpose::Score`].
+    /// Feeds the sequences and gives what is wanted, row by row; `alone` as in [`Batch::alone`].
     ///
     /// # Errors
     /// As [`Engine::step`].
     pub(super) fn run(
         &mut self,
-        purpose: Purpose,
         feeds: &mut [(&mut Sequence, &[u32])],
-        outputs: &[u32],
-        targets: &[u32],
+        wanted: Wanted<'_>,
+        alone: bool,
         cancel: &AtomicBool,
-    ) -> Result<&[f32]> {
-        let mut tokens = Vec::new();
+    ) -> Result<&mut [f32]> {
+        self.outputs.clear();
+        self.tokens.clear();
         for (sequence, feed) in feeds.iter() {
             let used = sequence.tokens.len();
             if used + feed.len() > self.options.context {
@@ -200,21 +233,36 @@ impl Engine {
                     "the sequence holds keys and values of other adapters; set those again or truncate it to 0",
                 ));
             }
-            tokens.extend_from_slice(feed);
+            self.tokens.extend_from_slice(feed);
+            if matches!(wanted, Wanted::Last) {
+                self.outputs.push((self.tokens.len() as u32).saturating_sub(1));
+            }
         }
-        let segments = feeds
-            .iter_mut()
-            .map(|(sequence, feed)| Segment { cache: Some(&mut sequence.cache), rows: feed.len() })
-            .collect();
-        let result =
-            self.backend.run(purpose, Batch { tokens: &tokens, segments, outputs, targets, learning: None }, cancel)?;
+        let (purpose, targets) = match wanted {
+            Wanted::Scores { outputs, targets } => {
+                self.outputs.extend_from_slice(outputs);
+                (Purpose::Score, targets)
+            }
+            _ => (Purpose::Generate, [].as_slice()),
+        };
+        if matches!(wanted, Wanted::All) {
+            self.outputs.extend(0..self.tokens.len() as u32);
+        }
+        let (tokens, outputs) = (&self.tokens, &self.outputs);
+        let batch = Batch { tokens, segments: &mut Feeds(feeds), outputs, targets, alone, learning: None };
+        self.backend.run(purpose, batch, cancel)?;
         for (sequence, feed) in feeds {
             if sequence.tokens.is_empty() {
                 sequence.adapters = self.adapters.clone();
             }
             sequence.tokens.extend_from_slice(feed);
         }
-        Ok(result)
+        Ok(self.backend.result())
+    }
+
+    /// The result of the last run, the caller's to change.
+    pub(super) fn result(&mut self) -> &mut [f32] {
+        self.backend.result()
     }
 
     /// Puts `adapters`, each times its factor, in force from the next run on, in place of those before; none for the base
@@ -226,6 +274,7 @@ impl Engine {
     /// is no number, [`Error::Memory`] when the memory budget does not hold it. The set before stays in force then.
     pub fn set_adapters(&mut self, adapters: &[ScaledAdapter]) -> Result<AdapterReport> {
         let (tensors, corrections) = adapters::corrections(&self.model, adapters)?;
+        #[cfg_attr(not(feature = "gpu"), allow(clippy::infallible_destructuring_match))]
         let executor = match &mut self.backend {
             Backend::Cpu(executor) => executor,
             #[cfg(feature = "gpu")]

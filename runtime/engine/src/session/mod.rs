@@ -9,8 +9,10 @@
 //! | [`Device`] | where it runs |
 //! | [`Learner`] | gradients of adapters or of all weights, and what comes of them as a file |
 //! | [`Generation`] | pulls text from a session, piece by piece |
+//! | [`Speculation`] | guesses ahead, so that one run of the tape gives several tokens |
 
 mod adapters;
+mod answer;
 mod backend;
 mod engine;
 mod estimate;
@@ -19,14 +21,17 @@ mod learner;
 mod model;
 #[allow(clippy::module_inception)]
 mod session;
+mod speculate;
 mod trained;
 
 pub use crate::cpu::Arithmetic;
 pub use adapters::{AdapterReport, ScaledAdapter};
+pub use answer::{EndReason, GenerateOptions, GenerationStats, Piece};
 pub use backend::Device;
 pub use engine::{Engine, Sequence, SessionOptions};
 pub use estimate::Estimate;
-pub use generate::{EndReason, GenerateOptions, Generation, GenerationStats, Piece};
+pub use generate::Generation;
 pub use learner::{LearnBatch, Learner, LearnerOptions};
 pub use model::Model;
 pub use session::{CancelHandle, Session};
+pub use speculate::Speculation;
