@@ -8,7 +8,8 @@ use common::{Folder, adapter};
 use kinglet_engine::quant::DType;
 use kinglet_engine::sampling::{Mirostat, SamplerOptions};
 use kinglet_engine::session::{
-    EndReason, GenerateOptions, GenerationStats, Model, Session, SessionOptions, Speculation,
+    Batcher, EndReason, Engine, GenerateOptions, GenerationStats, Model, PrefixCache, Session, SessionOptions,
+    Speculation,
 };
 use kinglet_models::tiny::TinyConfig;
 
@@ -217,5 +218,331 @@ fn guesses_stay_within_the_window_and_the_answer() {
         let (tokens, stats) = answer(&mut session, &prompt(30), options(7));
         assert_eq!((tokens.len(), stats.end), (7, Some(EndReason::Length)), "{speculation:?}");
         assert!(session.position() <= 37, "guesses that nobody looked at are gone");
+    }
+}
+
+/// The answer to `prompt` of a session that is its own.
+fn alone(model: &Model, prompt: &[u32], options: GenerateOptions) -> Vec<u32> {
+    answer(&mut session(model), prompt, options).0
+}
+
+fn sampled(seed: u64, max_tokens: usize) -> GenerateOptions {
+    GenerateOptions { sampler: with_seed(seed), max_tokens, ..Default::default() }
+}
+
+#[test]
+fn a_prompt_that_was_computed_is_not_computed_again() {
+    let folder = Folder::new("prefix");
+    let model = folder.model(&TinyConfig::new("llama"));
+    let cache = PrefixCache::new(64 << 20);
+    let cached = SessionOptions { prefix_cache: Some(cache.clone()), ..options() };
+    let open = |options: &SessionOptions| Session::new(&model, options).unwrap();
+    let chat = |question: u32| [prompt(150), vec![question, 7, question + 1, 9, 3]].concat();
+    let (_, stats) = answer(&mut open(&cached), &chat(1), sampled(1, 10));
+    assert_eq!((stats.reused_tokens, cache.len()), (0, 1));
+    let (tokens, stats) = answer(&mut open(&cached), &chat(2), sampled(1, 10));
+    assert_eq!((stats.reused_tokens, stats.prompt_tokens), (150, 155));
+    assert_eq!(tokens, alone(&model, &chat(2), sampled(1, 10)));
+    // The first session's own window is no worse than the cache; the prompt as a whole lacks its last token's logits.
+    let (_, stats) = answer(&mut open(&cached), &chat(2), sampled(2, 10));
+    assert_eq!(stats.reused_tokens, 154);
+
+    // Nothing is shared between what is computed differently.
+    let other = SessionOptions { kv_type: DType::F32, ..cached.clone() };
+    assert_eq!(answer(&mut open(&other), &chat(2), sampled(1, 3)).1.reused_tokens, 0);
+    let mut adapted = open(&cached);
+    adapted.set_adapters(&[(Arc::new(adapter(&model, 4, 1, false)), 1.0)]).unwrap();
+    assert_eq!(answer(&mut adapted, &chat(2), sampled(1, 3)).1.reused_tokens, 0);
+    let twin = folder.model(&TinyConfig::new("llama"));
+    assert_eq!(answer(&mut Session::new(&twin, &cached).unwrap(), &chat(2), sampled(1, 3)).1.reused_tokens, 0);
+}
+
+#[test]
+fn the_prefix_cache_stays_in_its_bounds() {
+    let folder = Folder::new("bounds");
+    let model = folder.model(&TinyConfig::new("llama"));
+    let cache = PrefixCache::new(u64::MAX);
+    let cached = |cache: &PrefixCache| SessionOptions { prefix_cache: Some(cache.clone()), ..options() };
+    let ask = |cache: &PrefixCache, prompt: &[u32]| {
+        answer(&mut Session::new(&model, &cached(cache)).unwrap(), prompt, sampled(1, 1)).1.reused_tokens
+    };
+    ask(&cache, &prompt(120));
+    let page = cache.bytes();
+    // A second prompt with the same first page costs one page, and one that goes on from another takes its place.
+    ask(&cache, &[prompt(128), vec![1; 60]].concat());
+    let both = cache.bytes();
+    ask(&cache, &[prompt(128), vec![1; 70]].concat());
+    assert_eq!((cache.len(), cache.bytes()), (1, both));
+    ask(&cache, &[prompt(128), vec![2; 60]].concat());
+    assert_eq!((cache.len(), cache.bytes()), (2, 3 * page));
+
+    let cache = PrefixCache::new(2 * page);
+    for first in [10, 20, 10, 30] {
+        ask(&cache, &[vec![first; 50], prompt(50)].concat());
+        assert!(cache.bytes() <= 2 * page);
+    }
+    assert_eq!(ask(&cache, &[vec![20; 50], prompt(50)].concat()), 0, "the one that was longest unasked went");
+    assert_eq!(ask(&cache, &[vec![30; 50], prompt(50)].concat()), 99);
+    cache.clear();
+    assert!(cache.is_empty() && cache.bytes() == 0);
+}
+
+#[test]
+fn a_saved_session_goes_on_as_if_nothing_had_been() {
+    for (kv_type, len) in [(DType::F16, 150), (DType::Q8_0, 128), (DType::F32, 3)] {
+        let folder = Folder::new(&format!("saved-{kv_type}"));
+        let model = folder.model(&TinyConfig { head_dim: 32, ..TinyConfig::new("llama").with_dtype(DType::Q4_1) });
+        let options = SessionOptions { kv_type, ..options() };
+        let mut first = Session::new(&model, &options).unwrap();
+        let adapters = [(Arc::new(adapter(&model, 4, 1, false)), 0.5)];
+        first.set_adapters(&adapters).unwrap();
+        let (tokens, _) = answer(&mut first, &prompt(len), sampled(1, 20));
+        let path = folder.0.join("chat.kinglet");
+        first.save(&path, "a note: é").unwrap();
+        let mut second = Session::new(&model, &options).unwrap();
+        second.set_adapters(&adapters).unwrap();
+        assert_eq!(second.load(&path).unwrap(), "a note: é");
+        assert_eq!(second.tokens(), first.tokens());
+        let more = [prompt(len), tokens, vec![5, 6]].concat();
+        let (want, one) = answer(&mut first, &more, sampled(2, 30));
+        let (found, two) = answer(&mut second, &more, sampled(2, 30));
+        assert_eq!((found, two.reused_tokens), (want, one.reused_tokens));
+        assert_eq!(two.reused_tokens, more.len() - 3);
+    }
+}
+
+#[test]
+fn saved_sessions_that_do_not_fit_are_refused() {
+    let folder = Folder::new("misfits");
+    let model = folder.named("one.gguf", &TinyConfig::new("llama"));
+    let other = folder.named("two.gguf", &TinyConfig { seed: 2, ..TinyConfig::new("llama") });
+    let mut saved = session(&model);
+    saved.feed(&prompt(140)).unwrap();
+    let path = folder.0.join("chat.kinglet");
+    saved.save(&path, "").unwrap();
+    let refused = |session: &mut Session, says: &str| {
+        session.feed(&[1, 2]).unwrap();
+        let error = session.load(&path).unwrap_err().to_string();
+        assert!(error.contains(says) && error.contains("chat.kinglet"), "{error}");
+        assert_eq!(session.tokens(), [1, 2], "the window stays");
+        session.reset();
+    };
+    refused(&mut session(&other), "belongs to the model");
+    refused(
+        &mut Session::new(&model, &SessionOptions { kv_type: DType::F32, ..options() }).unwrap(),
+        "type of KV cache",
+    );
+    refused(&mut Session::new(&model, &SessionOptions { context: 100, ..options() }).unwrap(), "larger context");
+    let mut adapted = session(&model);
+    adapted.set_adapters(&[(Arc::new(adapter(&model, 4, 1, false)), 1.0)]).unwrap();
+    refused(&mut adapted, "other adapters");
+
+    // Cut short, made longer, any byte changed: found before anything is taken over.
+    let bytes = std::fs::read(&path).unwrap();
+    let mut fresh = session(&model);
+    for len in [0, 7, 16, 40, 300, bytes.len() / 2, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..len]).unwrap();
+        refused(&mut fresh, "");
+    }
+    std::fs::write(&path, [&bytes[..], &[0]].concat()).unwrap();
+    refused(&mut fresh, "should have");
+    let step = bytes.len() / 199;
+    for at in (0..600).chain((600..bytes.len()).step_by(step)) {
+        let mut bytes = bytes.clone();
+        bytes[at] ^= 0x11;
+        std::fs::write(&path, &bytes).unwrap();
+        // In the header a name may change unseen by all but the checksum.
+        refused(&mut fresh, "");
+    }
+    // A header that promises the world.
+    let mut bytes = bytes;
+    bytes[12..16].fill(0xff);
+    std::fs::write(&path, &bytes).unwrap();
+    refused(&mut fresh, "header of 4294967295 bytes");
+    std::fs::remove_file(&path).unwrap();
+    assert!(fresh.load(&path).unwrap_err().to_string().contains("chat.kinglet"));
+}
+
+/// A model of one layer, whose keys and values know nothing of the tokens before: a shifted window is one that was
+/// computed without what was dropped.
+#[test]
+fn a_window_that_lost_a_part_has_its_keys_where_they_belong() {
+    for (arch, layers) in [("llama", 1), ("qwen2", 1), ("gemma3", 1), ("chatglm", 1)] {
+        for (kv_type, most) in [(DType::F32, 1e-3), (DType::F16, 0.02), (DType::Q8_0, 0.4)] {
+            let folder = Folder::new(&format!("shift-{arch}-{kv_type}"));
+            let base = TinyConfig::new(arch);
+            let config = TinyConfig { layers, width: 128, head_dim: 32, sliding_window: 300, ..base };
+            let model = folder.model(&config);
+            let options = SessionOptions { kv_type, ..options() };
+            let mut ours = Session::new(&model, &options).unwrap();
+            let text = prompt(200);
+            ours.feed(&text).unwrap();
+            ours.shift(5, 90).unwrap();
+            let kept = [&text[..5], &text[95..]].concat();
+            assert_eq!(ours.tokens(), kept);
+            let found = ours.feed(&[9]).unwrap().to_vec();
+            let mut fresh = Session::new(&model, &options).unwrap();
+            fresh.feed(&kept).unwrap();
+            let want = fresh.feed(&[9]).unwrap();
+            let apart = found.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart < most, "{arch}, cache {kv_type}: logits differ by {apart}");
+            fresh.reset();
+            fresh.feed(&text).unwrap();
+            let whole = fresh.feed(&[9]).unwrap();
+            let shows = found.iter().zip(whole).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(
+                shows > 3.0 * apart,
+                "{arch}, cache {kv_type}: {apart}, but dropping a part changes no more than {shows}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_full_window_makes_room_where_that_is_wanted() {
+    let folder = Folder::new("room");
+    let model = folder.model(&TinyConfig::new("llama"));
+    let options = SessionOptions { context: 64, ..options() };
+    for speculation in [Speculation::Off, Speculation::Lookup] {
+        let mut ours = Session::new(&model, &options).unwrap();
+        let shifting = GenerateOptions { shift: Some(10), speculation, ..sampled(3, 200) };
+        let (tokens, stats) = answer(&mut ours, &prompt(30), shifting.clone());
+        assert_eq!((tokens.len(), stats.end), (200, Some(EndReason::Length)));
+        assert!(stats.dropped_tokens >= 200 + 30 - 64);
+        assert_eq!(ours.tokens()[..10], prompt(30)[..10]);
+        // What knows of text that is gone is no part of another prompt.
+        let again = [ours.tokens(), &[1, 2]].concat();
+        let (_, stats) = answer(&mut ours, &again[..40], shifting);
+        assert_eq!(stats.reused_tokens, 10);
+    }
+    let mut ours = Session::new(&model, &options).unwrap();
+    ours.feed(&prompt(20)).unwrap();
+    assert!(ours.shift(15, 6).unwrap_err().to_string().contains("20 are held"));
+    let all = GenerateOptions { shift: Some(63), ..sampled(1, 10) };
+    assert!(ours.generate(&prompt(3), all).unwrap_err().to_string().contains("nothing would be left"));
+}
+
+/// Runs `requests` through a batcher, the next one taken in every third step, and gives each answer; request `victim` is
+/// cancelled after some tokens.
+fn batched(batcher: &mut Batcher, requests: &[(Vec<u32>, GenerateOptions)], victim: Option<usize>) -> Vec<Vec<u32>> {
+    let mut answers = vec![Vec::new(); requests.len()];
+    let mut ids = Vec::new();
+    let mut ended = 0;
+    for step in 0.. {
+        if step % 3 == 0
+            && let Some((prompt, options)) = requests.get(step / 3)
+        {
+            ids.push(batcher.submit(prompt, options.clone()).unwrap());
+        }
+        let more = batcher
+            .step(|progress| {
+                let at = ids.iter().position(|id| *id == progress.request).unwrap();
+                answers[at].extend(progress.token);
+                ended += usize::from(progress.stats.end.is_some());
+            })
+            .unwrap();
+        if let Some(victim) = victim
+            && answers[victim].len() == 5
+            && batcher.cancel(ids[victim]).is_some()
+        {
+            ended += 1;
+        }
+        assert!(batcher.len() <= requests.len());
+        if !more && ids.len() == requests.len() {
+            break;
+        }
+    }
+    assert_eq!(ended, requests.len());
+    answers
+}
+
+#[test]
+fn answers_that_are_written_together_are_those_of_sessions() {
+    for (dtype, alone_rows) in [(DType::F32, false), (DType::Q4_1, true), (DType::Q4_K, true)] {
+        let folder = Folder::new(&format!("batch-{dtype}"));
+        let model = folder.model(&TinyConfig::new("llama").with_dtype(dtype));
+        let requests: Vec<(Vec<u32>, GenerateOptions)> = (0..6u32)
+            .map(|i| {
+                let mut options = sampled(u64::from(i), 10 + 5 * i as usize);
+                if i % 2 == 0 {
+                    options.sampler = SamplerOptions { repeat_penalty: 1.2, ..options.sampler };
+                }
+                ([vec![i; 3], prompt(11 + 9 * i)].concat(), options)
+            })
+            .collect();
+        let want: Vec<Vec<u32>> = requests.iter().map(|(p, o)| alone(&model, p, o.clone())).collect();
+        // Three at a time, so that some wait.
+        let open = || {
+            let mut batcher =
+                Batcher::new(Engine::new(&model, &SessionOptions { logit_rows: 3, ..options() }).unwrap());
+            batcher.set_alone(alone_rows);
+            batcher
+        };
+        assert_eq!(batched(&mut open(), &requests, None), want, "{dtype}");
+        let found = batched(&mut open(), &requests, Some(2));
+        for (i, (found, want)) in found.iter().zip(&want).enumerate() {
+            assert_eq!(found, if i == 2 { &want[..5] } else { want }, "{dtype}, request {i}");
+        }
+    }
+}
+
+#[test]
+fn a_batcher_ends_answers_and_shares_prompts() {
+    let folder = Folder::new("batch-ends");
+    let model = folder.model(&TinyConfig::new("llama").with_bpe());
+    let cache = PrefixCache::new(64 << 20);
+    let options = SessionOptions { context: 64, prefix_cache: Some(cache), logit_rows: 4, chunk: 32, ..options() };
+    let mut batcher = Batcher::new(Engine::new(&model, &options).unwrap());
+    let text = |prompt: &[u32], options: GenerateOptions| {
+        let mut session = Session::new(&model, &SessionOptions { prefix_cache: None, ..self::options() }).unwrap();
+        let mut generation = session.generate(prompt, options).unwrap();
+        let mut text = String::new();
+        while let Some(piece) = generation.next().unwrap() {
+            text.push_str(piece.text);
+        }
+        text
+    };
+    let whole = text(&prompt(40), sampled(1, 15));
+    let stop: String = whole.chars().skip(4).take(3).collect();
+    let stopping = GenerateOptions { stop: vec![stop.clone()], ..sampled(1, 15) };
+    let mut run = |options: &GenerateOptions| {
+        batcher.submit(&prompt(40), options.clone()).unwrap();
+        let (mut text, mut stats) = (String::new(), None);
+        batcher
+            .run_all(|progress| {
+                text.push_str(progress.text);
+                stats = Some(progress.stats.clone());
+            })
+            .unwrap();
+        (text, stats.unwrap())
+    };
+    let (found, stats) = run(&sampled(1, 15));
+    assert_eq!((found, stats.end, stats.reused_tokens), (whole.clone(), Some(EndReason::Length), 0));
+    let (found, stats) = run(&stopping);
+    assert_eq!((found.as_str(), stats.end), (&whole[..whole.find(&stop).unwrap()], Some(EndReason::Stop)));
+    assert_eq!(stats.reused_tokens, 39);
+    let (_, stats) = run(&GenerateOptions { ignore_end: true, ..sampled(2, 100) });
+    assert_eq!((stats.output_tokens, stats.end), (64 - 40 + 1, Some(EndReason::ContextFull)));
+    let (_, stats) = run(&GenerateOptions { ignore_end: true, shift: Some(4), ..sampled(2, 100) });
+    assert_eq!((stats.output_tokens, stats.end), (100, Some(EndReason::Length)));
+    let guessing = GenerateOptions { speculation: Speculation::Lookup, ..sampled(1, 1) };
+    assert!(batcher.submit(&prompt(3), guessing).is_err());
+    assert!(batcher.submit(&[], sampled(1, 1)).is_err() && batcher.is_empty());
+}
+
+#[test]
+fn a_model_guesses_itself() {
+    let folder = Folder::new("itself");
+    let model = folder.model(&TinyConfig::new("llama"));
+    for seed in 0..6 {
+        for sampler in [with_seed(seed), SamplerOptions { top_k: 0, min_p: 0.0, ..with_seed(seed) }] {
+            let mut session = session(&model);
+            session.set_draft(Some(self::session(&model))).unwrap();
+            let options =
+                GenerateOptions { sampler, max_tokens: 100, speculation: Speculation::Model, ..Default::default() };
+            let (_, stats) = answer(&mut session, &prompt(20), options);
+            let (drafted, accepted) = (stats.drafted_tokens, stats.accepted_tokens);
+            assert!(accepted + 3 >= drafted, "{accepted} of {drafted}");
+        }
     }
 }

@@ -23,6 +23,9 @@ pub struct GenerateOptions {
     pub special: bool,
     /// Whether to guess tokens ahead and check them together; it changes the time an answer takes, not the answer.
     pub speculation: Speculation,
+    /// Where the window is full, keep so many tokens at its start, drop half of those behind them and go on, instead of
+    /// ending; see [`Engine::shift`](super::Engine::shift).
+    pub shift: Option<usize>,
 }
 
 impl Default for GenerateOptions {
@@ -34,6 +37,7 @@ impl Default for GenerateOptions {
             ignore_end: false,
             special: false,
             speculation: Speculation::Off,
+            shift: None,
         }
     }
 }
@@ -80,7 +84,7 @@ pub struct Piece<'a> {
 pub struct GenerationStats {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Of these, taken from the window without computing.
+    /// Of these, taken from the window or the prefix cache without computing.
     pub reused_tokens: usize,
     /// Tokens generated.
     pub output_tokens: usize,
@@ -88,6 +92,8 @@ pub struct GenerationStats {
     pub drafted_tokens: usize,
     /// Of these, right.
     pub accepted_tokens: usize,
+    /// Tokens that were dropped from the window to make room.
+    pub dropped_tokens: usize,
     /// Time for the prompt.
     pub prefill: Duration,
     /// Time for the tokens behind the first.
@@ -120,6 +126,13 @@ impl Answer {
         }
         if prompt.len() > window {
             return Err(Error::ContextFull { window, used: 0, asked: prompt.len() });
+        }
+        if let Some(keep) = options.shift
+            && keep + 2 > window
+        {
+            return Err(Error::argument(format!(
+                "of a window of {window} tokens {keep} cannot be kept: nothing would be left to drop"
+            )));
         }
         let mut sampler = Sampler::new(&options.sampler, model.spec().vocab)?;
         prompt.iter().for_each(|t| sampler.accept(*t));
@@ -161,7 +174,12 @@ impl Answer {
         } else {
             self.given = self.text.len() - stops().map(|stop| overlap(&self.text, stop)).max().unwrap_or(0);
         }
-        Some(Piece { text: &self.text[..self.given], token: Some(token) })
+        Some(Piece { text: self.text(), token: Some(token) })
+    }
+
+    /// The text of the last piece.
+    pub fn text(&self) -> &str {
+        &self.text[..self.given]
     }
 
     /// Ends the answer and gives what was held back, if anything.

@@ -100,6 +100,34 @@ impl Cache {
         }
     }
 
+    /// An identity and the bytes of every page, first to last.
+    pub fn pages(&self) -> Box<dyn Iterator<Item = (usize, usize)> + '_> {
+        match self {
+            Cache::Cpu(cache) => Box::new(cache.page_sizes()),
+            #[cfg(feature = "gpu")]
+            Cache::Gpu(cache) => Box::new(cache.page_sizes()),
+        }
+    }
+
+    /// The cache in memory.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for `what` where it is on a GPU.
+    pub fn in_memory(&self, what: &str) -> Result<&cpu::KvCache> {
+        let _ = what;
+        match self {
+            Cache::Cpu(cache) => Ok(cache),
+            #[cfg(feature = "gpu")]
+            Cache::Gpu(_) => Err(Error::Unsupported(format!("{what} on the GPU; open the session on the CPU"))),
+        }
+    }
+
+    /// As [`Cache::in_memory`], to be changed.
+    pub fn in_memory_mut(&mut self, what: &str) -> Result<&mut cpu::KvCache> {
+        self.in_memory(what)?;
+        self.cpu().ok_or(Error::Unsupported(what.into()))
+    }
+
     fn cpu(&mut self) -> Option<&mut cpu::KvCache> {
         match self {
             Cache::Cpu(cache) => Some(cache),

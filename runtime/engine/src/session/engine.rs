@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+#[cfg(feature = "gpu")]
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::adapters::{self, AdapterReport, ScaledAdapter};
 use super::backend::{Backend, Cache, Device};
+use super::prefix::{Origin, PrefixCache};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions, KvCache, KvLayout};
 use crate::quant::DType;
@@ -30,6 +33,8 @@ pub struct SessionOptions {
     pub arithmetic: Arithmetic,
     /// Refuse to open when the peak would be above this many bytes, the mapped file included.
     pub memory_budget: Option<u64>,
+    /// Where computed prompts are kept for others that begin alike; its bytes come on top of the budget.
+    pub prefix_cache: Option<PrefixCache>,
 }
 
 impl Default for SessionOptions {
@@ -43,6 +48,7 @@ impl Default for SessionOptions {
             device: Device::Cpu,
             arithmetic: Arithmetic::Narrow,
             memory_budget: None,
+            prefix_cache: None,
         }
     }
 }
@@ -54,6 +60,8 @@ pub struct Sequence {
     pub(super) tokens: Vec<u32>,
     /// The adapters its keys and values were computed with.
     adapters: Arc<[ScaledAdapter]>,
+    /// From here on, keys and values know of text that has been dropped.
+    pub(super) shifted: Option<usize>,
 }
 
 impl Sequence {
@@ -66,6 +74,14 @@ impl Sequence {
     pub fn truncate(&mut self, len: usize) {
         self.tokens.truncate(len);
         self.cache.truncate(len);
+        self.shifted = self.shifted.filter(|from| *from < len);
+    }
+
+    /// Length of the longest start of `tokens` whose keys and values are here: what lies behind a dropped part does not
+    /// count, for it would not be what computing `tokens` gives.
+    pub fn common_prefix(&self, tokens: &[u32]) -> usize {
+        let held = &self.tokens[..self.shifted.unwrap_or(self.tokens.len())];
+        held.iter().zip(tokens).take_while(|(a, b)| a == b).count()
     }
 
     /// Bytes of the cache in use.
@@ -100,6 +116,8 @@ pub(super) enum Wanted<'a> {
     Last,
     /// Logits of all rows.
     All,
+    /// Logits of chosen rows, increasing.
+    Logits(&'a [u32]),
     /// Cross-entropies of chosen rows, increasing, with the target of each.
     Scores { outputs: &'a [u32], targets: &'a [u32] },
 }
@@ -114,6 +132,8 @@ pub struct Engine {
     /// Why the CPU runs the model though a GPU was asked for, or looked for.
     fallback: Option<String>,
     adapters: Arc<[ScaledAdapter]>,
+    /// This engine's own number, where its caches are of no use to another: on a GPU.
+    owner: Option<u64>,
     /// Tokens of a run, and its outputs: kept, so that a run need not allocate.
     tokens: Vec<u32>,
     outputs: Vec<u32>,
@@ -129,6 +149,14 @@ impl Engine {
         let layout = KvLayout::new(model.spec(), options.kv_type)?;
         Engine::estimate(model, &options)?.check(options.memory_budget)?;
         let (backend, fallback) = open(model, &options)?;
+        let owner = match &backend {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(_) => {
+                static COUNT: AtomicU64 = AtomicU64::new(0);
+                Some(COUNT.fetch_add(1, Ordering::Relaxed))
+            }
+        };
         Ok(Engine {
             model: model.clone(),
             options,
@@ -136,6 +164,7 @@ impl Engine {
             backend,
             fallback,
             adapters: Arc::new([]),
+            owner,
             tokens: Vec::new(),
             outputs: Vec::new(),
         })
@@ -197,7 +226,51 @@ impl Engine {
             #[cfg(feature = "gpu")]
             Backend::Gpu(_) => Cache::Gpu(crate::gpu::KvCache::default()),
         };
-        Sequence { cache, tokens: Vec::new(), adapters: self.adapters.clone() }
+        Sequence { cache, tokens: Vec::new(), adapters: self.adapters.clone(), shifted: None }
+    }
+
+    /// A sequence that begins as `tokens` do, as far as the prefix cache has it ready: empty where it has nothing, or
+    /// there is none.
+    pub fn sequence_of(&self, tokens: &[u32]) -> Sequence {
+        self.recall(tokens, 0).unwrap_or_else(|| self.sequence())
+    }
+
+    /// The start of `tokens` from the prefix cache, if it is longer than `than`.
+    pub(super) fn recall(&self, tokens: &[u32], than: usize) -> Option<Sequence> {
+        self.options.prefix_cache.as_ref()?.find(&self.origin(), tokens, than)
+    }
+
+    /// Keeps `sequence` in the prefix cache, if there is one.
+    pub fn remember(&self, sequence: &Sequence) {
+        if let Some(cache) = &self.options.prefix_cache
+            && sequence.shifted.is_none()
+            && adapters::same(&sequence.adapters, &self.adapters)
+            && !sequence.tokens.is_empty()
+        {
+            cache.keep(&self.origin(), sequence);
+        }
+    }
+
+    fn origin(&self) -> Origin {
+        let SessionOptions { kv_type, arithmetic, .. } = self.options;
+        Origin { model: self.model.clone(), kv_type, arithmetic, adapters: self.adapters.clone(), owner: self.owner }
+    }
+
+    /// Makes room in a full window: forgets `drop` tokens of `sequence` from token `keep` on, and moves those behind them
+    /// to their places (llama.cpp's context shift). Their values stay as they are and their keys are turned to the new
+    /// positions, so they still know of what was dropped: the text goes on smoothly, but not as if it had been computed
+    /// without that part.
+    ///
+    /// # Errors
+    /// Tokens that are not held; a sequence on a GPU.
+    pub fn shift(&self, sequence: &mut Sequence, keep: usize, drop: usize) -> Result<()> {
+        let cache = sequence.cache.in_memory_mut("dropping a part of the window")?;
+        cache.shift(self.model.spec(), keep, drop)?;
+        if drop > 0 {
+            sequence.tokens.drain(keep..keep + drop);
+            sequence.shifted = Some(sequence.shifted.map_or(keep, |from| from.min(keep)));
+        }
+        Ok(())
     }
 
     /// Feeds each sequence its tokens, all in one run, and gives the logits after the last token of each:
@@ -208,6 +281,14 @@ impl Engine {
     /// [`Error::Cancelled`] (no sequence has changed then).
     pub fn step(&mut self, feeds: &mut [(&mut Sequence, &[u32])], cancel: &AtomicBool) -> Result<&mut [f32]> {
         self.run(feeds, Wanted::Last, false, cancel)
+    }
+
+    /// As [`Engine::step`], without logits: for the parts of a prompt before its last.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn feed(&mut self, feeds: &mut [(&mut Sequence, &[u32])], cancel: &AtomicBool) -> Result<()> {
+        self.run(feeds, Wanted::Nothing, false, cancel).map(|_| ())
     }
 
     /// Feeds the sequences and gives what is wanted, row by row; `alone` as in [`Batch::alone`].
@@ -243,11 +324,16 @@ impl Engine {
                 self.outputs.extend_from_slice(outputs);
                 (Purpose::Score, targets)
             }
-            _ => (Purpose::Generate, [].as_slice()),
+            Wanted::Logits(outputs) => {
+                self.outputs.extend_from_slice(outputs);
+                (Purpose::Generate, [].as_slice())
+            }
+            Wanted::All => {
+                self.outputs.extend(0..self.tokens.len() as u32);
+                (Purpose::Generate, [].as_slice())
+            }
+            Wanted::Nothing | Wanted::Last => (Purpose::Generate, [].as_slice()),
         };
-        if matches!(wanted, Wanted::All) {
-            self.outputs.extend(0..self.tokens.len() as u32);
-        }
         let (tokens, outputs) = (&self.tokens, &self.outputs);
         let batch = Batch { tokens, segments: &mut Feeds(feeds), outputs, targets, alone, learning: None };
         self.backend.run(purpose, batch, cancel)?;
@@ -260,9 +346,15 @@ impl Engine {
         Ok(self.backend.result())
     }
 
-    /// The result of the last run, the caller's to change.
-    pub(super) fn result(&mut self) -> &mut [f32] {
-        self.backend.result()
+    /// The layout of the sequences' caches.
+    pub(super) fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    /// A row of the logits of the last run, the sampler's to change.
+    pub(super) fn logits_row(&mut self, row: usize) -> &mut [f32] {
+        let vocab = self.model.spec().vocab;
+        &mut self.backend.result()[row * vocab..][..vocab]
     }
 
     /// Puts `adapters`, each times its factor, in force from the next run on, in place of those before; none for the base

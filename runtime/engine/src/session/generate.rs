@@ -33,7 +33,7 @@ impl<'s> Generation<'s> {
             kind => Some(Speculator::new(kind, session, &answer.sampler)?),
         };
         // The last token is fed again even if it is held: its logits are what comes next.
-        let reused = session.keep_prefix(&prompt[..prompt.len() - 1]);
+        let reused = session.reuse_prefix(&prompt[..prompt.len() - 1]);
         session.cancel_handle().reset();
         answer.stats.reused_tokens = reused;
         let tokens = prompt[reused..].to_vec();
@@ -97,15 +97,29 @@ impl<'s> Generation<'s> {
 
     /// Feeds the tokens, and guesses behind them if there are any; gives the first row.
     fn compute(&mut self) -> Result<usize> {
-        let done = self.guess().and_then(|()| match self.tokens.len() == self.drafts {
+        let done = self.make_room().and_then(|()| self.guess()).and_then(|()| match self.tokens.len() == self.drafts {
             true => self.session.feed(&self.tokens).map(|_| ()),
             false => self.session.feed_alone(&self.tokens).map(|_| ()),
         });
         match done {
+            Ok(()) if self.answer.stats.output_tokens == 0 => self.session.remember(),
             Ok(()) => self.answer.stats.drafted_tokens += self.tokens.len() - self.drafts,
             Err(_) => self.tokens.truncate(self.drafts),
         }
         done.map(|()| 0)
+    }
+
+    /// Drops a part of a full window, if that is wanted.
+    fn make_room(&mut self) -> Result<()> {
+        if let Some(keep) = self.answer.options().shift
+            && self.session.room() == 0
+            && self.drafts == 1
+        {
+            let drop = (self.session.position() - keep).div_ceil(2);
+            self.session.shift(keep, drop)?;
+            self.answer.stats.dropped_tokens += drop;
+        }
+        Ok(())
     }
 
     fn guess(&mut self) -> Result<()> {

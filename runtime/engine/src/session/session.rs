@@ -1,9 +1,11 @@
 //! One conversation: an engine with one sequence.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::engine::Wanted;
+use super::saved;
 use super::speculate::same_vocabulary;
 use super::{
     AdapterReport, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence, SessionOptions,
@@ -24,6 +26,11 @@ impl CancelHandle {
     /// Withdraws the wish.
     pub fn reset(&self) {
         self.0.store(false, Ordering::Relaxed);
+    }
+
+    /// The flag itself, which [`Engine::step`] looks at between two ops.
+    pub fn flag(&self) -> &AtomicBool {
+        &self.0
     }
 
     /// Whether it was asked to stop.
@@ -105,9 +112,51 @@ impl Session {
 
     /// Keeps the longest common start of the window and `tokens`, forgets the rest, and says how long it is.
     pub fn keep_prefix(&mut self, tokens: &[u32]) -> usize {
-        let common = self.sequence.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let common = self.sequence.common_prefix(tokens);
         self.sequence.truncate(common);
         common
+    }
+
+    /// As [`Session::keep_prefix`], but takes the start from the prefix cache where that has more of it.
+    pub(super) fn reuse_prefix(&mut self, tokens: &[u32]) -> usize {
+        if let Some(longer) = self.engine.recall(tokens, self.sequence.common_prefix(tokens)) {
+            self.sequence = longer;
+        }
+        self.keep_prefix(tokens)
+    }
+
+    /// Keeps the window in the prefix cache, if there is one.
+    pub(super) fn remember(&self) {
+        self.engine.remember(&self.sequence);
+    }
+
+    /// Makes room: forgets `drop` tokens from token `keep` on; see [`Engine::shift`].
+    ///
+    /// # Errors
+    /// As [`Engine::shift`].
+    pub fn shift(&mut self, keep: usize, drop: usize) -> Result<()> {
+        self.engine.shift(&mut self.sequence, keep, drop)
+    }
+
+    /// Writes the window to `path`, whole or not at all, with `note`, which is the caller's own; [`Session::load`] gives it
+    /// back. What the file holds is in the text of the module `saved`.
+    ///
+    /// # Errors
+    /// A session on a GPU, [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>, note: &str) -> Result<()> {
+        saved::save(&self.engine, &self.sequence, note, path.as_ref())
+    }
+
+    /// Takes the window from a file of [`Session::save`], in place of this one, and gives the note. What is generated then
+    /// is what the session that was saved would have generated.
+    ///
+    /// # Errors
+    /// A file that is no session's, is cut short or damaged; one of another model, type of cache or set of adapters, or too
+    /// long for this window: the message says which. The window is as before then.
+    pub fn load(&mut self, path: impl AsRef<Path>) -> Result<String> {
+        let (sequence, note) = saved::load(&self.engine, path.as_ref())?;
+        self.sequence = sequence;
+        Ok(note)
     }
 
     /// A handle that stops calls on this session.
@@ -134,7 +183,7 @@ impl Session {
         let (head, tail) = tokens.split_at(last_chunk);
         let mut done = 0;
         for chunk in head.chunks(self.options().chunk) {
-            self.engine.run(&mut [(&mut self.sequence, chunk)], Wanted::Nothing, false, &self.cancel.0)?;
+            self.engine.feed(&mut [(&mut self.sequence, chunk)], &self.cancel.0)?;
             done += chunk.len();
             progress(done);
         }
@@ -202,8 +251,7 @@ impl Session {
 
     /// A row of the logits of the last run, the sampler's to change.
     pub(super) fn logits_row(&mut self, row: usize) -> &mut [f32] {
-        let vocab = self.model().spec().vocab;
-        &mut self.engine.result()[row * vocab..][..vocab]
+        self.engine.logits_row(row)
     }
 
     /// Tokens that the window still has room for.
