@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use kinglet_engine::adapter::{Adapter, BaseId, LowRank};
+use kinglet_engine::file;
 use kinglet_engine::quant::{self, DType};
 use kinglet_engine::session::Model;
 use kinglet_engine::tape::Spec;
@@ -401,16 +402,8 @@ pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, model: &Model, base: O
     let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
     let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::argument(e.to_string()))?;
     let text = serde_json::to_vec_pretty(&config).map_err(|e| Error::argument(e.to_string()))?;
-    replace(&folder.0.join(TENSORS), &bytes)?;
-    replace(&folder.0.join(CONFIG), &text)
-}
-
-/// Puts a file in place whole or not at all.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    std::fs::write(&temporary, bytes).map_err(Error::io(&temporary))?;
-    std::fs::rename(&temporary, path).map_err(Error::io(path))
+    file::replace(folder.0.join(TENSORS), &bytes)?;
+    file::replace(folder.0.join(CONFIG), &text)
 }
 
 #[cfg(test)]

@@ -2,67 +2,15 @@
 //!
 //! The two ways share no arithmetic: a session adds `h·Bᵀ` to what the kernels give, a merged model has other weights.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+mod common;
+
 use std::sync::Arc;
 
-use kinglet_engine::adapter::{Adapter, BaseId, LowRank, merge};
+use common::{Folder, adapter};
+use kinglet_engine::adapter::{LowRank, merge};
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Model, Session, SessionOptions};
-use kinglet_models::tiny::{TinyConfig, write_tiny};
-
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("kinglet-adapters-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-
-    fn model(&self, config: &TinyConfig) -> Model {
-        let path = self.0.join("base.gguf");
-        write_tiny(&path, config).unwrap();
-        kinglet_models::open(path).unwrap()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Random corrections of every linear map, with magnitudes where `dora`; of the head too where it is no embedding.
-fn adapter(model: &Model, rank: usize, seed: u32, dora: bool) -> Adapter {
-    let mut state = seed;
-    let mut next = move || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
-    };
-    let mut entries = BTreeMap::new();
-    for t in model.gguf().tensors() {
-        let linear = t.name.starts_with("blk.") && t.shape.len() == 2 || t.name == "output.weight";
-        if !linear {
-            continue;
-        }
-        let (inputs, outputs) = (t.width(), t.rows());
-        let mut random = |n: usize, size: f32| (0..n).map(|_| next() * size).collect::<Vec<f32>>();
-        entries.insert(
-            t.name.clone(),
-            LowRank {
-                rank,
-                inputs,
-                outputs,
-                a: random(rank * inputs, 1.0),
-                b: random(rank * outputs, 0.2),
-                magnitude: dora.then(|| random(outputs, 1.0).iter().map(|m| 0.6 + m.abs()).collect()),
-            },
-        );
-    }
-    let base = Some(BaseId::of(model.gguf()).unwrap());
-    Adapter { name: format!("adapter {seed}"), rank, alpha: rank as f32, rslora: false, entries, base }
-}
+use kinglet_models::tiny::TinyConfig;
 
 fn session(model: &Model, threads: usize) -> Session {
     let options = SessionOptions { context: 64, threads, kv_type: DType::F32, chunk: 16, ..SessionOptions::default() };

@@ -4,7 +4,8 @@
 //! | module | what is in it | depends on |
 //! | --- | --- | --- |
 //! | [`error`] | the one error type | – |
-//! | [`gguf`] | the file map, metadata and tensor table; reader and writer | `error`, `quant` (types) |
+//! | [`file`] | files that appear whole or not at all | `error` |
+//! | [`gguf`] | the file map, metadata and tensor table; reader and writer | `file`, `quant` (types) |
 //! | [`quant`] | block layouts, dequantize, quantize: the specification of every type | `error` |
 //! | [`text`] | tokenizer and chat template, both from the GGUF | `gguf` |
 //! | [`tape`] | values, ops, the builder, the planner | `quant` |
@@ -20,6 +21,7 @@
 pub mod adapter;
 pub mod cpu;
 pub mod error;
+pub mod file;
 pub mod gguf;
 #[cfg(feature = "gpu")]
 pub mod gpu;

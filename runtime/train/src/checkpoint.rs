@@ -334,20 +334,5 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     if cfg!(unix) { File::open(folder).and_then(|file| file.sync_all()).map_err(Error::io(folder)) } else { Ok(()) }
 }
 
-/// Writes a file of its own atomically: beside it, forced to disk, renamed.
-///
-/// # Errors
-/// [`Error::Io`]; the old contents are untouched then.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(".writing");
-    let temporary = path.with_file_name(name);
-    let done = write_file(&temporary, bytes).and_then(|()| fs::rename(&temporary, path)).map_err(Error::io(path));
-    if done.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    done
-}
-
 #[cfg(test)]
 mod tests;

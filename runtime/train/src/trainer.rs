@@ -19,11 +19,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use kinglet_engine::adapter::{Adapter, fingerprint};
+use kinglet_engine::file;
 use kinglet_engine::session::{Arithmetic, Device, Learner, LearnerOptions, Model};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Cursor, Loader, LoaderOptions, Packing};
-use crate::checkpoint::{Checkpoint, Checkpoints, Tensor, Values, decode_tensors, encode_tensors, write_atomically};
+use crate::checkpoint::{Checkpoint, Checkpoints, Tensor, Values, decode_tensors, encode_tensors};
 use crate::config::TrainConfig;
 use crate::data::{Dataset, Encoder, Summary};
 use crate::guard::{EarlyStop, LossGuard, Verdict};
@@ -312,7 +313,7 @@ impl Trainer {
             trainer.state.notes.push(format!("resumed at step {step}"));
         }
         let config = serde_json::to_vec_pretty(&trainer.state.config).map_err(|e| Error::argument(e.to_string()))?;
-        write_atomically(&trainer.options.output.join("train.json"), &config)?;
+        file::replace(trainer.options.output.join("train.json"), &config)?;
         Ok(trainer)
     }
 
@@ -459,7 +460,7 @@ impl Trainer {
         self.state.validation = Some(outcome.loss);
         let progress = self.state.early_stop.observe(self.state.step, outcome.loss);
         if progress.improved && self.state.config.early_stop.is_some() {
-            write_atomically(&self.options.output.join(BEST), &encode_tensors(&self.tensors(), &[])?)?;
+            file::replace(self.options.output.join(BEST), &encode_tensors(&self.tensors(), &[])?)?;
         }
         self.state.stopped = progress.stop;
         Ok(Some(outcome.loss))

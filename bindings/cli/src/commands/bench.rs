@@ -1,6 +1,7 @@
 //! `kinglet bench`: how fast a model runs here, in the terms of llama-bench, and how near to what the machine can do.
 //!
 //! `pp512` feeds 512 tokens to an empty window; `tg64` feeds 64 tokens one after the other, the first to an empty window.
+//! `tg64×8` feeds 64 tokens to each of 8 windows, one each at a time, and counts all of them (`--sequences 8`).
 //! Each is run once to warm up and then `-r` times. The roofs are measured before: a decoded token reads every weight
 //! once, so `bytes per token / memory roof` is the time no program beats; a prompt's token costs two operations per
 //! weight of the layers.
@@ -14,7 +15,7 @@ use crate::output::{self, Table};
 use clap::{Args, Subcommand};
 use kinglet_engine::cpu::roof;
 use kinglet_engine::gguf::{Gguf, TensorInfo};
-use kinglet_engine::session::Session;
+use kinglet_engine::session::{CancelHandle, Engine, SessionOptions};
 use kinglet_engine::{Error, cpu::isa::Isa};
 use serde::Serialize;
 use serde_json::json;
@@ -29,6 +30,7 @@ Timings on a busy machine mean little: look at the spread.
 Examples:
   kinglet bench smollm2
   kinglet bench model.gguf -p 512,2048 -n 128 -r 10 --threads 4 --json
+  kinglet bench smollm2 -p 0 -n 64 --sequences 8       8 answers at once against one
   kinglet bench smollm2 -p 512 -n 0 --ops              with the time of each kind of operation
   kinglet bench kernels --types Q4_K,Q8_0              the kernels of linear maps, one by one")]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -43,6 +45,9 @@ pub struct Arguments {
     /// Numbers of tokens to generate; 0 for none
     #[arg(short = 'n', long = "generate", value_name = "N,…", value_delimiter = ',', default_value = "64")]
     generate: Vec<usize>,
+    /// Generate for so many windows together as well
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    sequences: usize,
     /// Repetitions of each
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = positive)]
     repetitions: usize,
@@ -63,8 +68,11 @@ enum What {
 #[derive(Serialize)]
 struct Row {
     test: String,
+    /// Tokens for each sequence.
     tokens: usize,
-    /// Mean tokens per second.
+    /// Sequences that are decoded together.
+    sequences: usize,
+    /// Mean tokens per second, of all sequences together.
     mean: f64,
     /// Sample standard deviation.
     deviation: f64,
@@ -82,43 +90,46 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     };
     let model = models::open(name)?;
     let longest = arguments.prompts.iter().chain(&arguments.generate).copied().max().unwrap_or(0);
-    let mut session = Session::new(&model, &arguments.memory.options(longest.max(1), global))?;
-    let threads = session.options().threads;
-    let cancel = session.cancel_handle();
-    interrupt::listen(move || cancel.cancel());
+    let options =
+        SessionOptions { logit_rows: arguments.sequences, ..arguments.memory.options(longest.max(1), global) };
+    let mut engine = Engine::new(&model, &options)?;
+    let threads = engine.options().threads;
+    let cancel = CancelHandle::default();
+    let handle = cancel.clone();
+    interrupt::listen(move || handle.cancel());
 
     eprintln!("measuring the roofs of this machine");
     let memory = roof::memory(threads, 512 << 20, 4);
     let (int8, instruction) = roof::int8(threads);
     let (per_token, ops) = cost(model.gguf());
 
-    let vocab = model.spec().vocab as u32;
     let mut rows = Vec::new();
-    for (&tokens, decode) in
-        arguments.prompts.iter().map(|n| (n, false)).chain(arguments.generate.iter().map(|n| (n, true)))
-    {
-        if tokens == 0 {
-            continue;
-        }
-        let test = format!("{}{tokens}", if decode { "tg" } else { "pp" });
-        eprintln!("{test}: {} runs", arguments.repetitions);
-        once(&mut session, tokens, decode, vocab)?;
-        session.take_timings();
-        session.set_timing(arguments.ops);
-        let samples = (0..arguments.repetitions)
-            .map(|_| once(&mut session, tokens, decode, vocab))
-            .collect::<anyhow::Result<Vec<f64>>>()?;
+    let prompts = arguments.prompts.iter().map(|n| Test { tokens: *n, decode: false, sequences: 1 });
+    let counts = if arguments.sequences > 1 { vec![1, arguments.sequences] } else { vec![1] };
+    let generate = arguments
+        .generate
+        .iter()
+        .flat_map(|n| counts.iter().map(|sequences| Test { tokens: *n, decode: true, sequences: *sequences }));
+    for test in prompts.chain(generate).filter(|test| test.tokens > 0) {
+        eprintln!("{}: {} runs", test.name(), arguments.repetitions);
+        test.run(&mut engine, &cancel)?;
+        engine.take_timings();
+        engine.set_timing(arguments.ops);
+        let samples =
+            (0..arguments.repetitions).map(|_| test.run(&mut engine, &cancel)).collect::<anyhow::Result<Vec<f64>>>()?;
         if arguments.ops {
-            show_ops(&test, &mut session);
+            show_ops(&test.name(), &mut engine);
         }
         let mean = samples.iter().sum::<f64>() / samples.len() as f64;
         let squares: f64 = samples.iter().map(|s| (s - mean).powi(2)).sum();
         let deviation = (squares / (samples.len() - 1).max(1) as f64).sqrt();
-        let (share, roof) = match decode {
-            true => (mean * per_token as f64 / memory, "memory"),
+        let (share, roof) = match test.decode {
+            // The weights are read once for all sequences.
+            true => (mean * per_token as f64 / memory / test.sequences as f64, "memory"),
             false => (mean * ops as f64 / int8, "int8"),
         };
-        rows.push(Row { test, tokens, mean, deviation, samples, share, roof });
+        let (tokens, sequences) = (test.tokens, test.sequences);
+        rows.push(Row { test: test.name(), tokens, sequences, mean, deviation, samples, share, roof });
     }
     let isa = Isa::detect().name();
     if global.json {
@@ -129,8 +140,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             "operations_per_prompt_token": ops,
             "threads": threads,
             "isa": isa,
-            "chunk": session.options().chunk,
-            "kv_type": session.options().kv_type.name(),
+            "chunk": engine.options().chunk,
+            "kv_type": engine.options().kv_type.name(),
             "roofs": { "memory_bytes_per_second": memory, "int8_operations_per_second": int8, "int8_instruction": instruction },
             "tests": rows,
         }));
@@ -159,21 +170,42 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     ))?)
 }
 
-/// Runs one test and gives tokens per second.
-fn once(session: &mut Session, tokens: usize, decode: bool, vocab: u32) -> anyhow::Result<f64> {
-    // Arbitrary but the same in every run.
-    let ids: Vec<u32> =
-        (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761).wrapping_add(17) % vocab.max(1)).collect();
-    session.reset();
-    let start = Instant::now();
-    let result = match decode {
-        true => ids.iter().try_for_each(|id| session.feed(&[*id]).map(|_| ())),
-        false => session.feed(&ids).map(|_| ()),
-    };
-    match result {
-        Err(Error::Cancelled) => Err(Interrupted.into()),
-        Err(e) => Err(e.into()),
-        Ok(()) => Ok(tokens as f64 / start.elapsed().as_secs_f64()),
+/// What is measured.
+#[derive(Clone, Copy)]
+struct Test {
+    tokens: usize,
+    decode: bool,
+    sequences: usize,
+}
+
+impl Test {
+    fn name(&self) -> String {
+        let name = format!("{}{}", if self.decode { "tg" } else { "pp" }, self.tokens);
+        if self.sequences > 1 { format!("{name}×{}", self.sequences) } else { name }
+    }
+
+    /// Runs it once and gives tokens per second.
+    fn run(&self, engine: &mut Engine, cancel: &CancelHandle) -> anyhow::Result<f64> {
+        let vocab = engine.model().spec().vocab as u32;
+        // Arbitrary but the same in every run.
+        let ids: Vec<u32> =
+            (0..self.tokens as u32).map(|i| i.wrapping_mul(2_654_435_761).wrapping_add(17) % vocab.max(1)).collect();
+        let mut sequences = vec![engine.sequence(); self.sequences];
+        let chunk = if self.decode { 1 } else { engine.options().chunk };
+        let start = Instant::now();
+        for (i, tokens) in ids.chunks(chunk).enumerate() {
+            let mut feeds: Vec<_> = sequences.iter_mut().map(|sequence| (sequence, tokens)).collect();
+            // A prompt's logits are wanted at its end.
+            let done = match self.decode || (i + 1) * chunk >= self.tokens {
+                true => engine.step(&mut feeds, cancel.flag()).map(|_| ()),
+                false => engine.feed(&mut feeds, cancel.flag()),
+            };
+            match done {
+                Err(Error::Cancelled) => return Err(Interrupted.into()),
+                done => done?,
+            }
+        }
+        Ok((self.tokens * self.sequences) as f64 / start.elapsed().as_secs_f64())
     }
 }
 
@@ -190,8 +222,8 @@ fn cost(gguf: &Gguf) -> (u64, u64) {
 }
 
 /// The table of operations, on standard error.
-fn show_ops(test: &str, session: &mut Session) {
-    let timings = session.take_timings();
-    session.set_timing(false);
+fn show_ops(test: &str, engine: &mut Engine) {
+    let timings = engine.take_timings();
+    engine.set_timing(false);
     eprintln!("{}", output::timings(test, timings));
 }

@@ -29,11 +29,14 @@ const HELP: &str = "\
 /exit                 leave (Ctrl-D too)
 A line that ends with \\ goes on in the next. Ctrl-C stops an answer.";
 
-/// A conversation on disk.
-#[derive(Deserialize, Serialize)]
-struct Saved {
-    model: String,
-    messages: Vec<Message>,
+/// A conversation on disk: of `/save`, and in what `--session` keeps.
+#[derive(Default, Deserialize, Serialize)]
+pub struct Saved {
+    pub model: String,
+    pub messages: Vec<Message>,
+    /// Text that was continued without a chat template.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub text: String,
 }
 
 struct Chat<'a> {
@@ -41,17 +44,17 @@ struct Chat<'a> {
     session: &'a mut Session,
     options: GenerateOptions,
     /// The system message, if there is one, then questions and answers in turn.
-    messages: Vec<Message>,
+    messages: &'a mut Vec<Message>,
     last: Option<GenerationStats>,
     show_stats: bool,
 }
 
-/// Chats until the user leaves.
+/// Chats until the user leaves, and leaves the conversation in `messages`, which may hold the beginning of one.
 pub fn run(
     name: &str,
     session: &mut Session,
     options: GenerateOptions,
-    system: Option<String>,
+    messages: &mut Vec<Message>,
     show_stats: bool,
 ) -> anyhow::Result<()> {
     if session.model().chat_template()?.is_none() {
@@ -59,8 +62,7 @@ pub fn run(
             "{name} has no chat template: it is a base model, which continues text; use kinglet run {name} \"some text\" --raw"
         );
     }
-    let mut chat = Chat { name, session, options, messages: Vec::new(), last: None, show_stats };
-    chat.set_system(system.as_deref());
+    let mut chat = Chat { name, session, options, messages, last: None, show_stats };
     let mut lines = Lines::new()?;
     if lines.is_keyboard() {
         eprintln!("{name}, window of {} tokens; /help for commands", chat.session.options().context);
@@ -175,7 +177,7 @@ impl Chat<'_> {
         let room = self.options.max_tokens.min(window / 4);
         let mut dropped = 0;
         loop {
-            let ids = conversation_ids(self.session.model(), &self.messages)?;
+            let ids = conversation_ids(self.session.model(), self.messages)?;
             let first = usize::from(self.system().is_some());
             let turns = self.messages.len().saturating_sub(first);
             if ids.len() + room <= window || turns < 3 {
@@ -217,13 +219,9 @@ impl Chat<'_> {
     }
 
     fn save(&self, path: &Path) -> anyhow::Result<()> {
-        let saved = Saved { model: self.name.into(), messages: self.messages.clone() };
+        let saved = Saved { model: self.name.into(), messages: self.messages.clone(), text: String::new() };
         let text = serde_json::to_string_pretty(&saved)? + "\n";
-        // Beside the old file and then over it: a full disk must not cost an earlier conversation.
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(".new");
-        std::fs::write(&beside, text).with_context(|| Path::new(&beside).display().to_string())?;
-        std::fs::rename(&beside, path).with_context(|| path.display().to_string())?;
+        kinglet_engine::file::replace(path, text.as_bytes())?;
         eprintln!("{} messages in {}", self.messages.len(), path.display());
         Ok(())
     }
@@ -234,7 +232,7 @@ impl Chat<'_> {
         if saved.model != self.name {
             eprintln!("(it was held with {})", output::printable(&saved.model));
         }
-        self.messages = saved.messages;
+        *self.messages = saved.messages;
         eprintln!("{} messages", self.messages.len());
         Ok(())
     }

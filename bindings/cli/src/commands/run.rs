@@ -1,16 +1,17 @@
 //! `kinglet run`: one answer, or a chat.
 
-use super::chat;
+use super::chat::{self, Saved};
 use crate::args::{Global, MODEL_HELP, SessionArgs, Usage};
 use crate::interrupt::{self, Interrupted};
 use crate::sampling::SamplingArgs;
 use crate::{adapters, models, output};
 use anyhow::{Context, bail};
 use clap::Args;
-use kinglet_engine::session::{EndReason, GenerateOptions, GenerationStats, Model, Session};
+use kinglet_engine::session::{Device, EndReason, GenerateOptions, GenerationStats, Model, Session, Speculation};
 use kinglet_engine::text::{EncodeOptions, Message};
 use serde_json::json;
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Chat with a model, or let it answer one prompt
@@ -24,7 +25,9 @@ Examples:
   kinglet run smollm2 \"Name three rivers.\" --temperature 0
   git diff | kinglet run qwen2.5-coder - --system \"Write a commit message for this diff.\"
   kinglet run gemma3 \"Once upon a time\" --raw -n 100     continue the text, no chat template
-  kinglet run smollm2 \"Why?\" --json                      the answer with counts and times")]
+  kinglet run smollm2 \"Why?\" --json                      the answer with counts and times
+  kinglet run smollm2 \"And why red at dusk?\" --session sky.kinglet   goes on from the last time
+  kinglet run qwen2.5-coder - --speculate lookup < f.rs   for answers that repeat much of the question")]
 pub struct Arguments {
     #[arg(help = MODEL_HELP, value_name = "MODEL")]
     model: String,
@@ -54,10 +57,20 @@ pub struct Arguments {
     /// Apply a LoRA adapter, a .gguf file or a PEFT folder, with an optional factor; may be given again
     #[arg(long, value_name = "FILE[:SCALE]")]
     adapter: Vec<String>,
+    /// Go on with the conversation in this file if it is there, and leave it there at the end, with what was computed
+    #[arg(long, value_name = "FILE")]
+    session: Option<PathBuf>,
+    /// Where the window is full, keep its first N tokens, drop half of the others and go on instead of ending
+    #[arg(long, value_name = "N")]
+    context_shift: Option<usize>,
+    /// Guess tokens ahead and check them together, which gives the same answer sooner where guesses are good: lookup
+    /// (from the text so far) or a MODEL that is smaller and has the same vocabulary; off for neither
+    #[arg(long, value_name = "lookup|MODEL|off", default_value = "off")]
+    speculate: String,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
-    session: SessionArgs,
+    window: SessionArgs,
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
@@ -75,28 +88,76 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         stop: arguments.stop.clone(),
         ignore_end: arguments.ignore_end,
         special: arguments.special,
+        speculation: match arguments.speculate.as_str() {
+            "off" => Speculation::Off,
+            "lookup" => Speculation::Lookup,
+            _ => Speculation::Model,
+        },
+        shift: arguments.context_shift,
     };
-    let session_options = arguments.session.memory.options(arguments.session.context, global);
-    let mut session = adapters::session(&model, session_options, &arguments.adapter)?;
+    let mut session_options = arguments.window.memory.options(arguments.window.context, global);
+    let cpu_only = !arguments.adapter.is_empty() || arguments.session.is_some() || arguments.context_shift.is_some();
+    if cpu_only && matches!(session_options.device, Device::Auto) {
+        // The GPU has no adapters beside the weights yet, and its cache is neither saved nor shifted.
+        session_options.device = Device::Cpu;
+    }
+    if options.speculation != Speculation::Off {
+        session_options.logit_rows = Speculation::ROWS;
+    }
+    let mut session = adapters::session(&model, session_options.clone(), &arguments.adapter)?;
+    if options.speculation == Speculation::Model {
+        let draft = models::open(&arguments.speculate)?;
+        session_options.logit_rows = 1;
+        session.set_draft(Some(Session::new(&draft, &session_options)?))?;
+    }
     let cancel = session.cancel_handle();
     interrupt::listen(move || cancel.cancel());
-    match prompt {
-        None => chat::run(&arguments.model, &mut session, options, arguments.system.clone(), arguments.stats),
-        Some(prompt) => {
-            let ids = prompt_ids(&model, prompt, arguments)?;
-            one_answer(&mut session, &ids, options, arguments, global)
+    let mut saved = match &arguments.session {
+        Some(path) if path.exists() => serde_json::from_str(&session.load(path)?)
+            .with_context(|| format!("{}: its note is no conversation of this program", path.display()))?,
+        _ => Saved { model: arguments.model.clone(), ..Saved::default() },
+    };
+    begin(&mut saved.messages, arguments.system.as_deref())?;
+    let stats = match prompt {
+        None => {
+            chat::run(&arguments.model, &mut session, options, &mut saved.messages, arguments.stats)?;
+            None
         }
+        Some(prompt) => Some(one_answer(&mut session, prompt, &mut saved, options, arguments, global)?),
+    };
+    if let Some(path) = &arguments.session {
+        session.save(path, &serde_json::to_string(&saved)?)?;
+    }
+    match stats {
+        Some(stats) if stats.end == Some(EndReason::Cancelled) => Err(Interrupted.into()),
+        _ => Ok(()),
     }
 }
 
-/// The tokens of a single prompt, as text to continue or as a conversation's first turn.
-fn prompt_ids(model: &Model, prompt: Vec<u8>, arguments: &Arguments) -> anyhow::Result<Vec<u32>> {
+/// Puts the system prompt in front of a conversation that has not begun.
+fn begin(messages: &mut Vec<Message>, system: Option<&str>) -> anyhow::Result<()> {
+    let Some(system) = system else { return Ok(()) };
+    match messages.first() {
+        None => messages.push(Message::new("system", system)),
+        Some(first) if first.role == "system" && first.content == system => {}
+        Some(_) => bail!("the conversation of this session has begun with another system prompt; leave --system out"),
+    }
+    Ok(())
+}
+
+/// Appends a prompt to what was said before, and gives the tokens of all: a conversation's next turn, or text to
+/// continue, and whether it is that.
+fn prompt_ids(
+    model: &Model,
+    prompt: Vec<u8>,
+    saved: &mut Saved,
+    arguments: &Arguments,
+) -> anyhow::Result<(Vec<u32>, bool)> {
     if !arguments.raw {
         if model.chat_template()?.is_some() {
             let content = String::from_utf8(prompt).context("the prompt is not UTF-8; --raw takes any bytes")?;
-            let system = arguments.system.iter().map(|text| Message::new("system", text.as_str()));
-            let messages: Vec<Message> = system.chain([Message::new("user", content)]).collect();
-            return conversation_ids(model, &messages);
+            saved.messages.push(Message::new("user", content));
+            return Ok((conversation_ids(model, &saved.messages)?, false));
         }
         if arguments.system.is_some() {
             bail!(
@@ -106,7 +167,12 @@ fn prompt_ids(model: &Model, prompt: Vec<u8>, arguments: &Arguments) -> anyhow::
         }
         eprintln!("note: {} has no chat template; continuing the text as with --raw", arguments.model);
     }
-    Ok(model.tokenizer().encode_bytes(&prompt, EncodeOptions { add_special: true, parse_special: true }))
+    let options = EncodeOptions { add_special: true, parse_special: true };
+    if arguments.session.is_none() {
+        return Ok((model.tokenizer().encode_bytes(&prompt, options), true));
+    }
+    saved.text.push_str(std::str::from_utf8(&prompt).context("the prompt is not UTF-8, which --session needs")?);
+    Ok((model.tokenizer().encode(&saved.text, options), true))
 }
 
 /// The tokens of a conversation up to where the next answer begins.
@@ -120,13 +186,15 @@ pub fn conversation_ids(model: &Model, messages: &[Message]) -> anyhow::Result<V
 
 fn one_answer(
     session: &mut Session,
-    ids: &[u32],
+    prompt: Vec<u8>,
+    saved: &mut Saved,
     options: GenerateOptions,
     arguments: &Arguments,
     global: &Global,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<GenerationStats> {
+    let (ids, continues) = prompt_ids(session.model(), prompt, saved, arguments)?;
     let mut answer = String::new();
-    let stats = generate(session, ids, options, &mut |text| {
+    let stats = generate(session, &ids, options, &mut |text| {
         answer.push_str(text);
         if global.json { Ok(()) } else { output::answer(text) }
     })?;
@@ -135,7 +203,11 @@ fn one_answer(
             "text": answer,
             "end": stats.end.map(EndReason::name),
             "prompt_tokens": stats.prompt_tokens,
+            "reused_tokens": stats.reused_tokens,
             "output_tokens": stats.output_tokens,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
+            "dropped_tokens": stats.dropped_tokens,
             "prefill_ms": stats.prefill.as_secs_f64() * 1e3,
             "decode_ms": stats.decode.as_secs_f64() * 1e3,
         }))?;
@@ -146,7 +218,11 @@ fn one_answer(
     if arguments.stats || global.verbose > 0 {
         eprintln!("{}", summary(&stats));
     }
-    if stats.end == Some(EndReason::Cancelled) { Err(Interrupted.into()) } else { Ok(()) }
+    match continues {
+        true => saved.text.push_str(&answer),
+        false => saved.messages.push(Message::new("assistant", answer)),
+    }
+    Ok(stats)
 }
 
 /// Generates after `ids` and hands every piece of text to `show`, until the end or Ctrl-C.
@@ -163,7 +239,7 @@ pub fn generate(
         cancel.cancel();
     }
     while let Some(piece) = generation.next()? {
-        show(&piece.text)?;
+        show(piece.text)?;
     }
     std::io::stdout().flush()?;
     let stats = generation.stats().clone();
@@ -176,8 +252,12 @@ pub fn summary(stats: &GenerationStats) -> String {
     let rate = |tokens: usize, time: Duration| if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() };
     let computed = stats.prompt_tokens - stats.reused_tokens.min(stats.prompt_tokens);
     let decoded = stats.output_tokens.saturating_sub(1);
+    let guessed = match stats.drafted_tokens {
+        0 => String::new(),
+        drafted => format!(" ({} of {drafted} guesses right)", stats.accepted_tokens),
+    };
     format!(
-        "prompt {} tokens ({} kept), {:.0} ms, {:.1} tokens/s; answer {} tokens, {:.1} tokens/s; ended by {}",
+        "prompt {} tokens ({} kept), {:.0} ms, {:.1} tokens/s; answer {} tokens, {:.1} tokens/s{guessed}; ended by {}",
         stats.prompt_tokens,
         stats.reused_tokens,
         stats.prefill.as_secs_f64() * 1e3,

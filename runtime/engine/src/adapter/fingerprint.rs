@@ -1,4 +1,4 @@
-//! Which model an adapter was trained on, told in milliseconds.
+//! Which model an adapter was trained on, told in milliseconds; and which adapter it is.
 //!
 //! Hashing gigabytes of weights would make opening an adapter slow, so the fingerprint is the SHA-256 of the tensor table
 //! with samples of the data: for every tensor, in the table's order, its name (with its length before it), its type's
@@ -10,6 +10,7 @@ use std::fmt::Write;
 
 use sha2::{Digest, Sha256};
 
+use super::Adapter;
 use crate::gguf::Gguf;
 
 /// Pieces of each tensor that are hashed.
@@ -36,6 +37,28 @@ pub fn fingerprint(model: &Gguf) -> String {
             hash.update(data.get(start..start + size).unwrap_or_default());
         }
     }
+    hex(hash)
+}
+
+/// What tells adapters apart: the SHA-256 of all that they do to a model, 64 hexadecimal digits. Names do not count.
+pub fn identity(adapter: &Adapter) -> String {
+    let mut hash = Sha256::new();
+    hash.update(b"kinglet adapter 1");
+    hash.update(adapter.alpha.to_le_bytes());
+    hash.update([u8::from(adapter.rslora)]);
+    for (name, entry) in &adapter.entries {
+        for n in [name.len(), entry.rank, entry.inputs, entry.outputs, usize::from(entry.magnitude.is_some())] {
+            hash.update((n as u64).to_le_bytes());
+        }
+        hash.update(name.as_bytes());
+        for values in [Some(&entry.a), Some(&entry.b), entry.magnitude.as_ref()].into_iter().flatten() {
+            values.iter().for_each(|v| hash.update(v.to_le_bytes()));
+        }
+    }
+    hex(hash)
+}
+
+fn hex(hash: Sha256) -> String {
     let mut text = String::with_capacity(64);
     for byte in hash.finalize() {
         // Writing to a string cannot fail.

@@ -26,7 +26,7 @@ mod merge;
 #[cfg(test)]
 mod tests;
 
-pub use fingerprint::fingerprint;
+pub use fingerprint::{fingerprint, identity};
 pub(crate) use lora::RowDelta;
 pub use lora::{Adapter, BaseId, LowRank, MAX_RANK};
 pub use merge::{Merged, merge};

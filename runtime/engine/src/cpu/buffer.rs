@@ -85,6 +85,12 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.bytes) }
     }
 
+    /// The contents, to be changed.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `bytes`; the block is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.bytes) }
+    }
+
     /// A copy.
     ///
     /// # Errors

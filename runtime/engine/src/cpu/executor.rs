@@ -4,6 +4,7 @@
 //! after each op. The arena, the tables and the scratch of all threads are allocated once; a run allocates nothing but
 //! new KV pages.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -180,7 +181,23 @@ pub struct Executor {
     frequencies: Vec<Frequencies>,
     timings: Timings,
     patches: Option<Patches>,
+    rows: RunRows,
+    /// Where the result of the last run lies in the arena, in bytes.
+    result: Range<usize>,
 }
+
+/// The rows of a run as the ops see them; kept, so that a run need not allocate.
+#[derive(Debug, Default)]
+struct RunRows {
+    positions: Vec<u32>,
+    sequences: Vec<SequenceView>,
+    pages: Vec<*const u8>,
+}
+
+// SAFETY: the pages' addresses are used during the run that they were collected for, which borrows the caches.
+unsafe impl Send for RunRows {}
+// SAFETY: as above.
+unsafe impl Sync for RunRows {}
 
 /// A thread's own memory.
 #[derive(Debug)]
@@ -221,6 +238,10 @@ pub(super) struct Context<'a> {
     /// Position of each row in its sequence.
     pub positions: &'a [u32],
     pub sequences: &'a [SequenceView],
+    /// The pages of all sequences' caches, to be read.
+    pub pages: &'a [*const u8],
+    /// Whether rows are computed as if each were run by itself.
+    pub alone: bool,
     pub kv: KvLayout,
     pub arithmetic: Arithmetic,
     pub frequencies: &'a [Frequencies],
@@ -232,14 +253,15 @@ pub(super) struct Context<'a> {
 unsafe impl Sync for Context<'_> {}
 
 /// A segment of a run as the ops see it.
+#[derive(Debug)]
 pub(super) struct SequenceView {
     /// Its first row in the batch.
     pub first_row: usize,
     pub rows: usize,
     /// Position of its first row.
     pub position: usize,
-    /// The pages of its cache, to be read.
-    pub pages: Vec<*const u8>,
+    /// Its cache's pages among those of the run.
+    pub pages: Range<usize>,
 }
 
 impl Executor {
@@ -260,6 +282,8 @@ impl Executor {
             frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
             timings: Timings::default(),
             patches: None,
+            rows: RunRows::default(),
+            result: 0..0,
         };
         executor.program(options.purpose())?;
         Ok(executor)
@@ -306,23 +330,28 @@ impl Executor {
     /// # Errors
     /// A batch over the limits, token ids outside the vocabulary, [`Error::Memory`] for KV pages, [`Error::Cancelled`].
     /// The caches are as before then.
-    pub fn run(&mut self, purpose: Purpose, mut batch: Batch<'_, KvCache>, cancel: &AtomicBool) -> Result<&[f32]> {
+    pub fn run(&mut self, purpose: Purpose, mut batch: Batch<'_, KvCache>, cancel: &AtomicBool) -> Result<&mut [f32]> {
+        self.result = 0..0;
         let index = self.program(purpose)?;
         let program = &self.programs[index];
         batch.check(&program.tape, &program.plan.limits, purpose)?;
-        let mut positions = Vec::with_capacity(batch.tokens.len());
-        let mut sequences = Vec::with_capacity(batch.segments.len());
+        let RunRows { positions, sequences, pages } = &mut self.rows;
+        positions.clear();
+        sequences.clear();
+        pages.clear();
         let mut kv = None;
-        for segment in &mut batch.segments {
-            let (mut position, mut pages) = (0, Vec::new());
-            if let Some(cache) = &mut segment.cache {
+        for i in 0..batch.segments.count() {
+            let rows = batch.segments.rows(i);
+            let (mut position, first_page) = (0, pages.len());
+            if let Some(cache) = batch.segments.cache(i) {
                 position = cache.len();
-                cache.reserve(position + segment.rows)?;
-                pages = cache.page_pointers();
+                cache.reserve(position + rows)?;
+                pages.extend(cache.page_pointers());
                 kv = Some(cache.layout());
             }
-            sequences.push(SequenceView { first_row: positions.len(), rows: segment.rows, position, pages });
-            positions.extend((position..position + segment.rows).map(|p| p as u32));
+            let pages = first_page..pages.len();
+            sequences.push(SequenceView { first_row: positions.len(), rows, position, pages });
+            positions.extend((position..position + rows).map(|p| p as u32));
         }
         let kv = match kv {
             Some(kv) => kv,
@@ -347,8 +376,10 @@ impl Executor {
             tokens: batch.tokens,
             outputs: batch.outputs,
             targets: batch.targets,
-            positions: &positions,
-            sequences: &sequences,
+            positions,
+            sequences,
+            pages,
+            alone: batch.alone,
             kv,
             arithmetic: self.options.arithmetic,
             frequencies: &self.frequencies,
@@ -358,15 +389,21 @@ impl Executor {
         if !done {
             return Err(Error::Cancelled);
         }
-        for segment in &mut batch.segments {
-            if let Some(cache) = &mut segment.cache {
-                cache.advance(segment.rows);
+        for i in 0..batch.segments.count() {
+            let rows = batch.segments.rows(i);
+            if let Some(cache) = batch.segments.cache(i) {
+                cache.advance(rows);
             }
         }
         let info = program.tape.info(program.tape.result);
         let start = program.plan.place(program.tape.result).offset;
-        let bytes = &self.arena.bytes()[start..start + batch.outputs.len() * info.width * 4];
-        Ok(bytemuck::cast_slice(bytes))
+        self.result = start..start + batch.outputs.len() * info.width * 4;
+        Ok(self.result())
+    }
+
+    /// The result of the last run, which is the caller's to change; empty after a run that failed.
+    pub fn result(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.arena.bytes_mut()[self.result.clone()])
     }
 
     /// Prepares corrections of the maps, for this executor's limits; nothing changes yet.

@@ -7,13 +7,17 @@
 use std::sync::Arc;
 
 use super::buffer::Buffer;
-use super::kernels::attention::kv_row_bytes;
-use crate::quant::DType;
-use crate::tape::Spec;
+use super::isa::Isa;
+use super::kernels::attention::{kv_row_bytes, store_kv};
+use super::kernels::rope;
+use crate::quant::{self, DType};
+use crate::tape::{Frequencies, Spec};
 use crate::{Error, Result};
 
 /// Positions per page.
 pub const PAGE: usize = 128;
+/// What pages are for, in messages.
+const WHAT: &str = "the KV cache";
 
 /// Sizes and offsets inside a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +68,11 @@ impl KvLayout {
     /// Bytes of a page.
     pub fn page_bytes(&self) -> usize {
         2 * self.layers * self.kv_heads * self.head_stride()
+    }
+
+    /// Bytes of the keys and values of one position.
+    pub fn position_bytes(&self) -> usize {
+        self.page_bytes() / PAGE
     }
 
     /// Bytes of a cache that holds `positions`.
@@ -117,11 +126,15 @@ impl KvCache {
     /// # Errors
     /// [`Error::Memory`]; what is held is kept.
     pub(super) fn reserve(&mut self, len: usize) -> Result<()> {
-        const WHAT: &str = "the KV cache";
         while self.pages.len() < len.div_ceil(PAGE) {
             self.pages.push(Arc::new(Buffer::new(self.layout.page_bytes(), WHAT)?));
         }
-        for page in &mut self.pages[self.len / PAGE..] {
+        self.own(self.len / PAGE)
+    }
+
+    /// Makes all pages from page `first` on this sequence's own.
+    fn own(&mut self, first: usize) -> Result<()> {
+        for page in &mut self.pages[first..] {
             if Arc::get_mut(page).is_none() {
                 *page = Arc::new(page.try_clone(WHAT)?);
             }
@@ -134,8 +147,85 @@ impl KvCache {
         self.len += n;
     }
 
+    /// An identity and the bytes of every page, first to last.
+    pub fn page_sizes(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.pages.iter().map(|p| (Arc::as_ptr(p) as usize, self.layout.page_bytes()))
+    }
+
+    /// The bytes of what is held: page after page, in each `[layer][K, V][kv_head]`, of each head the positions that are
+    /// held of the page.
+    pub fn contents(&self) -> impl Iterator<Item = &[u8]> + '_ {
+        let layout = self.layout;
+        self.pages.iter().enumerate().flat_map(move |(i, page)| {
+            // A run that was stopped may have left pages that hold nothing.
+            let held = self.len.saturating_sub(i * PAGE).min(PAGE) * layout.row_bytes;
+            page.bytes().chunks_exact(layout.head_stride()).map(move |head| &head[..held])
+        })
+    }
+
+    /// Holds `len` positions in place of what it holds; `read` is to fill their bytes, which come as
+    /// [`KvCache::contents`] gives them.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], and what `read` says; nothing is held then.
+    pub fn fill(&mut self, len: usize, mut read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        self.truncate(0);
+        self.reserve(len)?;
+        let layout = self.layout;
+        for (i, page) in self.pages.iter_mut().enumerate() {
+            let held = (len - i * PAGE).min(PAGE) * layout.row_bytes;
+            // Its own since `reserve`.
+            let bytes = Arc::get_mut(page).map(Buffer::bytes_mut).unwrap_or_default();
+            bytes.chunks_exact_mut(layout.head_stride()).try_for_each(|head| read(&mut head[..held]))?;
+        }
+        self.len = len;
+        Ok(())
+    }
+
+    /// Forgets `drop` positions from `keep` on and moves those behind them down: values as they are, keys turned back by
+    /// `drop` positions, rounded to the cache's type once more. The positions that move keep what they know of the text
+    /// that is gone; only their distances are new.
+    ///
+    /// # Errors
+    /// Positions that are not held, [`Error::Memory`].
+    pub fn shift(&mut self, spec: &Spec, keep: usize, drop: usize) -> Result<()> {
+        if keep.checked_add(drop).is_none_or(|end| end > self.len) {
+            return Err(Error::argument(format!(
+                "{drop} positions from {keep} on cannot be dropped: {} are held",
+                self.len
+            )));
+        }
+        self.own(keep / PAGE)?;
+        let KvLayout { dtype, layers, kv_heads, head_dim, row_bytes } = self.layout;
+        let isa = Isa::detect();
+        let tables: Vec<[Vec<f32>; 2]> = spec.ropes.iter().map(|rope| Frequencies::new(rope).turn(drop)).collect();
+        let mut row = vec![0; row_bytes];
+        let mut key = vec![0.0; head_dim];
+        for (layer, kind) in (0..layers).flat_map(|layer| [(layer, 0), (layer, 1)]) {
+            let rope = spec.layers[layer].rope.filter(|_| kind == 0);
+            for (head, from) in (0..kv_heads).flat_map(|head| (keep + drop..self.len).map(move |from| (head, from))) {
+                let first = ((2 * layer + kind) * kv_heads + head) * self.layout.head_stride();
+                let place = |p: usize| first + p % PAGE * row_bytes..first + (p % PAGE + 1) * row_bytes;
+                row.copy_from_slice(&self.pages[from / PAGE].bytes()[place(from)]);
+                if let Some(rope) = rope {
+                    quant::dequantize(dtype, &row, &mut key)?;
+                    let [cos, sin] = &tables[rope];
+                    rope::rope_backward(isa, &mut key, head_dim, cos, sin, spec.ropes[rope].style);
+                    // SAFETY: a row has as many bytes as the layout says of a head's vector.
+                    unsafe { store_kv(isa, dtype, &key, row.as_mut_ptr()) };
+                }
+                let to = from - drop;
+                if let Some(page) = Arc::get_mut(&mut self.pages[to / PAGE]) {
+                    page.bytes_mut()[place(to)].copy_from_slice(&row);
+                }
+            }
+        }
+        self.truncate(self.len - drop);
+        Ok(())
+    }
+
     /// The pages' addresses, first to last.
-    pub(super) fn page_pointers(&self) -> Vec<*const u8> {
-        self.pages.iter().map(|p| p.as_ptr().cast_const()).collect()
+    pub(super) fn page_pointers(&self) -> impl Iterator<Item = *const u8> + '_ {
+        self.pages.iter().map(|p| p.as_ptr().cast_const())
     }
 }

@@ -7,12 +7,14 @@
 use std::ops::Range;
 
 use super::executor::{Arithmetic, Context, Scratch, SequenceView, VOCAB_CHUNK};
+use super::isa::Isa;
 use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
 use super::kv::PAGE;
 use super::matrix::Matrix;
 use super::ops_head;
 use super::patch::{GAIN_COLUMNS, PartPatch, Patch};
 use super::pool::Team;
+use crate::Result;
 use crate::quant::DType;
 use crate::tape::{Attention, Epilogue, HeadLora, KvSource, Linear, Op, Part, Rope, Value, WeightId};
 
@@ -177,6 +179,7 @@ impl<'a> Context<'a> {
         let kernel = match self.arithmetic {
             Arithmetic::Exact => linear::linear_exact,
             Arithmetic::Wide => linear::linear_wide,
+            Arithmetic::Narrow if self.alone => linear_alone,
             Arithmetic::Narrow => linear::linear,
         };
         // The sizes were checked when the weights were resolved and the arena planned.
@@ -186,9 +189,9 @@ impl<'a> Context<'a> {
     }
 
     /// Keys and values of a sequence in the cache of a layer.
-    fn cached<'s>(&self, layer: usize, s: &'s SequenceView) -> attention::KvPages<'s> {
+    fn cached(&self, layer: usize, s: &SequenceView) -> attention::KvPages<'a> {
         attention::KvPages {
-            pages: &s.pages,
+            pages: &self.pages[s.pages.clone()],
             k_offset: self.kv.k_offset(layer),
             v_offset: self.kv.v_offset(layer),
             head_stride: self.kv.head_stride(),
@@ -297,6 +300,11 @@ impl<'a> Context<'a> {
             }
         }
     }
+}
+
+/// [`linear::linear`] with the kernel for one token, whatever their number: a token's result is then what it is by itself.
+fn linear_alone(isa: Isa, task: &linear::LinearTask<'_>, scratch: &mut linear::Scratch) -> Result<()> {
+    linear::pick(isa, task.dtype, 1).run(isa, task, scratch)
 }
 
 /// Executes this thread's part of `op`.
@@ -576,7 +584,7 @@ pub(super) fn rope_row<'a>(c: &Context<'a>, row: usize, index: usize) -> (&'a [f
 unsafe fn cache_row(c: &Context<'_>, layer: usize, head: usize, row: usize) -> (*mut u8, *mut u8) {
     let sequence = sequence_of(c, row);
     let position = sequence.position + row - sequence.first_row;
-    let page = sequence.pages[position / PAGE].cast_mut();
+    let page = c.pages[sequence.pages.start + position / PAGE].cast_mut();
     let at = head * c.kv.head_stride() + position % PAGE * c.kv.row_bytes;
     // SAFETY: inside the page by the layout.
     unsafe { (page.add(c.kv.k_offset(layer) + at), page.add(c.kv.v_offset(layer) + at)) }
@@ -610,7 +618,7 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
         // The last rows see the most positions: they come first, so that the small pieces fill the end.
         let (head, block) = (piece % (spec.heads / heads) * heads, blocks - 1 - piece / (spec.heads / heads));
         let task = attention::AttentionTask {
-            path: attention::Path::for_rows(s.rows),
+            path: attention::Path::for_rows(if c.alone { 1 } else { s.rows }),
             q: q.row_ptr(s.first_row).cast_const(),
             q_stride: q.width,
             heads: (head, head + heads),

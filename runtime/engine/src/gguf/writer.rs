@@ -9,10 +9,7 @@
 //! file that was laid out this way and is copied through [`Writer::like`] comes out byte for byte the same.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
 
 use super::limits::*;
 use super::metadata::Metadata;
@@ -20,6 +17,7 @@ use super::model::Gguf;
 use super::tensor::size_of;
 use super::value::{Array, Value};
 use super::{DEFAULT_ALIGNMENT, KEY_ALIGNMENT, MAGIC, align_up};
+use crate::file::NewFile;
 use crate::quant::DType;
 use crate::{Error, Result};
 
@@ -129,22 +127,13 @@ impl Writer {
         let alignment = self.alignment()?;
         let header = self.header(alignment)?;
         let mut out = TensorWriter {
-            file: None,
-            temporary: Temporary::beside(path.as_ref())?,
-            target: path.as_ref().into(),
+            file: NewFile::create(path)?,
             tensors: self.tensors.clone(),
             alignment,
             next: 0,
             written: 0,
             position: 0,
         };
-        let file = File::options()
-            .write(true)
-            .create_new(true)
-            .open(&out.temporary.path)
-            .map_err(Error::io(&out.temporary.path))?;
-        out.temporary.exists = true;
-        out.file = Some(BufWriter::with_capacity(1 << 20, file));
         out.put(&header)?;
         out.pad()?;
         Ok(out)
@@ -259,46 +248,11 @@ fn put_array(out: &mut Vec<u8>, array: &Array, depth: usize) -> Result<(), Strin
     Ok(())
 }
 
-/// A temporary file that goes away unless it is renamed.
-#[derive(Debug)]
-struct Temporary {
-    path: PathBuf,
-    exists: bool,
-}
-
-impl Temporary {
-    /// A name of its own in the folder of `target`, so that the rename stays within one file system.
-    fn beside(target: &Path) -> Result<Temporary> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
-        let Some(name) = target.file_name() else {
-            return Err(Error::argument(format!("{} names no file to write to", target.display())));
-        };
-        let count = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let mut temporary = std::ffi::OsString::from(".");
-        temporary.push(name);
-        temporary.push(format!(".{}-{count}.tmp", std::process::id()));
-        Ok(Temporary { path: target.with_file_name(temporary), exists: false })
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if self.exists
-            && let Err(e) = std::fs::remove_file(&self.path)
-        {
-            log::warn!("{}: cannot remove the temporary file: {e}", self.path.display());
-        }
-    }
-}
-
 /// A file under way: takes the tensors' bytes in the table's order. Dropped before [`finish`](TensorWriter::finish), it
 /// leaves nothing behind.
 #[derive(Debug)]
 pub struct TensorWriter {
-    // The field order matters: the file is closed before the temporary name is removed (Windows needs that).
-    file: Option<BufWriter<File>>,
-    temporary: Temporary,
-    target: PathBuf,
+    file: NewFile,
     tensors: Vec<Planned>,
     alignment: usize,
     /// The tensor that is being written.
@@ -348,7 +302,7 @@ impl TensorWriter {
     ///
     /// # Errors
     /// [`Error::Argument`] where tensors are missing, [`Error::Io`]; the target is then as it was.
-    pub fn finish(mut self) -> Result<u64> {
+    pub fn finish(self) -> Result<u64> {
         if let Some(t) = self.tensors.get(self.next) {
             return Err(Error::argument(format!(
                 "tensor {:?}: {} of {} bytes have not been written",
@@ -357,21 +311,12 @@ impl TensorWriter {
                 t.bytes
             )));
         }
-        let path = &self.temporary.path;
-        if let Some(buffered) = self.file.take() {
-            let file = buffered.into_inner().map_err(|e| Error::io(path)(e.into_error()))?;
-            file.sync_all().map_err(Error::io(path))?;
-        }
-        std::fs::rename(path, &self.target).map_err(Error::io(&self.target))?;
-        self.temporary.exists = false;
-        sync_folder(&self.target);
+        self.file.finish()?;
         Ok(self.position)
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        if let Some(file) = &mut self.file {
-            file.write_all(bytes).map_err(Error::io(&self.temporary.path))?;
-        }
+        self.file.write(bytes)?;
         self.position = self.position.saturating_add(bytes.len() as u64);
         Ok(())
     }
@@ -382,17 +327,4 @@ impl TensorWriter {
         let zeros = usize::try_from(end.saturating_sub(self.position)).unwrap_or(0);
         self.put(&vec![0; zeros])
     }
-}
-
-/// Makes the rename itself last. Not every file system can; the file's bytes are on the disk either way.
-fn sync_folder(target: &Path) {
-    #[cfg(unix)]
-    {
-        let folder = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        if let Err(e) = File::open(folder).and_then(|f| f.sync_all()) {
-            log::debug!("{}: cannot sync the folder: {e}", folder.display());
-        }
-    }
-    #[cfg(not(unix))]
-    let _ = target;
 }

@@ -311,20 +311,22 @@ impl Executor {
     /// # Errors
     /// A batch over the limits, token ids outside the vocabulary, [`Error::Memory`] for KV pages, [`Error::Cancelled`],
     /// [`Error::Device`]. The caches are as before then.
-    pub fn run(&mut self, purpose: Purpose, mut batch: Batch<'_, KvCache>, cancel: &AtomicBool) -> Result<&[f32]> {
+    pub fn run(&mut self, purpose: Purpose, mut batch: Batch<'_, KvCache>, cancel: &AtomicBool) -> Result<&mut [f32]> {
+        self.result.clear();
         self.device.check()?;
         let program = self.program(purpose)?;
         batch.check(&self.programs[program].tape, &self.programs[program].plan.limits, purpose)?;
-        for segment in &mut batch.segments {
-            if let Some(cache) = &mut segment.cache {
-                let len = cache.len() + segment.rows;
+        let sequences = batch.segments.count();
+        for i in 0..sequences {
+            let rows = batch.segments.rows(i);
+            if let Some(cache) = batch.segments.cache(i) {
+                let len = cache.len() + rows;
                 cache.reserve(&mut self.pool, len)?;
             }
         }
         self.upload(&mut batch, purpose)?;
-        let singles = batch.segments.len() <= DECODED && batch.segments.iter().all(|s| s.rows == 1);
-        let decoding =
-            (purpose == Purpose::Generate && singles).then(|| batch.segments.len().next_power_of_two() as u32);
+        let singles = sequences <= DECODED && (0..sequences).all(|i| batch.segments.rows(i) == 1);
+        let decoding = (purpose == Purpose::Generate && singles).then(|| sequences.next_power_of_two() as u32);
         let recording = self.recording(program, decoding)?;
         let rows = |kind| match kind {
             Rows::Tokens => batch.tokens.len(),
@@ -378,9 +380,10 @@ impl Executor {
                 *gradient += more;
             }
         }
-        for segment in &mut batch.segments {
-            if let Some(cache) = &mut segment.cache {
-                cache.advance(segment.rows);
+        for i in 0..sequences {
+            let rows = batch.segments.rows(i);
+            if let Some(cache) = batch.segments.cache(i) {
+                cache.advance(rows);
             }
         }
         self.result.truncate(bytes as usize / 4);
@@ -392,7 +395,12 @@ impl Executor {
             }
             self.result.truncate(batch.outputs.len() * wanted);
         }
-        Ok(&self.result)
+        Ok(&mut self.result)
+    }
+
+    /// The result of the last run; empty after a run that failed.
+    pub fn result(&mut self) -> &mut [f32] {
+        &mut self.result
     }
 
     /// Writes the tables of a run, and what is learned.
@@ -410,17 +418,18 @@ impl Executor {
         words.extend([seed as u32, (seed >> 32) as u32]);
         let (mut row, mut pages) = (0, pages_at);
         let mut positions = Vec::with_capacity(rows);
-        for segment in &batch.segments {
-            let (first, end) = (row, row + segment.rows);
-            let before = segment.cache.as_ref().map_or(0, |c| c.len());
-            let start = if segment.cache.is_some() { pages } else { first };
+        for i in 0..batch.segments.count() {
+            let (first, end) = (row, row + batch.segments.rows(i));
+            let held = batch.segments.cache(i).map(|c| c.len());
+            let before = held.unwrap_or(0);
+            let start = if held.is_some() { pages } else { first };
             while row < end {
                 let position = before + row - first;
                 positions.push(position);
                 words.extend([batch.tokens[row], position as u32, start as u32, end as u32]);
                 row += 1;
             }
-            pages += (before + segment.rows).div_ceil(PAGE);
+            pages += (before + end - first).div_ceil(PAGE);
         }
         let weights = batch.learning.as_ref().map_or([].as_slice(), |l| l.row_weights);
         for (s, output) in batch.outputs.iter().enumerate() {
@@ -436,8 +445,8 @@ impl Executor {
                 words.extend(cos.iter().chain(&sin).map(|v| v.to_bits()));
             }
         }
-        for cache in batch.segments.iter().filter_map(|s| s.cache.as_ref()) {
-            words.extend(cache.pages());
+        for i in 0..batch.segments.count() {
+            words.extend(batch.segments.cache(i).into_iter().flat_map(|cache| cache.pages()));
         }
         let bytes = 4 * words.len() as u64;
         if bytes > self.run.size() {

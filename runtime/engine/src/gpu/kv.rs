@@ -147,6 +147,11 @@ impl KvCache {
         self.len += n;
     }
 
+    /// An identity and the bytes of every page, first to last.
+    pub fn page_sizes(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.pages.iter().map(|p| (Arc::as_ptr(p) as usize, self.page_bytes))
+    }
+
     /// The pages' numbers, first to last.
     pub(super) fn pages(&self) -> impl Iterator<Item = u32> + '_ {
         self.pages.iter().map(|p| p.index)

@@ -213,6 +213,13 @@ impl Sampler {
         self.seed
     }
 
+    /// Goes on from where `other` is, which was made with the same options: its random state and accepted tokens.
+    pub fn follow(&mut self, other: &Sampler) {
+        self.rng = other.rng.clone();
+        self.history.follow(&other.history);
+        self.mu = other.mu;
+    }
+
     /// Forgets the accepted tokens and starts the random sequence again.
     pub fn reset(&mut self) {
         self.rng = Rng::new(self.seed);

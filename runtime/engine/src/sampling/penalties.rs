@@ -32,6 +32,11 @@ impl History {
         &self.tokens[self.tokens.len() - n.min(self.tokens.len())..]
     }
 
+    /// Takes over what `other` holds, without allocating where there is room.
+    pub fn follow(&mut self, other: &History) {
+        self.tokens.clone_from(&other.tokens);
+    }
+
     pub fn clear(&mut self) {
         self.tokens.clear();
     }

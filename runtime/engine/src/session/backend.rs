@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use crate::cpu;
 #[cfg(feature = "gpu")]
 use crate::gpu;
-use crate::tape::{Batch, Purpose, Segment, Tape, Timing};
+use crate::tape::{Batch, Purpose, Segments, Tape, Timing};
 use crate::{Error, Result};
 
 /// Where a model runs.
@@ -104,6 +104,34 @@ impl Cache {
         }
     }
 
+    /// An identity and the bytes of every page, first to last.
+    pub fn pages(&self) -> Box<dyn Iterator<Item = (usize, usize)> + '_> {
+        match self {
+            Cache::Cpu(cache) => Box::new(cache.page_sizes()),
+            #[cfg(feature = "gpu")]
+            Cache::Gpu(cache) => Box::new(cache.page_sizes()),
+        }
+    }
+
+    /// The cache in memory.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for `what` where it is on a GPU.
+    pub fn in_memory(&self, what: &str) -> Result<&cpu::KvCache> {
+        let _ = what;
+        match self {
+            Cache::Cpu(cache) => Ok(cache),
+            #[cfg(feature = "gpu")]
+            Cache::Gpu(_) => Err(Error::Unsupported(format!("{what} on the GPU; open the session on the CPU"))),
+        }
+    }
+
+    /// As [`Cache::in_memory`], to be changed.
+    pub fn in_memory_mut(&mut self, what: &str) -> Result<&mut cpu::KvCache> {
+        self.in_memory(what)?;
+        self.cpu().ok_or(Error::Unsupported(what.into()))
+    }
+
     fn cpu(&mut self) -> Option<&mut cpu::KvCache> {
         match self {
             Cache::Cpu(cache) => Some(cache),
@@ -121,26 +149,58 @@ impl Cache {
     }
 }
 
-/// The batch with caches of one kind.
-fn convert<'a, C>(batch: Batch<'a, Cache>, pick: impl Fn(&'a mut Cache) -> Option<&'a mut C>) -> Result<Batch<'a, C>> {
-    let convert = |segment: Segment<'a, Cache>| match segment.cache {
-        None => Ok(Segment { cache: None, rows: segment.rows }),
-        Some(cache) => match pick(cache) {
-            None => Err(Error::argument("the sequence belongs to an engine on another device")),
-            cache => Ok(Segment { cache, rows: segment.rows }),
-        },
-    };
-    let segments = batch.segments.into_iter().map(convert).collect::<Result<_>>()?;
-    let Batch { tokens, outputs, targets, learning, .. } = batch;
-    Ok(Batch { tokens, segments, outputs, targets, learning })
+/// Sequences with caches of one kind.
+struct Picked<'a, C> {
+    segments: &'a mut dyn Segments<Cache>,
+    pick: fn(&mut Cache) -> Option<&mut C>,
+}
+
+impl<'a, C> Picked<'a, C> {
+    fn new(segments: &'a mut dyn Segments<Cache>, pick: fn(&mut Cache) -> Option<&mut C>) -> Result<Picked<'a, C>> {
+        match (0..segments.count()).all(|i| segments.cache(i).is_none_or(|cache| pick(cache).is_some())) {
+            true => Ok(Picked { segments, pick }),
+            false => Err(Error::argument("the sequence belongs to an engine on another device")),
+        }
+    }
+}
+
+impl<C> Segments<C> for Picked<'_, C> {
+    fn count(&self) -> usize {
+        self.segments.count()
+    }
+
+    fn rows(&self, index: usize) -> usize {
+        self.segments.rows(index)
+    }
+
+    fn cache(&mut self, index: usize) -> Option<&mut C> {
+        self.segments.cache(index).and_then(self.pick)
+    }
 }
 
 impl Backend {
-    pub fn run(&mut self, purpose: Purpose, batch: Batch<'_, Cache>, cancel: &AtomicBool) -> Result<&[f32]> {
+    /// Runs `batch` and gives the result, `[outputs, width]`, which [`Backend::result`] gives again.
+    pub fn run(&mut self, purpose: Purpose, batch: Batch<'_, Cache>, cancel: &AtomicBool) -> Result<&mut [f32]> {
+        let Batch { tokens, segments, outputs, targets, alone, learning } = batch;
         match self {
-            Backend::Cpu(executor) => executor.run(purpose, convert(batch, Cache::cpu)?, cancel),
+            Backend::Cpu(executor) => {
+                let segments = &mut Picked::new(segments, Cache::cpu)?;
+                executor.run(purpose, Batch { tokens, segments, outputs, targets, alone, learning }, cancel)
+            }
             #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => executor.run(purpose, convert(batch, Cache::gpu)?, cancel),
+            Backend::Gpu(executor) => {
+                let segments = &mut Picked::new(segments, Cache::gpu)?;
+                executor.run(purpose, Batch { tokens, segments, outputs, targets, alone, learning }, cancel)
+            }
+        }
+    }
+
+    /// The result of the last run; empty after one that failed.
+    pub fn result(&mut self) -> &mut [f32] {
+        match self {
+            Backend::Cpu(executor) => executor.result(),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.result(),
         }
     }
 

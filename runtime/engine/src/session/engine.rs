@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+#[cfg(feature = "gpu")]
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::adapters::{self, AdapterReport, ScaledAdapter};
 use super::backend::{Backend, Cache, Device};
+use super::prefix::{Origin, PrefixCache};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions, KvCache, KvLayout};
 use crate::quant::DType;
-use crate::tape::{Batch, PlanLimits, Purpose, Segment, Timing};
+use crate::tape::{Batch, PlanLimits, Purpose, Segments, Timing};
 use crate::{Error, Result};
 
 /// How a session is set up. The default suits a chat on a laptop.
@@ -30,6 +33,8 @@ pub struct SessionOptions {
     pub arithmetic: Arithmetic,
     /// Refuse to open when the peak would be above this many bytes, the mapped file included.
     pub memory_budget: Option<u64>,
+    /// Where computed prompts are kept for others that begin alike; its bytes come on top of the budget.
+    pub prefix_cache: Option<PrefixCache>,
 }
 
 impl Default for SessionOptions {
@@ -43,6 +48,7 @@ impl Default for SessionOptions {
             device: Device::Cpu,
             arithmetic: Arithmetic::Narrow,
             memory_budget: None,
+            prefix_cache: None,
         }
     }
 }
@@ -54,6 +60,8 @@ pub struct Sequence {
     pub(super) tokens: Vec<u32>,
     /// The adapters its keys and values were computed with.
     adapters: Arc<[ScaledAdapter]>,
+    /// From here on, keys and values know of text that has been dropped.
+    pub(super) shifted: Option<usize>,
 }
 
 impl Sequence {
@@ -66,12 +74,52 @@ impl Sequence {
     pub fn truncate(&mut self, len: usize) {
         self.tokens.truncate(len);
         self.cache.truncate(len);
+        self.shifted = self.shifted.filter(|from| *from < len);
+    }
+
+    /// Length of the longest start of `tokens` whose keys and values are here: what lies behind a dropped part does not
+    /// count, for it would not be what computing `tokens` gives.
+    pub fn common_prefix(&self, tokens: &[u32]) -> usize {
+        let held = &self.tokens[..self.shifted.unwrap_or(self.tokens.len())];
+        held.iter().zip(tokens).take_while(|(a, b)| a == b).count()
     }
 
     /// Bytes of the cache in use.
     pub fn cache_bytes(&self) -> usize {
         self.cache.bytes()
     }
+}
+
+/// Sequences with the tokens to feed to each.
+struct Feeds<'a, 's, 't>(&'a mut [(&'s mut Sequence, &'t [u32])]);
+
+impl Segments<Cache> for Feeds<'_, '_, '_> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn rows(&self, index: usize) -> usize {
+        self.0[index].1.len()
+    }
+
+    fn cache(&mut self, index: usize) -> Option<&mut Cache> {
+        Some(&mut self.0[index].0.cache)
+    }
+}
+
+/// The rows of a run that give logits or, with targets, cross-entropies.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Wanted<'a> {
+    /// Logits of no row.
+    Nothing,
+    /// Logits of each sequence's last row.
+    Last,
+    /// Logits of all rows.
+    All,
+    /// Logits of chosen rows, increasing.
+    Logits(&'a [u32]),
+    /// Cross-entropies of chosen rows, increasing, with the target of each.
+    Scores { outputs: &'a [u32], targets: &'a [u32] },
 }
 
 /// A model made ready to run. See the module's text.
@@ -84,6 +132,11 @@ pub struct Engine {
     /// Why the CPU runs the model though a GPU was asked for, or looked for.
     fallback: Option<String>,
     adapters: Arc<[ScaledAdapter]>,
+    /// This engine's own number, where its caches are of no use to another: on a GPU.
+    owner: Option<u64>,
+    /// Tokens of a run, and its outputs: kept, so that a run need not allocate.
+    tokens: Vec<u32>,
+    outputs: Vec<u32>,
 }
 
 impl Engine {
@@ -96,7 +149,25 @@ impl Engine {
         let layout = KvLayout::new(model.spec(), options.kv_type)?;
         Engine::estimate(model, &options)?.check(options.memory_budget)?;
         let (backend, fallback) = open(model, &options)?;
-        Ok(Engine { model: model.clone(), options, layout, backend, fallback, adapters: Arc::new([]) })
+        let owner = match &backend {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(_) => {
+                static COUNT: AtomicU64 = AtomicU64::new(0);
+                Some(COUNT.fetch_add(1, Ordering::Relaxed))
+            }
+        };
+        Ok(Engine {
+            model: model.clone(),
+            options,
+            layout,
+            backend,
+            fallback,
+            adapters: Arc::new([]),
+            owner,
+            tokens: Vec::new(),
+            outputs: Vec::new(),
+        })
     }
 
     /// What [`Engine::new`] with the same arguments will come to need, with one sequence of the full context.
@@ -155,7 +226,51 @@ impl Engine {
             #[cfg(feature = "gpu")]
             Backend::Gpu(_) => Cache::Gpu(crate::gpu::KvCache::default()),
         };
-        Sequence { cache, tokens: Vec::new(), adapters: self.adapters.clone() }
+        Sequence { cache, tokens: Vec::new(), adapters: self.adapters.clone(), shifted: None }
+    }
+
+    /// A sequence that begins as `tokens` do, as far as the prefix cache has it ready: empty where it has nothing, or
+    /// there is none.
+    pub fn sequence_of(&self, tokens: &[u32]) -> Sequence {
+        self.recall(tokens, 0).unwrap_or_else(|| self.sequence())
+    }
+
+    /// The start of `tokens` from the prefix cache, if it is longer than `than`.
+    pub(super) fn recall(&self, tokens: &[u32], than: usize) -> Option<Sequence> {
+        self.options.prefix_cache.as_ref()?.find(&self.origin(), tokens, than)
+    }
+
+    /// Keeps `sequence` in the prefix cache, if there is one.
+    pub fn remember(&self, sequence: &Sequence) {
+        if let Some(cache) = &self.options.prefix_cache
+            && sequence.shifted.is_none()
+            && adapters::same(&sequence.adapters, &self.adapters)
+            && !sequence.tokens.is_empty()
+        {
+            cache.keep(&self.origin(), sequence);
+        }
+    }
+
+    fn origin(&self) -> Origin {
+        let SessionOptions { kv_type, arithmetic, .. } = self.options;
+        Origin { model: self.model.clone(), kv_type, arithmetic, adapters: self.adapters.clone(), owner: self.owner }
+    }
+
+    /// Makes room in a full window: forgets `drop` tokens of `sequence` from token `keep` on, and moves those behind them
+    /// to their places (llama.cpp's context shift). Their values stay as they are and their keys are turned to the new
+    /// positions, so they still know of what was dropped: the text goes on smoothly, but not as if it had been computed
+    /// without that part.
+    ///
+    /// # Errors
+    /// Tokens that are not held; a sequence on a GPU.
+    pub fn shift(&self, sequence: &mut Sequence, keep: usize, drop: usize) -> Result<()> {
+        let cache = sequence.cache.in_memory_mut("dropping a part of the window")?;
+        cache.shift(self.model.spec(), keep, drop)?;
+        if drop > 0 {
+            sequence.tokens.drain(keep..keep + drop);
+            sequence.shifted = Some(sequence.shifted.map_or(keep, |from| from.min(keep)));
+        }
+        Ok(())
     }
 
     /// Feeds each sequence its tokens, all in one run, and gives the logits after the last token of each:
@@ -164,32 +279,31 @@ impl Engine {
     /// # Errors
     /// More tokens than a chunk or sequences than `logit_rows`, token ids outside the vocabulary, a full context,
     /// [`Error::Cancelled`] (no sequence has changed then).
-    pub fn step(&mut self, feeds: &mut [(&mut Sequence, &[u32])], cancel: &AtomicBool) -> Result<&[f32]> {
-        let mut last = 0;
-        let outputs: Vec<u32> = feeds
-            .iter()
-            .map(|(_, tokens)| {
-                last += tokens.len() as u32;
-                last.saturating_sub(1)
-            })
-            .collect();
-        self.run(Purpose::Generate, feeds, &outputs, &[], cancel)
+    pub fn step(&mut self, feeds: &mut [(&mut Sequence, &[u32])], cancel: &AtomicBool) -> Result<&mut [f32]> {
+        self.run(feeds, Wanted::Last, false, cancel)
     }
 
-    /// Feeds one sequence and gives a result for chosen rows: logits for [`Purpose::Generate`], the cross-entropy of
-    /// `targets` for [`Purpose::Score`].
+    /// As [`Engine::step`], without logits: for the parts of a prompt before its last.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn feed(&mut self, feeds: &mut [(&mut Sequence, &[u32])], cancel: &AtomicBool) -> Result<()> {
+        self.run(feeds, Wanted::Nothing, false, cancel).map(|_| ())
+    }
+
+    /// Feeds the sequences and gives what is wanted, row by row; `alone` as in [`Batch::alone`].
     ///
     /// # Errors
     /// As [`Engine::step`].
     pub(super) fn run(
         &mut self,
-        purpose: Purpose,
         feeds: &mut [(&mut Sequence, &[u32])],
-        outputs: &[u32],
-        targets: &[u32],
+        wanted: Wanted<'_>,
+        alone: bool,
         cancel: &AtomicBool,
-    ) -> Result<&[f32]> {
-        let mut tokens = Vec::new();
+    ) -> Result<&mut [f32]> {
+        self.outputs.clear();
+        self.tokens.clear();
         for (sequence, feed) in feeds.iter() {
             let used = sequence.tokens.len();
             if used + feed.len() > self.options.context {
@@ -200,21 +314,47 @@ impl Engine {
                     "the sequence holds keys and values of other adapters; set those again or truncate it to 0",
                 ));
             }
-            tokens.extend_from_slice(feed);
+            self.tokens.extend_from_slice(feed);
+            if matches!(wanted, Wanted::Last) {
+                self.outputs.push((self.tokens.len() as u32).saturating_sub(1));
+            }
         }
-        let segments = feeds
-            .iter_mut()
-            .map(|(sequence, feed)| Segment { cache: Some(&mut sequence.cache), rows: feed.len() })
-            .collect();
-        let result =
-            self.backend.run(purpose, Batch { tokens: &tokens, segments, outputs, targets, learning: None }, cancel)?;
+        let (purpose, targets) = match wanted {
+            Wanted::Scores { outputs, targets } => {
+                self.outputs.extend_from_slice(outputs);
+                (Purpose::Score, targets)
+            }
+            Wanted::Logits(outputs) => {
+                self.outputs.extend_from_slice(outputs);
+                (Purpose::Generate, [].as_slice())
+            }
+            Wanted::All => {
+                self.outputs.extend(0..self.tokens.len() as u32);
+                (Purpose::Generate, [].as_slice())
+            }
+            Wanted::Nothing | Wanted::Last => (Purpose::Generate, [].as_slice()),
+        };
+        let (tokens, outputs) = (&self.tokens, &self.outputs);
+        let batch = Batch { tokens, segments: &mut Feeds(feeds), outputs, targets, alone, learning: None };
+        self.backend.run(purpose, batch, cancel)?;
         for (sequence, feed) in feeds {
             if sequence.tokens.is_empty() {
                 sequence.adapters = self.adapters.clone();
             }
             sequence.tokens.extend_from_slice(feed);
         }
-        Ok(result)
+        Ok(self.backend.result())
+    }
+
+    /// The layout of the sequences' caches.
+    pub(super) fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    /// A row of the logits of the last run, the sampler's to change.
+    pub(super) fn logits_row(&mut self, row: usize) -> &mut [f32] {
+        let vocab = self.model.spec().vocab;
+        &mut self.backend.result()[row * vocab..][..vocab]
     }
 
     /// Puts `adapters`, each times its factor, in force from the next run on, in place of those before; none for the base
@@ -226,6 +366,7 @@ impl Engine {
     /// is no number, [`Error::Memory`] when the memory budget does not hold it. The set before stays in force then.
     pub fn set_adapters(&mut self, adapters: &[ScaledAdapter]) -> Result<AdapterReport> {
         let (tensors, corrections) = adapters::corrections(&self.model, adapters)?;
+        #[cfg_attr(not(feature = "gpu"), allow(clippy::infallible_destructuring_match))]
         let executor = match &mut self.backend {
             Backend::Cpu(executor) => executor,
             #[cfg(feature = "gpu")]

@@ -1,137 +1,48 @@
 //! Generation: prefill, then one token after the other, as a pull iterator of whole UTF-8 text.
+//!
+//! With [`Speculation`] a run of the tape takes the last token and guesses of what follows it; the rows' logits are then
+//! sampled from in order for as long as the guesses prove right. The sampler sees the same logits in the same order as
+//! without, so nothing about the answer changes.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::Session;
-use crate::sampling::{Sampler, SamplerOptions};
-use crate::text::Utf8Stream;
+use super::answer::Answer;
+use super::speculate::Speculator;
+use super::{EndReason, GenerateOptions, GenerationStats, Piece, Session, Speculation};
 use crate::{Error, Result};
-
-/// What to generate.
-#[derive(Clone, Debug)]
-pub struct GenerateOptions {
-    /// How tokens are chosen.
-    pub sampler: SamplerOptions,
-    /// Most tokens to generate.
-    pub max_tokens: usize,
-    /// Texts that end the answer; they are not part of it.
-    pub stop: Vec<String>,
-    /// Go on behind tokens that end an answer.
-    pub ignore_end: bool,
-    /// Whether control tokens appear in the text.
-    pub special: bool,
-}
-
-impl Default for GenerateOptions {
-    fn default() -> GenerateOptions {
-        GenerateOptions {
-            sampler: SamplerOptions::default(),
-            max_tokens: usize::MAX,
-            stop: Vec::new(),
-            ignore_end: false,
-            special: false,
-        }
-    }
-}
-
-/// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EndReason {
-    /// The model ended its answer.
-    EndOfText,
-    /// `max_tokens` were generated.
-    Length,
-    /// A stop text came up.
-    Stop,
-    /// The context window is full.
-    ContextFull,
-    /// It was cancelled.
-    Cancelled,
-}
-
-impl EndReason {
-    /// Name in JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            EndReason::EndOfText => "end_of_text",
-            EndReason::Length => "length",
-            EndReason::Stop => "stop",
-            EndReason::ContextFull => "context_full",
-            EndReason::Cancelled => "cancelled",
-        }
-    }
-}
-
-/// A piece of the answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// Whole UTF-8; may be empty while a character or a possible stop text is incomplete.
-    pub text: String,
-    /// The token behind it; `None` for text that was held back and comes at the end.
-    pub token: Option<u32>,
-}
-
-/// Counts and times of a generation.
-#[derive(Clone, Debug, Default)]
-pub struct GenerationStats {
-    /// Tokens of the prompt.
-    pub prompt_tokens: usize,
-    /// Of these, taken from the window without computing.
-    pub reused_tokens: usize,
-    /// Tokens generated.
-    pub output_tokens: usize,
-    /// Time for the prompt.
-    pub prefill: Duration,
-    /// Time for the tokens behind the first.
-    pub decode: Duration,
-    /// Why it ended; `None` while it goes on.
-    pub end: Option<EndReason>,
-}
 
 /// A running generation. Dropping it stops it; the session keeps what was fed.
 #[derive(Debug)]
 pub struct Generation<'s> {
     session: &'s mut Session,
-    sampler: Sampler,
-    options: GenerateOptions,
-    /// Tokens to feed before the next is sampled.
-    pending: Vec<u32>,
-    stream: Utf8Stream,
-    /// Text that may be the start of a stop text.
-    held: String,
-    logits: Vec<f32>,
-    stats: GenerationStats,
+    answer: Answer,
+    speculator: Option<Speculator>,
+    /// Tokens of the next run, or of the last: those that are part of the text, then guesses, which are on trial.
+    tokens: Vec<u32>,
+    /// Where the guesses begin.
+    drafts: usize,
+    /// The row of the last run's results to sample from next: so many guesses were right. None when there is none.
+    row: Option<usize>,
 }
 
 impl<'s> Generation<'s> {
     pub(super) fn new(session: &'s mut Session, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'s>> {
-        let window = session.options().context;
-        if prompt.is_empty() {
-            return Err(Error::argument("the prompt is empty"));
-        }
-        if prompt.len() > window {
-            return Err(Error::ContextFull { window, used: 0, asked: prompt.len() });
-        }
-        let mut sampler = Sampler::new(&options.sampler, session.model().spec().vocab)?;
-        prompt.iter().for_each(|t| sampler.accept(*t));
+        let mut answer = Answer::new(session.model(), session.options().context, prompt, options)?;
+        let speculator = match answer.options().speculation {
+            Speculation::Off => None,
+            kind => Some(Speculator::new(kind, session, &answer.sampler)?),
+        };
         // The last token is fed again even if it is held: its logits are what comes next.
-        let reused = session.keep_prefix(&prompt[..prompt.len() - 1]);
+        let reused = session.reuse_prefix(&prompt[..prompt.len() - 1]);
         session.cancel_handle().reset();
-        Ok(Generation {
-            pending: prompt[reused..].to_vec(),
-            stats: GenerationStats { prompt_tokens: prompt.len(), reused_tokens: reused, ..Default::default() },
-            session,
-            sampler,
-            options,
-            stream: Utf8Stream::default(),
-            held: String::new(),
-            logits: Vec::new(),
-        })
+        answer.stats.reused_tokens = reused;
+        let tokens = prompt[reused..].to_vec();
+        Ok(Generation { session, answer, speculator, drafts: tokens.len(), tokens, row: None })
     }
 
     /// Counts and times so far.
     pub fn stats(&self) -> &GenerationStats {
-        &self.stats
+        &self.answer.stats
     }
 
     /// The session.
@@ -144,74 +55,101 @@ impl<'s> Generation<'s> {
     /// # Errors
     /// Whatever stops the computation but a full context and cancellation, which are ends.
     #[allow(clippy::should_implement_trait)]
-    pub fn next(&mut self) -> Result<Option<Piece>> {
-        if self.stats.end.is_some() {
+    pub fn next(&mut self) -> Result<Option<Piece<'_>>> {
+        if self.answer.stats.end.is_some() {
             return Ok(None);
         }
-        if self.stats.output_tokens >= self.options.max_tokens {
-            return Ok(self.end(EndReason::Length));
+        if self.answer.room() == 0 {
+            return Ok(self.answer.end(EndReason::Length));
         }
         let started = Instant::now();
-        let first = self.stats.output_tokens == 0;
-        match self.session.feed(&self.pending) {
-            Ok(logits) => {
-                self.logits.clear();
-                self.logits.extend_from_slice(logits);
-            }
-            Err(Error::Cancelled) => return Ok(self.end(EndReason::Cancelled)),
-            Err(Error::ContextFull { .. }) if !first => return Ok(self.end(EndReason::ContextFull)),
+        let first = self.answer.stats.output_tokens == 0;
+        let token = match self.token() {
+            Ok(token) => token,
+            Err(Error::Cancelled) => return Ok(self.answer.end(EndReason::Cancelled)),
+            Err(Error::ContextFull { .. }) if !first => return Ok(self.answer.end(EndReason::ContextFull)),
             Err(e) => return Err(e),
-        }
-        let token = self.sampler.sample(&mut self.logits)?;
-        self.sampler.accept(token);
-        let elapsed = started.elapsed();
-        match first {
-            true => self.stats.prefill += elapsed,
-            false => self.stats.decode += elapsed,
-        }
-        let tokenizer = self.session.model().tokenizer();
-        if !self.options.ignore_end && tokenizer.is_end_of_generation(token) {
-            return Ok(self.end(EndReason::EndOfText));
-        }
-        self.stats.output_tokens += 1;
-        self.pending.clear();
-        self.pending.push(token);
-        let bytes = tokenizer.token_bytes(token, self.options.special).unwrap_or_default();
-        let text = self.stream.push(bytes);
-        self.held.push_str(&text);
-        if let Some(at) = self.options.stop.iter().filter(|s| !s.is_empty()).filter_map(|s| self.held.find(s)).min() {
-            self.held.truncate(at);
-            return Ok(self.end(EndReason::Stop).map(|piece| Piece { token: Some(token), ..piece }));
-        }
-        let keep = self.options.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
-        let text = self.held.drain(..self.held.len() - keep).collect();
-        Ok(Some(Piece { text, token: Some(token) }))
+        };
+        let stats = &mut self.answer.stats;
+        *if first { &mut stats.prefill } else { &mut stats.decode } += started.elapsed();
+        Ok(self.answer.add(self.session.model(), token))
     }
 
-    fn end(&mut self, reason: EndReason) -> Option<Piece> {
-        self.stats.end = Some(reason);
-        let mut text = std::mem::take(&mut self.held);
-        if reason != EndReason::Stop {
-            text.push_str(&self.stream.finish());
+    /// The next token: from a row that is there, or from a new run.
+    fn token(&mut self) -> Result<u32> {
+        let row = match self.row {
+            Some(row) => row,
+            None => self.compute()?,
+        };
+        self.row = Some(row);
+        let token = self.answer.choose(self.session.logits_row(row))?;
+        if self.tokens.get(self.drafts + row) == Some(&token) {
+            self.answer.stats.accepted_tokens += 1;
+            self.row = Some(row + 1);
+        } else {
+            self.settle();
+            self.tokens.clear();
+            self.tokens.push(token);
+            self.drafts = 1;
         }
-        (!text.is_empty()).then_some(Piece { text, token: None })
+        Ok(token)
+    }
+
+    /// Feeds the tokens, and guesses behind them if there are any; gives the first row.
+    fn compute(&mut self) -> Result<usize> {
+        let done = self.make_room().and_then(|()| self.guess()).and_then(|()| match self.tokens.len() == self.drafts {
+            true => self.session.feed(&self.tokens).map(|_| ()),
+            false => self.session.feed_alone(&self.tokens).map(|_| ()),
+        });
+        match done {
+            Ok(()) if self.answer.stats.output_tokens == 0 => self.session.remember(),
+            Ok(()) => self.answer.stats.drafted_tokens += self.tokens.len() - self.drafts,
+            Err(_) => self.tokens.truncate(self.drafts),
+        }
+        done.map(|()| 0)
+    }
+
+    /// Drops a part of a full window, if that is wanted.
+    fn make_room(&mut self) -> Result<()> {
+        if let Some(keep) = self.answer.options().shift
+            && self.session.room() == 0
+            && self.drafts == 1
+        {
+            let drop = (self.session.position() - keep).div_ceil(2);
+            self.session.shift(keep, drop)?;
+            self.answer.stats.dropped_tokens += drop;
+        }
+        Ok(())
+    }
+
+    fn guess(&mut self) -> Result<()> {
+        let Some(speculator) = &mut self.speculator else { return Ok(()) };
+        if self.drafts > 1 {
+            // The prompt: kernels for many rows compute it, not those that check guesses.
+            return speculator.prepare(self.session, &self.tokens);
+        }
+        // A token comes in any case; a guess has to fit the window, and be of use.
+        let room = self.session.room().saturating_sub(1).min(self.answer.room() - 1);
+        speculator.draft(self.session, &self.answer.sampler, room, &mut self.tokens)
+    }
+
+    /// Drops the guesses that were wrong, or not looked at, from the window.
+    fn settle(&mut self) {
+        let drafted = self.tokens.len() - self.drafts;
+        if let Some(right) = self.row.take()
+            && drafted > 0
+        {
+            self.session.forget(drafted - right);
+            self.tokens.truncate(self.drafts);
+            if let Some(speculator) = &mut self.speculator {
+                speculator.learn(drafted, right);
+            }
+        }
     }
 }
 
-/// Length in bytes of the longest end of `text` that is a proper start of `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
-    stop.char_indices().map(|(i, _)| i).skip(1).filter(|n| text.ends_with(&stop[..*n])).max().unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::overlap;
-
-    #[test]
-    fn overlap_finds_the_longest_started_stop_text() {
-        assert_eq!(overlap("abc<|e", "<|end|>"), 3);
-        assert_eq!(overlap("abc", "<|end|>"), 0);
-        assert_eq!(overlap("答", "答案"), 3);
-        assert_eq!(overlap("aab", "abab"), 2);
+impl Drop for Generation<'_> {
+    fn drop(&mut self) {
+        self.settle();
     }
 }

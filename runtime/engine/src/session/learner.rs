@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use super::backend::{Backend, Device};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions};
-use crate::tape::{Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, Segment, Timing, Trained, adapted_norm};
+use crate::tape::{Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, Timing, Trained, adapted_norm};
 use crate::{Error, Result, quant};
 
 /// How a learner is set up.
@@ -228,12 +228,10 @@ impl Learner {
                 batch.outputs[outputs.clone()].iter().map(|o| o.wrapping_sub(first_row as u32)).collect();
             let run = Batch {
                 tokens: &batch.tokens[first_row..row],
-                segments: batch.lengths[first_sequence..sequence]
-                    .iter()
-                    .map(|rows| Segment { cache: None, rows: *rows })
-                    .collect(),
+                segments: &mut &batch.lengths[first_sequence..sequence],
                 outputs: &shifted,
                 targets: &batch.targets[targets],
+                alone: false,
                 learning: Some(Learning {
                     params,
                     gradients,

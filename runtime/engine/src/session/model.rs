@@ -35,6 +35,11 @@ impl Model {
         Ok(Model { inner: Arc::new(Inner { gguf, spec, weights, tokenizer, template }) })
     }
 
+    /// Whether both are clones of one.
+    pub(super) fn is(&self, other: &Model) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// The file.
     pub fn gguf(&self) -> &Gguf {
         &self.inner.gguf

@@ -1,13 +1,17 @@
 //! One conversation: an engine with one sequence.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::engine::Wanted;
+use super::saved;
+use super::speculate::same_vocabulary;
 use super::{
     AdapterReport, Device, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence,
     SessionOptions,
 };
-use crate::tape::{Purpose, Timing};
+use crate::tape::Timing;
 use crate::{Error, Result};
 
 /// Stops what a session is doing, from any thread: the running call ends with [`Error::Cancelled`] between two ops.
@@ -27,6 +31,11 @@ impl CancelHandle {
         self.0.store(false, Ordering::Relaxed);
     }
 
+    /// The flag itself, which [`Engine::step`] looks at between two ops.
+    pub fn flag(&self) -> &AtomicBool {
+        &self.0
+    }
+
     /// Whether it was asked to stop.
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
@@ -39,6 +48,8 @@ pub struct Session {
     engine: Engine,
     sequence: Sequence,
     cancel: CancelHandle,
+    /// A smaller model that guesses ahead.
+    draft: Option<Box<Session>>,
 }
 
 impl Session {
@@ -49,7 +60,7 @@ impl Session {
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Session> {
         let engine = Engine::new(model, options)?;
         let sequence = engine.sequence();
-        Ok(Session { engine, sequence, cancel: CancelHandle::default() })
+        Ok(Session { engine, sequence, cancel: CancelHandle::default(), draft: None })
     }
 
     /// The memory [`Session::new`] with the same arguments will come to need.
@@ -121,9 +132,51 @@ impl Session {
 
     /// Keeps the longest common start of the window and `tokens`, forgets the rest, and says how long it is.
     pub fn keep_prefix(&mut self, tokens: &[u32]) -> usize {
-        let common = self.sequence.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let common = self.sequence.common_prefix(tokens);
         self.sequence.truncate(common);
         common
+    }
+
+    /// As [`Session::keep_prefix`], but takes the start from the prefix cache where that has more of it.
+    pub(super) fn reuse_prefix(&mut self, tokens: &[u32]) -> usize {
+        if let Some(longer) = self.engine.recall(tokens, self.sequence.common_prefix(tokens)) {
+            self.sequence = longer;
+        }
+        self.keep_prefix(tokens)
+    }
+
+    /// Keeps the window in the prefix cache, if there is one.
+    pub(super) fn remember(&self) {
+        self.engine.remember(&self.sequence);
+    }
+
+    /// Makes room: forgets `drop` tokens from token `keep` on; see [`Engine::shift`].
+    ///
+    /// # Errors
+    /// As [`Engine::shift`].
+    pub fn shift(&mut self, keep: usize, drop: usize) -> Result<()> {
+        self.engine.shift(&mut self.sequence, keep, drop)
+    }
+
+    /// Writes the window to `path`, whole or not at all, with `note`, which is the caller's own; [`Session::load`] gives it
+    /// back. What the file holds is in the text of the module `saved`.
+    ///
+    /// # Errors
+    /// A session on a GPU, [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>, note: &str) -> Result<()> {
+        saved::save(&self.engine, &self.sequence, note, path.as_ref())
+    }
+
+    /// Takes the window from a file of [`Session::save`], in place of this one, and gives the note. What is generated then
+    /// is what the session that was saved would have generated.
+    ///
+    /// # Errors
+    /// A file that is no session's, is cut short or damaged; one of another model, type of cache or set of adapters, or too
+    /// long for this window: the message says which. The window is as before then.
+    pub fn load(&mut self, path: impl AsRef<Path>) -> Result<String> {
+        let (sequence, note) = saved::load(&self.engine, path.as_ref())?;
+        self.sequence = sequence;
+        Ok(note)
     }
 
     /// A handle that stops calls on this session.
@@ -150,24 +203,36 @@ impl Session {
         let (head, tail) = tokens.split_at(last_chunk);
         let mut done = 0;
         for chunk in head.chunks(self.options().chunk) {
-            self.engine.run(Purpose::Generate, &mut [(&mut self.sequence, chunk)], &[], &[], &self.cancel.0)?;
+            self.engine.feed(&mut [(&mut self.sequence, chunk)], &self.cancel.0)?;
             done += chunk.len();
             progress(done);
         }
-        self.engine.step(&mut [(&mut self.sequence, tail)], &self.cancel.0)
+        let logits = self.engine.step(&mut [(&mut self.sequence, tail)], &self.cancel.0)?;
+        Ok(logits)
     }
 
     /// Appends `tokens` and hands the logits behind each of them to `row(index, logits)`.
     ///
     /// # Errors
     /// As [`Session::feed`].
-    pub fn logits(&mut self, tokens: &[u32], mut row: impl FnMut(usize, &[f32])) -> Result<()> {
+    pub fn logits(&mut self, tokens: &[u32], row: impl FnMut(usize, &[f32])) -> Result<()> {
+        self.rows(tokens, false, row)
+    }
+
+    /// As [`Session::logits`], but each token is computed as if it were fed by itself: on the CPU the logits are bit by bit
+    /// those of feeding one token after the other. Meant for few tokens: it is the slower way for many.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn logits_alone(&mut self, tokens: &[u32], row: impl FnMut(usize, &[f32])) -> Result<()> {
+        self.rows(tokens, true, row)
+    }
+
+    fn rows(&mut self, tokens: &[u32], alone: bool, mut row: impl FnMut(usize, &[f32])) -> Result<()> {
         self.check(tokens)?;
         let (rows, vocab) = (self.options().logit_rows, self.model().spec().vocab);
         for (i, chunk) in tokens.chunks(rows).enumerate() {
-            let outputs: Vec<u32> = (0..chunk.len() as u32).collect();
-            let feeds = &mut [(&mut self.sequence, chunk)];
-            let logits = self.engine.run(Purpose::Generate, feeds, &outputs, &[], &self.cancel.0)?;
+            let logits = self.engine.run(&mut [(&mut self.sequence, chunk)], Wanted::All, alone, &self.cancel.0)?;
             for (j, logits) in logits.chunks_exact(vocab).enumerate() {
                 row(i * rows + j, logits);
             }
@@ -189,10 +254,34 @@ impl Session {
             let outputs: Vec<u32> = wanted.clone().map(|i| (i - start) as u32).collect();
             let targets: Vec<u32> = wanted.map(|i| tokens[i + 1]).collect();
             let feeds = &mut [(&mut self.sequence, chunk)];
-            scores.extend_from_slice(self.engine.run(Purpose::Score, feeds, &outputs, &targets, &self.cancel.0)?);
+            let wanted = Wanted::Scores { outputs: &outputs, targets: &targets };
+            scores.extend_from_slice(self.engine.run(feeds, wanted, false, &self.cancel.0)?);
             start += chunk.len();
         }
         Ok(scores)
+    }
+
+    /// As [`Session::logits_alone`], for no more than `logit_rows` tokens, whose logits are then there as
+    /// [`Session::logits_row`].
+    pub(super) fn feed_alone(&mut self, tokens: &[u32]) -> Result<()> {
+        self.check(tokens)?;
+        self.engine.run(&mut [(&mut self.sequence, tokens)], Wanted::All, true, &self.cancel.0)?;
+        Ok(())
+    }
+
+    /// A row of the logits of the last run, the sampler's to change.
+    pub(super) fn logits_row(&mut self, row: usize) -> &mut [f32] {
+        self.engine.logits_row(row)
+    }
+
+    /// Tokens that the window still has room for.
+    pub(super) fn room(&self) -> usize {
+        self.options().context - self.position()
+    }
+
+    /// Forgets the last `n` tokens.
+    pub(super) fn forget(&mut self, n: usize) {
+        self.sequence.truncate(self.position().saturating_sub(n));
     }
 
     /// Checks that all of `tokens` fit the window; gives where the last chunk begins.
@@ -211,6 +300,29 @@ impl Session {
     /// Sampler parameters out of range, a prompt that is empty or longer than the window.
     pub fn generate(&mut self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
         Generation::new(self, prompt, options)
+    }
+
+    /// Lets the model of `draft`, which is smaller and has the same vocabulary, guess ahead for [`Speculation::Model`];
+    /// none takes the last one away. Cancelling this session stops it too. Its window should be as long as this one's:
+    /// where it is full, there are no guesses.
+    ///
+    /// # Errors
+    /// Vocabularies that differ: the message names the first difference.
+    pub fn set_draft(&mut self, draft: Option<Session>) -> Result<()> {
+        self.draft = match draft {
+            None => None,
+            Some(mut draft) => {
+                same_vocabulary(self.model(), draft.model())?;
+                draft.cancel = self.cancel.clone();
+                Some(Box::new(draft))
+            }
+        };
+        Ok(())
+    }
+
+    /// The session that guesses ahead, with this one's tokens beside it.
+    pub(super) fn with_draft(&mut self) -> (Option<&mut Session>, &[u32]) {
+        (self.draft.as_deref_mut(), &self.sequence.tokens)
     }
 
     /// Puts `adapters`, each times its factor, in force in place of those before; none for the base model. When the set

@@ -6,27 +6,47 @@ use super::plan::PlanLimits;
 use super::spec::Spec;
 use crate::{Error, Result};
 
-/// Rows of a run that belong to one sequence.
-#[derive(Debug)]
-pub struct Segment<'a, C> {
-    /// The sequence's cache; its length is the position of the segment's first row. None in learning, where every
-    /// segment is a whole sequence.
-    pub cache: Option<&'a mut C>,
-    /// Number of rows.
-    pub rows: usize,
+/// How the rows of a run divide into sequences, first to last.
+pub trait Segments<C> {
+    /// Number of sequences.
+    fn count(&self) -> usize;
+
+    /// Rows of sequence `index`.
+    fn rows(&self, index: usize) -> usize;
+
+    /// The cache of sequence `index`; its length is the position of the segment's first row. None in learning, where
+    /// every segment is a whole sequence.
+    fn cache(&mut self, index: usize) -> Option<&mut C>;
+}
+
+/// The lengths of whole sequences: what learning takes.
+impl<C> Segments<C> for &[usize] {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn rows(&self, index: usize) -> usize {
+        self[index]
+    }
+
+    fn cache(&mut self, _: usize) -> Option<&mut C> {
+        None
+    }
 }
 
 /// What to run.
-#[derive(Debug)]
 pub struct Batch<'a, C> {
     /// Token ids, segment after segment.
     pub tokens: &'a [u32],
     /// How they divide into sequences.
-    pub segments: Vec<Segment<'a, C>>,
+    pub segments: &'a mut dyn Segments<C>,
     /// Rows whose result is wanted, increasing.
     pub outputs: &'a [u32],
     /// The token to be predicted at each output row, for [`Purpose::Score`] and [`Purpose::Learn`]; else empty.
     pub targets: &'a [u32],
+    /// Compute every row as if it were run by itself, to the last bit, instead of in the fastest way for so many. The
+    /// CPU can; the GPU takes no notice.
+    pub alone: bool,
     /// What is learned.
     pub learning: Option<Learning<'a>>,
 }
@@ -49,7 +69,7 @@ impl<C> Batch<'_, C> {
     ///
     /// # Errors
     /// A batch over the limits, token ids outside the vocabulary, caches or parameters that are missing or misplaced.
-    pub(crate) fn check(&self, tape: &Tape, limits: &PlanLimits, purpose: Purpose) -> Result<()> {
+    pub(crate) fn check(&mut self, tape: &Tape, limits: &PlanLimits, purpose: Purpose) -> Result<()> {
         check_rows(self, &tape.spec, limits, purpose)?;
         check_learning(self, tape, purpose)
     }
@@ -57,7 +77,10 @@ impl<C> Batch<'_, C> {
 
 fn check_rows<C>(batch: &Batch<'_, C>, spec: &Spec, limits: &PlanLimits, purpose: Purpose) -> Result<()> {
     let rows = batch.tokens.len();
-    if rows == 0 || rows > limits.tokens || batch.segments.iter().map(|s| s.rows).sum::<usize>() != rows {
+    if rows == 0
+        || rows > limits.tokens
+        || (0..batch.segments.count()).map(|i| batch.segments.rows(i)).sum::<usize>() != rows
+    {
         return Err(Error::argument(format!("a run takes between 1 and {} tokens, not {rows}", limits.tokens)));
     }
     if batch.outputs.len() > limits.outputs || batch.outputs.iter().any(|o| *o as usize >= rows) {
@@ -78,10 +101,10 @@ fn check_rows<C>(batch: &Batch<'_, C>, spec: &Spec, limits: &PlanLimits, purpose
 }
 
 /// Checks that what a tape learns, and what it needs for it, is there: keys and values in the cache or in the run.
-fn check_learning<C>(batch: &Batch<'_, C>, tape: &Tape, purpose: Purpose) -> Result<()> {
+fn check_learning<C>(batch: &mut Batch<'_, C>, tape: &Tape, purpose: Purpose) -> Result<()> {
     let params = tape.param_count();
     let learning = !tape.params.is_empty();
-    if learning == batch.segments.iter().any(|s| s.cache.is_some()) {
+    if (0..batch.segments.count()).any(|i| batch.segments.cache(i).is_some() == learning) {
         return Err(Error::argument("sequences have a cache when generating and none when learning"));
     }
     let rows = if purpose == Purpose::Learn { batch.outputs.len() } else { 0 };

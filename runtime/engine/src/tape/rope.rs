@@ -37,6 +37,13 @@ impl Frequencies {
         self.per_position.len()
     }
 
+    /// Cosines and sines of `positions`, without the factor on them: what turns a vector that has been turned already.
+    pub fn turn(&self, positions: usize) -> [Vec<f32>; 2] {
+        let angles = self.per_position.iter().map(|f| (positions as f64 * f).sin_cos());
+        let (sin, cos) = angles.map(|(sin, cos)| (sin as f32, cos as f32)).unzip();
+        [cos, sin]
+    }
+
     /// Cosines and sines of `position`, [`pairs`](Self::pairs) of each.
     pub fn table(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
         debug_assert!(cos.len() == self.pairs() && sin.len() == self.pairs());

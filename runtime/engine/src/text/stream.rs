@@ -17,10 +17,9 @@ impl Utf8Stream {
         Utf8Stream::default()
     }
 
-    /// Adds `bytes` and returns the text that is complete now.
-    pub fn push(&mut self, bytes: &[u8]) -> String {
+    /// Adds `bytes`; what is complete now goes to the end of `text`.
+    pub fn push(&mut self, bytes: &[u8], text: &mut String) {
         self.pending.extend_from_slice(bytes);
-        let mut text = String::with_capacity(self.pending.len());
         let mut kept = 0;
         for chunk in self.pending.utf8_chunks() {
             text.push_str(chunk.valid());
@@ -32,14 +31,12 @@ impl Utf8Stream {
             }
         }
         self.pending.drain(..self.pending.len() - kept);
-        text
     }
 
-    /// Ends the stream: an unfinished character becomes U+FFFD.
-    pub fn finish(&mut self) -> String {
-        let rest = String::from_utf8_lossy(&self.pending).into_owned();
+    /// Ends the stream: an unfinished character becomes U+FFFD at the end of `text`.
+    pub fn finish(&mut self, text: &mut String) {
+        text.push_str(&String::from_utf8_lossy(&self.pending));
         self.pending.clear();
-        rest
     }
 }
 
@@ -65,8 +62,9 @@ mod tests {
         for input in inputs {
             for size in 1..=input.len() {
                 let mut stream = Utf8Stream::new();
-                let mut text: String = input.chunks(size).map(|chunk| stream.push(chunk)).collect();
-                text.push_str(&stream.finish());
+                let mut text = String::new();
+                input.chunks(size).for_each(|chunk| stream.push(chunk, &mut text));
+                stream.finish(&mut text);
                 assert_eq!(text, String::from_utf8_lossy(input), "{input:?} by {size}");
             }
         }
@@ -75,12 +73,21 @@ mod tests {
     #[test]
     fn waits_only_while_waiting_can_help() {
         let mut stream = Utf8Stream::new();
-        assert_eq!(stream.push(b"x\xF0\x9F"), "x");
-        assert_eq!(stream.push(b"\x98"), "");
-        assert_eq!(stream.push(b"\x80"), "😀");
-        assert_eq!(stream.push(b"\xE4"), "");
-        assert_eq!(stream.push(b"a"), "\u{FFFD}a");
-        assert_eq!(stream.push(b"\x80"), "\u{FFFD}");
-        assert_eq!(stream.finish(), "");
+        let steps: [(&[u8], &str); 6] = [
+            (b"x\xF0\x9F", "x"),
+            (b"\x98", ""),
+            (b"\x80", "😀"),
+            (b"\xE4", ""),
+            (b"a", "\u{FFFD}a"),
+            (b"\x80", "\u{FFFD}"),
+        ];
+        for (bytes, want) in steps {
+            let mut text = String::new();
+            stream.push(bytes, &mut text);
+            assert_eq!(text, want);
+        }
+        let mut text = String::new();
+        stream.finish(&mut text);
+        assert_eq!(text, "");
     }
 }

@@ -168,15 +168,3 @@ fn tensors_come_back() {
     let wrong = Tensor { shape: vec![3], ..tensors[0].clone() };
     assert!(encode_tensors(&[wrong], &[]).is_err());
 }
-
-#[test]
-fn files_of_their_own_are_replaced_whole() {
-    let folder = Folder::new("atomic");
-    fs::create_dir_all(&folder.0).unwrap();
-    let path = folder.0.join("a.json");
-    write_atomically(&path, b"one").unwrap();
-    write_atomically(&path, b"two").unwrap();
-    assert_eq!(fs::read(&path).unwrap(), b"two");
-    assert!(write_atomically(&folder.0.join("none/a"), b"x").is_err());
-    assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1);
-}

@@ -9,9 +9,9 @@ mod svg;
 use std::fmt::Write as _;
 use std::path::Path;
 
+use kinglet_engine::file;
 use svg::{Chart, Series, Style, short};
 
-use crate::checkpoint::write_atomically;
 use crate::config::TrainConfig;
 use crate::metrics::StepMetrics;
 use crate::{Error, Result};
@@ -72,7 +72,7 @@ impl Report<'_> {
     /// # Errors
     /// [`Error::Io`].
     pub fn write(&self, path: &Path) -> Result<()> {
-        write_atomically(path, self.html()?.as_bytes())
+        file::replace(path, self.html()?.as_bytes())
     }
 
     /// The page.
