@@ -9,7 +9,7 @@
  *    reports is the library's, and valid until the next call on the same object.
  * 2. Any order. Objects keep alive what they need: a model may be freed before its sessions, a session before its
  *    generation, an adapter while a session applies it.
- * 3. Threads. Any thread may call anything. A model, an adapter are shared freely. A session, a generation, a trainer
+ * 3. Threads. Any thread may call anything. Models and adapters are shared freely. A session, a generation, a trainer
  *    take one call at a time: a second one returns KINGLET_ERR_BUSY and does nothing. While a generation is under
  *    way, its session is busy too. The functions named _cancel may be called at any time. Freeing an object takes it
  *    from everybody: no other call on it, _cancel included, may be running or follow. Callbacks run on the thread

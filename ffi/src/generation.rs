@@ -132,21 +132,15 @@ impl kinglet_generation {
     /// Reads the request and takes the session.
     fn start(session: Arc<kinglet_session>, json: &str) -> Outcome<kinglet_generation> {
         let mut slot = enter(&session.slot, "session")?;
-        slot.idle()?;
+        let window = slot.idle()?.options().context;
         let (tokens, options) = request::read(json, &session.model)?;
-        let engine = slot.hold()?;
-        let window = engine.options().context;
-        let problem = match tokens.len() {
-            0 => Some(Failure::argument("the prompt has no tokens")),
-            asked if asked > window => Some(Error::ContextFull { window, used: 0, asked }.into()),
-            _ => None,
-        };
-        if let Some(problem) = problem {
-            slot.let_go();
-            return Err(problem);
+        match tokens.len() {
+            0 => return Err(Failure::argument("the prompt has no tokens")),
+            asked if asked > window => return Err(Error::ContextFull { window, used: 0, asked }.into()),
+            _ => {}
         }
         // The last token is fed in any case: its logits are what comes next.
-        let reused = engine.keep_prefix(&tokens[..tokens.len() - 1]);
+        let reused = slot.hold()?.keep_prefix(&tokens[..tokens.len() - 1]);
         session.cancel.reset();
         drop(slot);
         let counts = Counts { prompt: tokens.len(), reused, prefilled: reused, ..Counts::default() };

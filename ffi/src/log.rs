@@ -128,3 +128,39 @@ pub unsafe extern "C" fn kinglet_set_log(
     // SAFETY: `err` is the caller's.
     unsafe { fence(err, body) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fence::KINGLET_ERR_INTERNAL;
+    use std::ffi::CStr;
+    use std::ptr::null_mut;
+    use std::sync::Mutex;
+
+    static HEARD: Mutex<Vec<(i32, String)>> = Mutex::new(Vec::new());
+
+    unsafe extern "C" fn hear(user: *mut c_void, level: i32, message: *const c_char) {
+        assert_eq!(user as usize, 5);
+        // SAFETY: messages are NUL-terminated.
+        let message = unsafe { CStr::from_ptr(message) }.to_str().unwrap().to_owned();
+        HEARD.lock().unwrap().push((level, message));
+    }
+
+    #[test]
+    fn a_panic_within_a_call_is_a_message_to_the_callback() {
+        let heard = |word: &str| HEARD.lock().unwrap().iter().any(|(level, m)| *level == 1 && m.contains(word));
+        let panics = |word: &'static str| {
+            // SAFETY: NULL is allowed.
+            let status = unsafe { fence(null_mut(), || std::panic::panic_any(word)) };
+            assert_eq!(status, KINGLET_ERR_INTERNAL);
+        };
+        // SAFETY: the callback takes what it gets.
+        assert_eq!(unsafe { kinglet_set_log(Some(hear), 5 as *mut c_void, 1, null_mut()) }, KINGLET_OK);
+        panics("planted for the callback");
+        assert!(heard("planted for the callback"));
+        // SAFETY: NULL is silence.
+        assert_eq!(unsafe { kinglet_set_log(None, null_mut(), 0, null_mut()) }, KINGLET_OK);
+        panics("planted in silence");
+        assert!(!heard("planted in silence"));
+    }
+}

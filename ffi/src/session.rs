@@ -313,10 +313,22 @@ pub unsafe extern "C" fn kinglet_session_feed(
             let mut slot = enter(&handle.slot, "session")?;
             let tokens = args::tokens(args::array(tokens, n_tokens, "tokens")?)?;
             let (session, logits) = slot.idle_with_logits()?;
-            logits.clear();
+            let before = session.position();
             handle.cancel.reset();
-            logits.extend_from_slice(session.feed(&tokens)?);
-            Ok(KINGLET_OK)
+            match session.feed(&tokens) {
+                Ok(next) => {
+                    logits.clear();
+                    logits.extend_from_slice(next);
+                    Ok(KINGLET_OK)
+                }
+                Err(error) => {
+                    // Of a call that was cancelled, whole chunks stay.
+                    if session.position() != before {
+                        logits.clear();
+                    }
+                    Err(error.into())
+                }
+            }
         })
     }
 }
@@ -375,9 +387,13 @@ pub unsafe extern "C" fn kinglet_session_score(
                 return Err(Failure::new(KINGLET_ERR_TOO_SMALL, what));
             }
             let (session, logits) = slot.idle_with_logits()?;
-            logits.clear();
+            let before = session.position();
             handle.cancel.reset();
-            let scores: Vec<f32> = session.score(&tokens, 0)?.into_iter().map(|nll| -nll).collect();
+            let scores = session.score(&tokens, 0);
+            if session.position() != before {
+                logits.clear();
+            }
+            let scores: Vec<f32> = scores?.into_iter().map(|nll| -nll).collect();
             args::give_array(&scores, logprobs, capacity, std::ptr::null_mut())
         })
     }

@@ -17,7 +17,8 @@ use serde_json::{Map, Value, json};
 use crate::adapter::kinglet_adapter;
 use crate::args::{self, Versioned};
 use crate::fence::{
-    Failure, KINGLET_DONE, KINGLET_OK, Outcome, enter, fence, fence_void, kinglet_error, kinglet_status,
+    Failure, KINGLET_DONE, KINGLET_ERR_CANCELLED, KINGLET_OK, Outcome, enter, fence, fence_void, kinglet_error,
+    kinglet_status,
 };
 use crate::model::{Settings, kinglet_model};
 
@@ -143,7 +144,7 @@ impl kinglet_trainer {
     fn run<T>(&self, body: impl FnOnce(&mut State, &AtomicBool) -> Outcome<T>) -> Outcome<T> {
         let mut state = enter(&self.state, "trainer")?;
         let result = body(&mut state, &self.cancelled);
-        if matches!(&result, Err(failure) if failure.code == crate::fence::KINGLET_ERR_CANCELLED) {
+        if matches!(&result, Err(failure) if failure.code == KINGLET_ERR_CANCELLED) {
             self.cancelled.store(false, Ordering::Relaxed);
         }
         result

@@ -670,6 +670,12 @@ fn forks_share_a_beginning_and_go_their_own_ways() {
         assert_eq!(kinglet_session_feed(fork, &tokens[0], 1, null_mut()), KINGLET_OK);
         assert_eq!(kinglet_session_feed(s, &tokens[tokens.len() - 1], 1, null_mut()), KINGLET_OK);
         assert_ne!(logits(fork), logits(s));
+        // A call that fails leaves everything as it was.
+        let before = logits(s);
+        assert_eq!(kinglet_session_feed(s, [1, -1].as_ptr(), 2, null_mut()), KINGLET_ERR_ARG);
+        assert_eq!(kinglet_session_feed(s, [1, 99_999].as_ptr(), 2, null_mut()), KINGLET_ERR_ARG);
+        assert_eq!(generate(s, r#"{"prompt": ""}"#).unwrap_err().0, KINGLET_ERR_ARG);
+        assert_eq!(logits(s), before);
         assert_eq!(kinglet_session_rewind(fork, tokens.len() - 1, null_mut()), KINGLET_OK);
         assert_eq!(kinglet_session_feed(fork, &tokens[tokens.len() - 1], 1, null_mut()), KINGLET_OK);
         assert_eq!(logits(fork), logits(s));
