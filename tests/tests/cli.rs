@@ -53,6 +53,43 @@ fn the_number_of_tokens_is_kept() {
     assert!(long.len() > short.len());
 }
 
+#[test]
+fn guessing_ahead_prints_the_same() {
+    let path = smollm2();
+    let run = |how: &str| {
+        let sampling = ["--temperature", "0.8", "--seed", "3", "-n", "16", "--backend", "cpu", "--json"];
+        let arguments =
+            [&["run", &path, "Count: one two three one two three one", "--raw", "--speculate", how][..], &sampling[..]];
+        let printed: serde_json::Value = serde_json::from_str(&stdout(&arguments.concat())).expect("JSON");
+        (printed["text"].as_str().expect("a text").to_string(), printed["drafted_tokens"].as_u64().expect("a number"))
+    };
+    let (plain, none) = run("off");
+    assert_eq!(none, 0);
+    for how in ["lookup", &path] {
+        let (text, drafted) = run(how);
+        assert_eq!(text, plain, "{how}");
+        assert!(drafted > 0, "{how}");
+    }
+}
+
+#[test]
+fn a_session_file_goes_on_where_it_was() {
+    let (path, scratch) = (smollm2(), Scratch::new("cli-session"));
+    let file = scratch.path("chat.kinglet").to_string_lossy().into_owned();
+    let run = |prompt: &str| {
+        let arguments = ["run", &path, prompt, "--session", &file, "-n", "8", "--temperature", "0", "--json"];
+        let printed: serde_json::Value = serde_json::from_str(&stdout(&arguments)).expect("JSON");
+        (printed["prompt_tokens"].as_u64().expect("a number"), printed["reused_tokens"].as_u64().expect("a number"))
+    };
+    let (first, none) = run("Name a river.");
+    let (second, reused) = run("Another one.");
+    assert!(none == 0 && reused >= first && second > reused, "{reused} of {second} tokens were there, {first} before");
+    std::fs::write(&file, b"kinglet").expect("a file");
+    let output = kinglet(&["run", &path, "More?", "--session", &file]);
+    assert_eq!(output.code, Some(1), "{output:?}");
+    assert!(output.stderr.contains("no saved session"), "{}", output.stderr);
+}
+
 /// Each with something its message must contain: what is wrong, not only that something is.
 #[test]
 fn mistakes_are_named_and_end_with_an_error() {

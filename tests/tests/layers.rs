@@ -24,7 +24,7 @@ const MODULES: [(&str, &[&str]); 14] = [
     ("quant", &[]),
     ("gguf", &["file", "quant"]),
     ("text", &["gguf", "quant"]),
-    ("sampling", &["text"]),
+    ("sampling", &["text", "random"]),
     ("grammar", &["text", "sampling"]),
     ("tape", &["gguf", "quant", "text", "random"]),
     ("cpu", &["gguf", "quant", "text", "tape", "random"]),

@@ -14,7 +14,7 @@
 //! | [`adapter`] | LoRA and DoRA: files, checks, merging | `gguf`, `quant` |
 //! | [`session`] | model, KV cache, prefill and decode, generation | all above |
 //! | [`random`] | numbers that are hashes of a seed and a counter | – |
-//! | [`sampling`] | from logits to a token | `error` |
+//! | [`sampling`] | from logits to a token | `random` |
 //!
 //! No architecture is known here by name: a family is a [`tape`] made by `kinglet-models`.
 

@@ -7,6 +7,8 @@
 
 use std::cmp::Ordering;
 
+use crate::random::splitmix64;
+
 /// A token that may still be chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Candidate {
@@ -140,17 +142,27 @@ pub(super) fn typical(candidates: &mut Vec<Candidate>, p: f32) {
     keep_until(candidates, nearest, |c| (-surprise(c)).exp(), |sum| sum > f64::from(p));
 }
 
-/// The candidate at which the running sum of weights passes `u` of their total, 0 ≤ u < 1.
-pub(super) fn draw(candidates: &[Candidate], u: f64) -> Option<&Candidate> {
-    let mut left = u * candidates.iter().map(|c| f64::from(c.weight)).sum::<f64>();
-    for c in candidates {
-        left -= f64::from(c.weight);
-        if left < 0.0 {
-            return Some(c);
+/// One candidate, with a probability in proportion to its weight: each runs a race whose time is exponential with its
+/// weight for rate, by a number of its own that follows from `key` and its id (the Gumbel trick in another form).
+///
+/// So the order of the list is of no account, and lists that are nearly alike give the same token for the same key with a
+/// probability of at least (1 − d)/(1 + d), d being the distance of their distributions in total variation (Daliri et al.
+/// 2024, arXiv:2408.07978): a draft model's guess is likely to be the token that is drawn.
+pub(super) fn race(candidates: &[Candidate], key: u64) -> Option<Candidate> {
+    let mut best: Option<(f64, Candidate)> = None;
+    for c in candidates.iter().filter(|c| c.weight > 0.0) {
+        let rate = f64::from(c.weight);
+        let u = ((splitmix64(key, u64::from(c.id)) >> 11) as f64 + 0.5) * (0.5f64).powi(53);
+        // −ln u is at least 1 − u: most have lost without a logarithm.
+        if best.is_some_and(|(time, _)| 1.0 - u > time * rate) {
+            continue;
+        }
+        let time = -u.ln() / rate;
+        if best.is_none_or(|(least, _)| time < least) {
+            best = Some((time, *c));
         }
     }
-    // Rounding can leave a remainder: the last one with any weight takes it.
-    candidates.iter().rev().find(|c| c.weight > 0.0).or(candidates.first())
+    best.map(|(_, c)| c).or(candidates.first().copied())
 }
 
 #[cfg(test)]
@@ -280,11 +292,42 @@ mod tests {
     }
 
     #[test]
-    fn draws_land_where_the_sums_say() {
+    fn races_are_won_in_proportion_to_the_weights() {
         let c = |id, weight| Candidate { id, logit: 0.0, weight };
-        let list = [c(0, 0.0), c(1, 2.0), c(2, 0.0), c(3, 6.0), c(4, 0.0)];
-        let at = |u| draw(&list, u).map(|c| c.id);
-        assert_eq!((at(0.0), at(0.249), at(0.25), at(0.999_999_999)), (Some(1), Some(1), Some(3), Some(3)));
-        assert_eq!(draw(&[], 0.5), None);
+        let list = [c(0, 0.0), c(1, 2.0), c(2, 1e-3), c(3, 6.0), c(4, 0.0), c(9, 4.0)];
+        let reversed: Vec<Candidate> = list.iter().rev().copied().collect();
+        let mut counts = [0.0; 10];
+        const RACES: u64 = 60_000;
+        for key in 0..RACES {
+            let winner = race(&list, splitmix64(7, key)).unwrap();
+            assert_eq!(race(&reversed, splitmix64(7, key)), Some(winner), "the order is of no account");
+            counts[winner.id as usize] += 1.0;
+        }
+        for c in list {
+            let p = f64::from(c.weight) / 12.001;
+            let (mean, deviation) = (p * RACES as f64, (p * (1.0 - p) * RACES as f64).sqrt());
+            assert!((counts[c.id as usize] - mean).abs() <= 4.0 * deviation + 1.0, "{c:?}: {counts:?}");
+        }
+        assert_eq!(race(&[], 1), None);
+        assert_eq!(race(&[c(5, 0.0)], 1).map(|c| c.id), Some(5));
+    }
+
+    #[test]
+    fn lists_that_are_nearly_alike_give_the_same_token() {
+        let mut rng = Rng::new(3);
+        let one: Vec<Candidate> =
+            (0..40).map(|id| Candidate { id, logit: 0.0, weight: 0.9f32.powi(id as i32) }).collect();
+        let mut other = one.clone();
+        other.iter_mut().for_each(|c| c.weight *= 1.0 + 0.1 * (rng.uniform() as f32 - 0.5));
+        let sum = |list: &[Candidate]| list.iter().map(|c| f64::from(c.weight)).sum::<f64>();
+        let (a, b) = (sum(&one), sum(&other));
+        let apart = |(x, y): (&Candidate, &Candidate)| (f64::from(x.weight) / a - f64::from(y.weight) / b).abs();
+        let distance = 0.5 * one.iter().zip(&other).map(apart).sum::<f64>();
+        let same = (0..20_000).filter(|key| {
+            race(&one, splitmix64(1, *key)).map(|c| c.id) == race(&other, splitmix64(1, *key)).map(|c| c.id)
+        });
+        let share = same.count() as f64 / 20_000.0;
+        let least = (1.0 - distance) / (1.0 + distance);
+        assert!(share > least - 0.01 && distance > 0.01, "{share} for {least}");
     }
 }

@@ -267,7 +267,7 @@ impl Sampler {
                 self.filter(logits);
                 // A subnormal temperature has no finite inverse; the smallest normal one is as good as greedy.
                 filters::softmax(&mut self.candidates, 1.0 / self.options.temperature.max(f32::MIN_POSITIVE));
-                filters::draw(&self.candidates, self.rng.uniform()).map(|c| c.id)
+                filters::race(&self.candidates, self.rng.next()).map(|c| c.id)
             }
         };
         Ok(chosen.unwrap_or_else(|| position_of(logits, most)))
@@ -302,7 +302,7 @@ impl Sampler {
         // The most probable token stays, whatever its surprise.
         list.retain(|c| -c.weight.log2() <= mu || c.logit == most);
         let total: f64 = list.iter().map(|c| f64::from(c.weight)).sum();
-        let chosen = *filters::draw(list, self.rng.uniform())?;
+        let chosen = filters::race(list, self.rng.next())?;
         let surprise = -(f64::from(chosen.weight) / total).log2();
         self.mu -= m.eta * (surprise as f32 - m.tau);
         Some(chosen.id)

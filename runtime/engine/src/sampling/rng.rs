@@ -1,7 +1,7 @@
 //! The generator that draws tokens: xoshiro256++ (Blackman and Vigna 2019, arXiv:1805.01407), seeded by SplitMix64 as
 //! its authors advise. Written out so that a seed means the same sequence in every version of every platform.
 
-/// A seeded stream of uniform numbers.
+/// A seeded stream of random numbers.
 #[derive(Clone, Debug)]
 pub(super) struct Rng([u64; 4]);
 
@@ -16,7 +16,8 @@ impl Rng {
         }))
     }
 
-    fn next(&mut self) -> u64 {
+    /// 64 random bits.
+    pub fn next(&mut self) -> u64 {
         let s = &mut self.0;
         let out = s[0].wrapping_add(s[3]).rotate_left(23).wrapping_add(s[0]);
         let t = s[1] << 17;
@@ -30,6 +31,7 @@ impl Rng {
     }
 
     /// Uniform in [0, 1), all 53 bits.
+    #[cfg(test)]
     pub fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 * (0.5f64).powi(53)
     }

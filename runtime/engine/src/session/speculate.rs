@@ -7,9 +7,10 @@
 //! How they are checked: each row's logits go through the sampler as without guessing, and the guess is right if it is
 //! the token that was sampled. So the text is what it would have been, token by token, seed by seed, with penalties,
 //! Mirostat and all, and no acceptance rule can bend its distribution. The rule of the paper accepts a drafted token with
-//! probability `min(1, p/q)` instead; to come near that rate, the drafting sampler follows the checking one, random state
-//! included: both draw with the same number, and where the two distributions agree, so do their tokens (coupling by
-//! common randomness; Daliri et al. 2024, arXiv:2408.07978).
+//! probability `min(1, p/q)` instead, and so changes the text. To come near its rate, the drafting sampler follows the
+//! checking one, random state included, and tokens are drawn in a way that gives the same one from distributions that are
+//! nearly the same (the coupling of Daliri et al. 2024, arXiv:2408.07978): with d the distance of the two in total
+//! variation, a guess is right with probability (1 − d)/(1 + d) at least, where the paper's rule has 1 − d.
 //!
 //! The CPU computes the rows of a check as if each were run by itself ([`Batch::alone`](crate::tape::Batch::alone)), so
 //! their logits are those of decoding bit by bit. On a GPU the kernels for several rows round differently, and a text may
