@@ -127,7 +127,7 @@ impl Session {
         let options = SessionOptions { device: Device::Cpu, ..self.options().clone() };
         let mut engine = Engine::new(self.model(), &options)?;
         engine.set_adapters(self.adapters())?;
-        Ok(Session { engine, sequence: self.sequence.clone(), cancel: CancelHandle::default() })
+        Ok(Session { engine, sequence: self.sequence.clone(), cancel: CancelHandle::default(), draft: None })
     }
 
     /// Keeps the longest common start of the window and `tokens`, forgets the rest, and says how long it is.
