@@ -80,6 +80,7 @@ pub fn read(json: &str, model: &Model) -> Outcome<(Vec<u32>, GenerateOptions)> {
         max_tokens: request.max_tokens.unwrap_or(usize::MAX),
         ignore_end: request.ignore_end,
         special: request.special,
+        ..GenerateOptions::default()
     };
     Ok((prompt, options))
 }
