@@ -1,7 +1,7 @@
 //! Benchmarks of Kinglet, alone and side by side with llama.cpp.
 //!
 //! A tokens-per-second figure moves with the machine, its neighbours and its temperature; a ratio of two engines that
-//! took turns in one process does not. So everything here is built around [`Contender`], the one thing both engines
+//! took turns in one process does not. So everything here is built around [`Contender`](contender::Contender), the one thing both engines
 //! can do, and around interleaved runs (A B B A). The peer is llama.cpp through the crate `llama-cpp-2`, built for
 //! the CPU at hand (see `.cargo/config.toml`), with its own best settings.
 //!

@@ -162,7 +162,8 @@ unsafe fn tile<const T: usize, const S: usize>(slabs: Slabs<'_>, x: Rows, to: Ta
                             *sum = _mm512_dpwssd_epi32(*sum, weights, pair);
                         }
                     }
-                    // Keeps the steps apart: reordered, they drown in spills.
+                    // Keeps the steps apart: reordered, they drown in spills. By number: iterators are inlined too late, or not.
+                    #[allow(clippy::needless_range_loop)]
                     for t in 0..T {
                         for s in 0..S {
                             std::arch::asm!("/* {0} */", inout(zmm_reg) sums[t][s], options(nomem, nostack, preserves_flags));
