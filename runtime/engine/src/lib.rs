@@ -4,7 +4,7 @@
 //! | module | what is in it | depends on |
 //! | --- | --- | --- |
 //! | [`error`] | the one error type | – |
-//! | [`file`] | files that appear whole or not at all | `error` |
+//! | [`mod@file`] | files that appear whole or not at all | `error` |
 //! | [`gguf`] | the file map, metadata and tensor table; reader and writer | `file`, `quant` (types) |
 //! | [`quant`] | block layouts, dequantize, quantize: the specification of every type | `error` |
 //! | [`text`] | tokenizer and chat template, both from the GGUF | `gguf` |
