@@ -9,7 +9,7 @@
 //! * [`data`]: models, texts, random numbers.
 //! * [`prompts`]: what the engines are asked.
 //! * [`process`]: the `kinglet` program, as a user runs it.
-//! * [`reference`]: a decoder in double precision.
+//! * [`mod@reference`]: a decoder in double precision.
 //! * [`strings`]: seeded strings of every kind for the tokenizers.
 //! * [`source`]: the repository as text, for the tests that hold its structure.
 
