@@ -96,9 +96,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         shift: arguments.context_shift,
     };
     let mut session_options = arguments.window.memory.options(arguments.window.context, global);
-    let cpu_only = !arguments.adapter.is_empty() || arguments.session.is_some() || arguments.context_shift.is_some();
+    let cpu_only = arguments.session.is_some() || arguments.context_shift.is_some();
     if cpu_only && matches!(session_options.device, Device::Auto) {
-        // The GPU has no adapters beside the weights yet, and its cache is neither saved nor shifted.
+        // The GPU's cache is neither saved nor shifted yet.
         session_options.device = Device::Cpu;
     }
     if options.speculation != Speculation::Off {
@@ -108,6 +108,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     if options.speculation == Speculation::Model {
         let draft = models::open(&arguments.speculate)?;
         session_options.logit_rows = 1;
+        // Adapters may have brought the session to the CPU.
+        session_options.device = session.options().device.clone();
         session.set_draft(Some(Session::new(&draft, &session_options)?))?;
     }
     let cancel = session.cancel_handle();

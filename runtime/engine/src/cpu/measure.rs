@@ -8,6 +8,7 @@ use super::kernels::linear::{
     Activations, KERNELS, KernelInfo, LinearTask, OutMut, Q8, Q8Mut, Scratch, activation_bytes, pick, quantize_rows,
 };
 use crate::quant::DType;
+use crate::random::{splitmix64, uniform};
 use crate::{Error, Result};
 
 /// What to time a kernel on: a matrix of `rows` × `k` weights, and tokens.
@@ -35,30 +36,35 @@ pub struct Weights {
 impl Weights {
     /// Whole blocks, `bytes` of them or a little less.
     pub fn random(dtype: DType, bytes: usize) -> Weights {
-        let mut random = Random(0x9e37_79b9_7f4a_7c15);
-        let mut data: Vec<u8> = (0..bytes.div_ceil(8)).flat_map(|_| random.next().to_le_bytes()).collect();
+        let mut data: Vec<u8> = (0..bytes.div_ceil(8) as u64).flat_map(|i| splitmix64(1, i).to_le_bytes()).collect();
         data.truncate(bytes / dtype.block_bytes() * dtype.block_bytes());
-        // Where the f16 of a block are: their exponents are set, so that none is a NaN and none is huge.
-        let halves: &[usize] = match dtype {
-            DType::F16 | DType::Q4_0 | DType::Q5_0 | DType::Q8_0 | DType::IQ4_NL | DType::IQ4_XS => &[0],
-            DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
-            DType::Q2_K => &[80, 82],
-            DType::Q3_K => &[108],
-            DType::Q6_K => &[208],
-            _ => &[],
-        };
-        for block in data.chunks_exact_mut(dtype.block_bytes()) {
-            for at in halves {
-                block[at + 1] = 0x20 | (block[at + 1] & 0x83);
-            }
-            match dtype {
-                DType::Q8_K | DType::F32 => block[3] = 0x3c,
-                DType::BF16 => block[1] = 0x3c,
-                DType::MXFP4 => block[0] = 120,
-                _ => {}
-            }
-        }
+        sane_scales(dtype, &mut data);
         Weights { dtype, bytes: data }
+    }
+}
+
+/// Makes whole blocks of random bytes weights that can be computed with: scales of either sign and a size of 2⁻⁷ to 2⁻⁶,
+/// none a NaN, none huge.
+pub(in crate::cpu) fn sane_scales(dtype: DType, data: &mut [u8]) {
+    use DType::*;
+    let halves: &[usize] = match dtype {
+        F16 | Q4_0 | Q5_0 | Q8_0 | IQ4_NL | IQ4_XS => &[0],
+        Q4_1 | Q5_1 | Q4_K | Q5_K => &[0, 2],
+        Q2_K => &[80, 82],
+        Q3_K => &[108],
+        Q6_K => &[208],
+        _ => &[],
+    };
+    for block in data.chunks_exact_mut(dtype.block_bytes()) {
+        for at in halves {
+            block[at + 1] = 0x20 | (block[at + 1] & 0x83);
+        }
+        match dtype {
+            F32 | Q8_K => (block[2], block[3]) = (block[2] & 0x7f, 0x3c | (block[3] & 0x80)),
+            BF16 => (block[0], block[1]) = (block[0] & 0x7f, 0x3c | (block[1] & 0x80)),
+            MXFP4 => block[0] = 118 + block[0] % 4,
+            _ => {}
+        }
     }
 }
 
@@ -79,8 +85,7 @@ pub fn kernels(tokens: usize) -> Vec<(&'static KernelInfo, bool)> {
 pub fn time(kernel: &KernelInfo, weights: &Weights, case: &Case) -> Result<Duration> {
     let &Case { rows, k, tokens, threads, runs } = case;
     let (isa, dtype) = (Isa::detect(), weights.dtype);
-    let mut random = Random(7);
-    let f32s: Vec<f32> = (0..tokens * k).map(|_| (random.next() % 2001) as f32 / 1000.0 - 1.0).collect();
+    let f32s: Vec<f32> = (0..(tokens * k) as u64).map(|i| uniform(7, i) as f32 * 2.0 - 1.0).collect();
     let mut q8 = vec![0u64; activation_bytes(tokens, k).div_ceil(8)];
     // SAFETY: the buffer is large enough, aligned, and used by this thread only.
     let dst = unsafe { Q8Mut::new(q8.as_mut_ptr().cast(), tokens, k) };
@@ -112,18 +117,6 @@ pub fn time(kernel: &KernelInfo, weights: &Weights, case: &Case) -> Result<Durat
         let died = || Err(Error::argument("a thread of the measurement ended early"));
         others.into_iter().try_fold((), |(), t| t.join().unwrap_or_else(|_| died()).map(drop)).and(own)
     })
-}
-
-/// Xorshift: speed and reproducibility are all that is asked of it.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
 }
 
 #[cfg(test)]

@@ -144,6 +144,16 @@ impl Answer {
         &self.options
     }
 
+    /// Of a full window of `held` tokens, if it is to be shifted: how many stay at its start, and how many behind them go,
+    /// the older half; `shift(stay, go)` does it.
+    pub fn make_room(&mut self, held: usize, shift: impl FnOnce(usize, usize) -> Result<()>) -> Result<()> {
+        let Some(keep) = self.options.shift else { return Ok(()) };
+        let drop = (held - keep).div_ceil(2);
+        shift(keep, drop)?;
+        self.stats.dropped_tokens += drop;
+        Ok(())
+    }
+
     /// Tokens that may still come.
     pub fn room(&self) -> usize {
         self.options.max_tokens.saturating_sub(self.stats.output_tokens)

@@ -180,10 +180,9 @@ impl Batcher {
             match request.answer.options().shift {
                 _ if request.answer.room() == 0 => request.end(EndReason::Length, report),
                 _ if held < window => {}
-                Some(keep) => {
-                    let drop = (held - keep).div_ceil(2);
-                    self.engine.shift(&mut request.sequence, keep, drop)?;
-                    request.answer.stats.dropped_tokens += drop;
+                Some(_) => {
+                    let Request { sequence, answer, .. } = request;
+                    answer.make_room(held, |keep, drop| self.engine.shift(sequence, keep, drop))?;
                 }
                 None => request.end(EndReason::ContextFull, report),
             }

@@ -111,15 +111,11 @@ impl<'s> Generation<'s> {
 
     /// Drops a part of a full window, if that is wanted.
     fn make_room(&mut self) -> Result<()> {
-        if let Some(keep) = self.answer.options().shift
-            && self.session.room() == 0
-            && self.drafts == 1
-        {
-            let drop = (self.session.position() - keep).div_ceil(2);
-            self.session.shift(keep, drop)?;
-            self.answer.stats.dropped_tokens += drop;
+        if self.session.room() > 0 || self.drafts > 1 {
+            return Ok(());
         }
-        Ok(())
+        let (held, session) = (self.session.position(), &mut *self.session);
+        self.answer.make_room(held, |keep, drop| session.shift(keep, drop))
     }
 
     fn guess(&mut self) -> Result<()> {

@@ -302,8 +302,8 @@ impl Session {
         Generation::new(self, prompt, options)
     }
 
-    /// Lets the model of `draft`, which is smaller and has the same vocabulary, guess ahead for [`Speculation::Model`](super::Speculation::Model);
-    /// none takes the last one away. Cancelling this session stops it too. Its window should be as long as this one's:
+    /// Lets the model of `draft`, which is smaller and has the same vocabulary, guess ahead for
+    /// [`Speculation::Model`](super::Speculation::Model); none takes the last one away. Cancelling this session stops it too. Its window should be as long as this one's:
     /// where it is full, there are no guesses.
     ///
     /// # Errors

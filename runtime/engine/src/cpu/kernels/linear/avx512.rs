@@ -80,8 +80,9 @@ unsafe fn fifth<const STEP: usize>(q: __m512i, p: *const u8) -> __m512i {
 }
 
 macro_rules! pair {
-    ($($name:ident, $(pair |$p:ident, $j:ident| $pair:expr,)? $(pick |$q:ident| $pick:expr)?;)*) => {
-        $(impl Pair for unpack::$name {
+    ($($name:ident),*; $($own:ident $(pair |$p:ident, $j:ident| $pair:expr)? $(, pick |$q:ident| $pick:expr)?;)*) => {
+        $(impl Pair for unpack::$name {})*
+        $(impl Pair for unpack::$own {
             $(#[inline(always)]
             unsafe fn pair($p: *const u8, $j: usize) -> __m512i {
                 // SAFETY: offsets within the unit, by the format's layout.
@@ -97,39 +98,32 @@ macro_rules! pair {
 }
 
 pair!(
-    Q8_0,;
-    Iq4Nl,;
-    Mxfp4,;
-    Q2K,;
-    Q3K,;
-    Q8K,;
-    Iq4Xs,;
-    Q4_0, pair |p, j| nibbles::<18>(p.add(36 * j + 2)),;
-    Q4_1, pair |p, j| nibbles::<20>(p.add(40 * j + 4)),;
-    Q5_0, pair |p, j| fifth::<22>(nibbles::<22>(p.add(44 * j + 6)), p.add(44 * j + 2)),;
-    Q5_1, pair |p, j| fifth::<24>(nibbles::<24>(p.add(48 * j + 8)), p.add(48 * j + 4)),;
+    Q8_0, Iq4Nl, Mxfp4, Q2K, Q3K, Q8K, Iq4Xs;
+    Q4_0 pair |p, j| nibbles::<18>(p.add(36 * j + 2));
+    Q4_1 pair |p, j| nibbles::<20>(p.add(40 * j + 4));
+    Q5_0 pair |p, j| fifth::<22>(nibbles::<22>(p.add(44 * j + 6)), p.add(44 * j + 2));
+    Q5_1 pair |p, j| fifth::<24>(nibbles::<24>(p.add(48 * j + 8)), p.add(48 * j + 4));
+    Q4K pair |p, j| {
+        // 32 bytes: the low nibbles are one group, the high ones the next.
+        let both = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(16 + 32 * j).cast()));
+        let shift = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
+        _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15))
+    }, pick |p| six_bit(p);
     Q5K, pick |p| six_bit(p);
-    Q4K, pair |p, j| {
-            // 32 bytes: the low nibbles are one group, the high ones the next.
-            let both = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(16 + 32 * j).cast()));
-            let shift = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
-            _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15))
-        },
-        pick |p| six_bit(p);
-    Q6K, pair |p, j| {
-            let (half, j) = (j / 2, j % 2);
-            let low = _mm512_loadu_si512(p.add(64 * half).cast());
-            let low = if j == 0 { low } else { _mm512_srli_epi16::<4>(low) };
-            let low = _mm512_and_si512(low, _mm512_set1_epi8(15));
-            // Two bits of each of four groups in 32 bytes; they go to bits 4 and 5.
-            let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(128 + 32 * half).cast()));
-            let high = if j == 0 {
-                _mm512_sllv_epi64(high, _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2))
-            } else {
-                _mm512_srlv_epi64(high, _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2))
-            };
-            _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)))
-        },;
+    Q6K pair |p, j| {
+        let (half, j) = (j / 2, j % 2);
+        let low = _mm512_loadu_si512(p.add(64 * half).cast());
+        let low = if j == 0 { low } else { _mm512_srli_epi16::<4>(low) };
+        let low = _mm512_and_si512(low, _mm512_set1_epi8(15));
+        // Two bits of each of four groups in 32 bytes; they go to bits 4 and 5.
+        let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(128 + 32 * half).cast()));
+        let high = if j == 0 {
+            _mm512_sllv_epi64(high, _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2))
+        } else {
+            _mm512_srlv_epi64(high, _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2))
+        };
+        _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)))
+    };
 );
 
 /// A few tokens: row after row, so that a thread reads one stream. Two rows at a time would share the loads of the activations,

@@ -4,6 +4,7 @@
 #![allow(clippy::single_range_in_vec_init)]
 
 use super::*;
+use crate::cpu::measure::sane_scales;
 use crate::quant::dequantize;
 
 pub(super) struct Random(pub u64);
@@ -53,29 +54,6 @@ impl Case {
         let mut noise = |n: usize| (0..n).map(|_| random.unit()).collect::<Vec<f32>>();
         let (x, dy) = (noise(tokens * (k + PAD)), noise(tokens * (rows + PAD)));
         Case { dtype, k, rows, tokens, weight, decoded, x, dy }
-    }
-}
-
-fn sane_scales(dtype: DType, data: &mut [u8]) {
-    use DType::*;
-    let halves: &[usize] = match dtype {
-        F16 | Q4_0 | Q5_0 | Q8_0 | IQ4_NL | IQ4_XS => &[0],
-        Q4_1 | Q5_1 | Q4_K | Q5_K => &[0, 2],
-        Q2_K => &[80, 82],
-        Q3_K => &[108],
-        Q6_K => &[208],
-        _ => &[],
-    };
-    for block in data.chunks_exact_mut(dtype.block_bytes()) {
-        for at in halves {
-            block[at + 1] = 0x20 | (block[at + 1] & 0x83);
-        }
-        match dtype {
-            F32 | Q8_K => (block[2], block[3]) = (block[2] & 0x7f, 0x3c | (block[3] & 0x80)),
-            BF16 => (block[0], block[1]) = (block[0] & 0x7f, 0x3c | (block[1] & 0x80)),
-            MXFP4 => block[0] = 118 + block[0] % 4,
-            _ => {}
-        }
     }
 }
 
