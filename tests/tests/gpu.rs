@@ -19,7 +19,7 @@ use kinglet_tests::data::{self, Random, Scratch, alone, heavy, maps, tiny};
 /// The device under test: `KINGLET_GPU`, or the first.
 fn device(binding_bytes: Option<u64>) -> Arc<gpu::Device> {
     let index = std::env::var("KINGLET_GPU").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
-    gpu::Device::open(index, Limits { binding_bytes }).expect("a GPU, or lavapipe in its place")
+    gpu::Device::open(index, Limits { binding_bytes, ..Limits::default() }).expect("a GPU, or lavapipe in its place")
 }
 
 fn options(device: Device) -> SessionOptions {

@@ -39,7 +39,7 @@ const MODULES: [(&str, &[&str]); 14] = [
 const UNSAFE: [&str; 9] = [
     "runtime/engine/src/cpu/",
     "runtime/engine/src/gguf/map.rs",
-    "runtime/engine/src/gpu/import.rs",
+    "runtime/engine/src/gpu/device.rs",
     "ffi/",
     "runtime/engine/examples/",
     "runtime/engine/tests/",

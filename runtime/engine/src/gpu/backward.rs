@@ -3,8 +3,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::forward::{CHUNK, TILE, Turning, row_grid};
-use super::kernel::Kernel;
+use super::forward::{CHUNK, Input, Turning, row_grid};
+use super::kernel::{AttentionRows, Kernel};
 use super::record::{Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
 use crate::tape::{AttentionBackward, Dropout, Gate, Lora, LoraBackward, Op, ParamId, Rope, Rows, Value, WeightId};
 use crate::{Error, Result};
@@ -57,13 +57,6 @@ struct DropoutOp {
     unused: [u32; 3],
 }
 
-/// One side of a product: where it begins, and how far its rows are apart.
-#[derive(Clone, Copy)]
-struct Side {
-    at: u32,
-    stride: u32,
-}
-
 impl Recorder<'_> {
     /// Records an op of learning.
     pub(super) fn backward(&mut self, op: &Op) -> Result<()> {
@@ -75,8 +68,8 @@ impl Recorder<'_> {
             Op::LinearBackward { parts, dx, out } => {
                 let mut so_far = dx.map_or(NONE, |dx| self.at(dx));
                 for (dy, weight) in parts {
-                    let side = self.side(*dy);
-                    self.turned(side, self.rows(*dy), *weight, 0..usize::MAX, so_far, *out)?;
+                    let dy = self.input(*dy)?;
+                    self.turned(&dy, *weight, 0..usize::MAX, so_far, *out)?;
                     so_far = self.at(*out);
                 }
                 Ok(())
@@ -111,10 +104,6 @@ impl Recorder<'_> {
         }
     }
 
-    fn side(&self, value: Value) -> Side {
-        Side { at: self.at(value), stride: self.width(value) }
-    }
-
     /// `out = x·Wᵀ·scale + residual` with a trained matrix `[columns, k]`, or with `turned` `out = x·W·scale + residual`
     /// with `[k, columns]`.
     fn trained(&mut self, x: Value, param: ParamId, turned: bool, scale: f32, residual: u32, out: Value) -> Result<()> {
@@ -134,31 +123,30 @@ impl Recorder<'_> {
             scale,
             ..MatmulOp::zeroed()
         };
-        let kernel = if turned { Kernel::ParamsTurned } else { Kernel::Params };
-        let grid = Grid { x: op.columns.div_ceil(TILE), rows: Some((self.rows(x), TILE)) };
+        let (kernel, across, down) = match op.columns < op.k {
+            true => (Kernel::LoraNarrow { turned }, 8, 8),
+            false => (Kernel::LoraWide { turned }, 64, 8),
+        };
+        let grid = Grid { x: op.columns.div_ceil(across), rows: Some((self.rows(x), down)) };
         self.push(kernel, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
     }
 
-    /// Adds `pᵀ·q·scale` to the gradient of a matrix.
-    fn outer(&mut self, p: Value, q: Value, param: ParamId, scale: f32) -> Result<()> {
-        let (left, right) = (self.side(p), self.side(q));
-        let to = &self.tape.params[param.0 as usize];
+    /// Adds `wideᵀ·narrow·scale` to the gradient of a matrix `[wide, narrow]`, or with `turned` of one `[narrow, wide]`.
+    fn outer(&mut self, wide: Value, narrow: Value, param: ParamId, turned: bool, scale: f32) -> Result<()> {
         let op = MatmulOp {
-            x: left.at,
-            x_stride: left.stride,
-            rows: rows_word(self.rows(p)),
-            weight: right.at,
-            w_stride: right.stride,
-            m: left.stride,
-            columns: right.stride,
-            out: to.offset as u32,
-            out_stride: right.stride,
+            x: self.at(wide),
+            x_stride: self.width(wide),
+            rows: rows_word(self.rows(wide)),
+            k: self.width(narrow),
+            weight: self.at(narrow),
+            w_stride: self.width(narrow),
+            columns: self.width(wide),
+            out: self.tape.params[param.0 as usize].offset as u32,
             scale,
             ..MatmulOp::zeroed()
         };
-        let tiles = op.m.div_ceil(TILE);
-        let grid = Grid { x: op.columns.div_ceil(TILE), rows: Some((Rows::One, 1)) };
-        self.push(Kernel::Outer, (0, 0), Grid { x: grid.x * tiles, ..grid }, &op, (0, u64::from(op.m + op.columns)))
+        let grid = Grid { x: op.columns.div_ceil(8) * op.k.div_ceil(8), rows: None };
+        self.push(Kernel::LoraOuter { turned }, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
     }
 
     fn lora(&mut self, l: &Lora) -> Result<()> {
@@ -169,8 +157,8 @@ impl Recorder<'_> {
     fn lora_backward(&mut self, l: &LoraBackward) -> Result<()> {
         let f = &l.forward;
         self.trained(l.dy, f.b, true, f.scale, NONE, l.e)?;
-        self.outer(l.dy, f.h, f.b, f.scale)?;
-        self.outer(l.e, f.x, f.a, 1.0)?;
+        self.outer(l.dy, f.h, f.b, false, f.scale)?;
+        self.outer(f.x, l.e, f.a, true, 1.0)?;
         let Some(out) = l.out else { return Ok(()) };
         self.trained(l.e, f.a, true, 1.0, l.dx.map_or(NONE, |dx| self.at(dx)), out)
     }
@@ -194,8 +182,7 @@ impl Recorder<'_> {
     /// `out = residual + dy·W`, `W` being some rows of a matrix of the model, which are the columns of `dy`.
     fn turned(
         &mut self,
-        dy: Side,
-        rows: Rows,
+        dy: &Input,
         weight: WeightId,
         only: std::ops::Range<usize>,
         mut residual: u32,
@@ -207,10 +194,11 @@ impl Recorder<'_> {
             if from >= to {
                 continue;
             }
+            let (x, x_stride, scales) = dy.place((from - only.start) as u32);
             let op = MatmulOp {
-                x: dy.at + (from - only.start) as u32,
-                x_stride: dy.stride,
-                rows: rows_word(rows),
+                x,
+                x_stride,
+                rows: rows_word(dy.rows),
                 k: (to - from) as u32,
                 weight: p.at + (from - p.first) as u32 * p.row_bytes,
                 row_bytes: p.row_bytes,
@@ -220,11 +208,12 @@ impl Recorder<'_> {
                 bias: NONE,
                 residual,
                 scale: 1.0,
+                scales,
                 ..MatmulOp::zeroed()
             };
-            let grid = Grid { x: op.columns.div_ceil(TILE), rows: Some((rows, TILE)) };
+            let (kernel, grid) = self.product(dtype, true, dy, op.columns);
             let bytes = u64::from(op.k) * u64::from(p.row_bytes);
-            self.push(Kernel::MatmulTurned(dtype), (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+            self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
             residual = op.out;
         }
         Ok(())
@@ -274,9 +263,11 @@ impl Recorder<'_> {
             unused: [0; 3],
         };
         let floats = u64::from((kv.heads + kv.kv_heads) * kv.head_dim);
-        for (delta, queries, heads) in [(true, false, kv.heads), (false, true, kv.heads), (false, false, kv.kv_heads)] {
-            let kernel = Kernel::AttentionBackward { delta, queries };
-            self.push(kernel, (0, 0), row_grid(heads, Rows::Tokens), &op, (0, 2 * floats))?;
+        let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 4, (4, 2));
+        for (queries, heads) in [(true, kv.heads), (false, kv.kv_heads)] {
+            let kernel = Kernel::AttentionBackward { rows, queries };
+            let grid = Grid { x: heads, rows: Some((Rows::Tokens, rows.own)) };
+            self.push(kernel, (0, 0), grid, &op, (0, 3 * floats))?;
         }
         Ok(())
     }
@@ -284,13 +275,15 @@ impl Recorder<'_> {
     /// `dx = g·(softmax − onehot)·W`, a chunk of the vocabulary at a time; the rows' states are known.
     fn cross_entropy_gradient(&mut self, x: Value, weight: WeightId, dx: Value) -> Result<()> {
         let vocab = self.weights.get(weight).rows;
+        let input = self.input(x)?;
         let mut so_far = NONE;
         for first in (0..vocab).step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(vocab);
-            self.logits_chunk(x, weight, chunk.clone())?;
+            self.logits_chunk(&input, weight, chunk.clone())?;
             self.softmax(chunk.clone(), NONE, false, true)?;
-            let dy = Side { at: self.scratch.logits, stride: CHUNK as u32 };
-            self.turned(dy, Rows::Outputs, weight, chunk, so_far, dx)?;
+            let (logits, count) = (self.scratch.logits, chunk.len() as u32);
+            let dy = self.packed(logits, CHUNK as u32, count, Rows::Outputs, self.scratch.packed[1])?;
+            self.turned(&dy, weight, chunk, so_far, dx)?;
             so_far = self.at(dx);
         }
         Ok(())

@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// Size of a dispatch's description, and the alignment of its slot.
 pub(super) const SLOT: u64 = 256;
 /// Storage buffers every kernel may bind.
-const STORAGE_BUFFERS: u32 = 7;
+const STORAGE_BUFFERS: u32 = 8;
 
 /// What sort of device an adapter is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +55,24 @@ pub struct DeviceInfo {
 pub struct Limits {
     /// Bytes of the largest buffer a kernel can see at once.
     pub binding_bytes: Option<u64>,
+    /// Nothing that WebGPU does not promise: no subgroups, no half precision, no cooperative matrices, and kernels that check
+    /// every index.
+    pub baseline: bool,
+}
+
+/// What a device offers beyond WebGPU's baseline.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Abilities {
+    /// Times of dispatches.
+    pub timestamps: bool,
+    /// All subgroups have 32 invocations.
+    pub subgroups_of_32: bool,
+    /// Subgroups of 32 multiply 16 × 16 matrices of half precision and add in single.
+    pub cooperative: bool,
+    /// Of a workgroup.
+    pub workgroup_bytes: u32,
+    /// Indices are checked and loops counted.
+    pub checked: bool,
 }
 
 /// The adapters of this machine, the ones most fit first.
@@ -137,7 +155,7 @@ pub struct Device {
     pipeline_layout: wgpu::PipelineLayout,
     pipelines: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
     trouble: Arc<Mutex<Trouble>>,
-    pub(super) timestamps: bool,
+    pub(super) abilities: Abilities,
 }
 
 /// What went wrong outside any call.
@@ -193,12 +211,12 @@ impl Device {
         if let Some(bytes) = limits.binding_bytes {
             wanted.max_storage_buffer_binding_size = wanted.max_storage_buffer_binding_size.min(bytes);
         }
-        let timestamps = adapter.features().contains(wgpu::Features::TIMESTAMP_QUERY);
+        let (abilities, features) = abilities(adapter, &limits);
         let opened = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: None,
-            required_features: if timestamps { wgpu::Features::TIMESTAMP_QUERY } else { wgpu::Features::empty() },
+            required_features: features,
             required_limits: wanted.clone(),
-            experimental_features: wgpu::ExperimentalFeatures::disabled(),
+            experimental_features: experiments(abilities.cooperative),
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             trace: wgpu::Trace::Off,
         }));
@@ -234,7 +252,7 @@ impl Device {
             pipeline_layout,
             pipelines: Mutex::default(),
             trouble,
-            timestamps,
+            abilities,
         }))
     }
 
@@ -300,10 +318,7 @@ impl Device {
             return Ok(pipeline.clone());
         }
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: None,
-            source: wgpu::ShaderSource::Wgsl(kernel.source().into()),
-        });
+        let module = module(&self.device, &kernel.source(), self.abilities.checked);
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: None,
             layout: Some(&self.pipeline_layout),
@@ -354,6 +369,59 @@ impl Device {
     }
 }
 
+/// What an adapter offers, and the features to ask it for.
+fn abilities(adapter: &wgpu::Adapter, limits: &Limits) -> (Abilities, wgpu::Features) {
+    use wgpu::Features as F;
+    let (has, info) = (adapter.features(), adapter.get_info());
+    let workgroup_bytes = adapter.limits().max_compute_workgroup_storage_size;
+    let timestamps = has.contains(F::TIMESTAMP_QUERY);
+    let mut features = has & F::TIMESTAMP_QUERY;
+    if limits.baseline {
+        let baseline = Abilities { timestamps, checked: true, workgroup_bytes: 16 << 10, ..Abilities::default() };
+        return (baseline, features);
+    }
+    let subgroups_of_32 = has.contains(F::SUBGROUP) && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32);
+    let wanted = |p: &wgpu::CooperativeMatrixProperties| {
+        (p.m_size, p.n_size, p.k_size) == (16, 16, 16)
+            && p.ab_type == wgpu::CooperativeScalarType::F16
+            && p.cr_type == wgpu::CooperativeScalarType::F32
+    };
+    let matrices = F::SHADER_F16 | F::EXPERIMENTAL_COOPERATIVE_MATRIX;
+    let cooperative = subgroups_of_32
+        && has.contains(matrices)
+        && workgroup_bytes >= 32 << 10
+        && adapter.cooperative_matrix_properties().iter().any(wanted);
+    if subgroups_of_32 {
+        features |= F::SUBGROUP;
+    }
+    if cooperative {
+        features |= matrices;
+    }
+    (Abilities { timestamps, subgroups_of_32, cooperative, workgroup_bytes, checked: false }, features)
+}
+
+fn experiments(wanted: bool) -> wgpu::ExperimentalFeatures {
+    match wanted {
+        // SAFETY: what wgpu calls an experiment is its own code, which may have mistakes; we use cooperative matrices alone, in
+        // kernels of our own.
+        true => unsafe { wgpu::ExperimentalFeatures::enabled() },
+        false => wgpu::ExperimentalFeatures::disabled(),
+    }
+}
+
+/// A module of one of our kernels. Checks of indices and counters of loops keep compilers from unrolling: without them an
+/// H100 reads prompts five times as fast.
+fn module(device: &wgpu::Device, source: &str, checked: bool) -> wgpu::ShaderModule {
+    let descriptor = wgpu::ShaderModuleDescriptor { label: None, source: wgpu::ShaderSource::Wgsl(source.into()) };
+    if checked {
+        return device.create_shader_module(descriptor);
+    }
+    // SAFETY: the kernels are ours. Their loops end, they divide by sizes that are not zero, and they stay within the buffers:
+    // the shapes they are given are those of tensors that were checked, tokens and positions are checked before each run,
+    // and tests run the same kernels with all checks on.
+    unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+}
+
 /// The bindings of `shaders/bindings.wgsl`.
 fn bindings(device: &wgpu::Device) -> wgpu::BindGroupLayout {
     let entry = |binding, ty, dynamic| wgpu::BindGroupLayoutEntry {
@@ -374,6 +442,7 @@ fn bindings(device: &wgpu::Device) -> wgpu::BindGroupLayout {
             storage(5, false),
             storage(6, true),
             storage(7, false),
+            storage(8, false),
         ],
     })
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::device::{Device, SLOT};
 use super::forward::{self, CHUNK};
 use super::kv::{KvCache, PAGE, Pool};
-use super::record::{Binds, Dispatch, Recorder, Scratch};
+use super::record::{Binds, Dispatch, PackedRows, Recorder, Scratch};
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
@@ -35,6 +35,8 @@ pub struct ExecutorOptions {
     pub kv_type: DType,
     /// What is trained: the tapes are those of learning then.
     pub trained: Option<Trained>,
+    /// Whether linear maps are computed in single precision throughout.
+    pub exact: bool,
     /// Layers, from the last, whose values are kept for the gradient instead of being computed again.
     pub kept_layers: usize,
 }
@@ -131,6 +133,14 @@ impl Program {
         if purpose == Purpose::Learn {
             scratch.delta = place(limits.tokens * spec.heads);
         }
+        // Rows of whole tiles.
+        let rows = limits.tokens.next_multiple_of(forward::PACKED_ROWS);
+        let widths = [forward::widest(&tape, weights).next_multiple_of(32), CHUNK];
+        let kinds = if purpose == Purpose::Generate { 1 } else { 2 };
+        for (packed, width) in scratch.packed.iter_mut().zip(widths).take(kinds) {
+            *packed = PackedRows { at: scratch.packed_end, scales: place(limits.tokens) };
+            scratch.packed_end += (rows * width / 4) as u32;
+        }
         scratch.end = end;
         Program { purpose, tape, plan, scratch, recordings: Vec::new() }
     }
@@ -147,6 +157,7 @@ pub struct Executor {
     programs: Vec<Program>,
     pool: Pool,
     arena: wgpu::Buffer,
+    packed: wgpu::Buffer,
     run: wgpu::Buffer,
     params: wgpu::Buffer,
     gradients: wgpu::Buffer,
@@ -181,6 +192,7 @@ impl Executor {
         let pool = Pool::new(device.clone(), spec, element)?;
         let params = 4 * program.tape.param_count() as u64;
         let arena = device.storage(4 * program.scratch.end, "activations")?;
+        let program_packed = packed_bytes(device, &program, options);
         let mut executor = Executor {
             device: device.clone(),
             spec: spec.clone(),
@@ -190,6 +202,7 @@ impl Executor {
             programs: vec![program],
             pool,
             arena,
+            packed: device.storage(program_packed, "packed rows")?,
             run: device.storage(SLOT, "tables of a run")?,
             params: device.storage(params, "trained parameters")?,
             gradients: device.storage(params, "gradients")?,
@@ -246,6 +259,11 @@ impl Executor {
             self.arena = self.device.storage(4 * program.scratch.end, "activations")?;
             self.generation += 1;
         }
+        let packed = packed_bytes(&self.device, &program, &self.options);
+        if packed > self.packed.size() {
+            self.packed = self.device.storage(packed, "packed rows")?;
+            self.generation += 1;
+        }
         self.programs.push(program);
         Ok(self.programs.len() - 1)
     }
@@ -261,7 +279,7 @@ impl Executor {
                     &self.spec,
                     (&p.tape, &p.plan),
                     (&self.weights, &self.uploaded),
-                    self.options.half(),
+                    (self.options.half(), self.options.exact),
                     decoding,
                     p.scratch,
                 );
@@ -302,6 +320,7 @@ impl Executor {
                 whole(5, &self.pool.layers[layer]),
                 whole(6, &self.params),
                 whole(7, &self.gradients),
+                whole(8, &self.packed),
             ],
         })
     }
@@ -491,6 +510,11 @@ fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of the rows that cooperative matrices multiply.
+fn packed_bytes(device: &Device, program: &Program, options: &ExecutorOptions) -> u64 {
+    if device.abilities.cooperative && !options.exact { 8 * u64::from(program.scratch.packed_end) } else { 0 }
+}
+
 fn staging(device: &Device, bytes: u64) -> Result<wgpu::Buffer> {
     device.buffer(bytes, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST, "results")
 }
@@ -530,7 +554,7 @@ fn replay_timed(
     rows: impl Fn(Rows) -> usize,
     timings: &mut Timings,
 ) -> Result<()> {
-    if !device.timestamps {
+    if !device.abilities.timestamps {
         return Err(Error::Unsupported(format!("{} has no timestamps: no table of times", device.info().name)));
     }
     let queries = device.device.create_query_set(&wgpu::QuerySetDescriptor {

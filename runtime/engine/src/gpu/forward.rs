@@ -6,8 +6,8 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::device::DeviceKind;
-use super::kernel::Kernel;
-use super::record::{Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
+use super::kernel::{AttentionRows, Kernel, Tile};
+use super::record::{Grid, Kv, MatmulOp, NONE, PackedRows, Recorder, rows_word};
 use super::weights::Piece;
 use crate::Result;
 use crate::quant::DType;
@@ -15,6 +15,10 @@ use crate::tape::{Attention, Epilogue, Gate, KvSource, Linear, Op, Part, Rope, R
 
 /// Rows of a tile.
 pub(super) const TILE: u32 = 64;
+/// Packed rows come in multiples of it: the rows of the largest tile.
+pub(super) const PACKED_ROWS: usize = 128;
+/// Workgroups of the largest tile that keep a large card busy.
+const LARGE_TILES: u32 = 256;
 /// Columns of a chunk of logits.
 pub(super) const CHUNK: usize = 2_048;
 
@@ -158,6 +162,41 @@ pub(super) fn unfit(tape: &Tape, weights: &crate::tape::Weights) -> Option<Strin
     })
 }
 
+/// Most elements of a row that a matrix of the tape is multiplied with, forwards or backwards; chunks of logits apart.
+pub(super) fn widest(tape: &Tape, weights: &crate::tape::Weights) -> usize {
+    let sides = |id: &WeightId| weights.get(*id).width.max(weights.get(*id).rows);
+    let of = |op: &Op| match op {
+        Op::Linear(l) => l.parts.iter().map(|p| sides(&p.weight)).max().unwrap_or(0),
+        Op::LinearBackward { parts, .. } => parts.iter().map(|(_, weight)| sides(weight)).max().unwrap_or(0),
+        Op::Head { weight, .. } | Op::CrossEntropy { weight, .. } | Op::CrossEntropyGrad { weight, .. } => {
+            weights.get(*weight).width
+        }
+        _ => 0,
+    };
+    tape.ops.iter().map(of).max().unwrap_or(0)
+}
+
+/// Rows that matrices are multiplied with.
+#[derive(Clone, Copy)]
+pub(super) struct Input {
+    /// Place in the arena, and how far rows are apart.
+    pub at: u32,
+    pub stride: u32,
+    pub rows: Rows,
+    /// Place and distance of packed rows, if they are packed.
+    packed: Option<(PackedRows, u32)>,
+}
+
+impl Input {
+    /// `x`, `x_stride` and `scales` of a product of elements `from` on of the rows.
+    pub fn place(&self, from: u32) -> (u32, u32, u32) {
+        match self.packed {
+            Some((packed, stride)) => (packed.at + from / 4, stride, packed.scales),
+            None => (self.at + from, self.stride, 0),
+        }
+    }
+}
+
 /// A linear map's matrix with what is done to its results.
 struct Map {
     weight: WeightId,
@@ -275,6 +314,7 @@ impl Recorder<'_> {
                 l.parts.iter().map(|p| (p.clone(), self.uploaded.pieces(p.weight)[0])).collect();
             return self.matvec(l.x, norm, &parts, gated, residual, 0.0);
         }
+        let input = self.input(l.x)?;
         for part in &l.parts {
             let map = Map {
                 weight: part.weight,
@@ -284,7 +324,7 @@ impl Recorder<'_> {
                 residual,
                 cap: 0.0,
             };
-            self.matmul(l.x, &map, None)?;
+            self.matmul(&input, &map, None)?;
         }
         if let Epilogue::Gated(kind, out) = l.epilogue {
             self.gated(kind, l.parts[0].out, l.parts[1].out, out)?;
@@ -295,7 +335,7 @@ impl Recorder<'_> {
     /// Logits; those of a piece of the head are columns of them.
     fn head(&mut self, x: Value, weight: WeightId, out: Value, norm: Option<(Value, WeightId)>) -> Result<()> {
         let cap = self.spec.logit_softcap.unwrap_or(0.0);
-        if self.decoding.is_some() {
+        if self.decoding.is_some() || self.row_limit(Rows::Outputs) <= 8 {
             // Every piece norms for itself.
             for piece in self.uploaded.pieces(weight).to_vec() {
                 self.matvec(x, norm, &[(Part { weight, bias: None, out }, piece)], None, NONE, cap)?;
@@ -303,7 +343,50 @@ impl Recorder<'_> {
             return Ok(());
         }
         let map = Map { weight, bias: NONE, out: self.at(out), out_stride: self.width(out), residual: NONE, cap };
-        self.matmul(x, &map, None)
+        let input = self.input(x)?;
+        self.matmul(&input, &map, None)
+    }
+
+    /// Most rows of a kind.
+    fn row_limit(&self, rows: Rows) -> usize {
+        match rows {
+            Rows::Tokens => self.plan.limits.tokens,
+            Rows::Outputs => self.plan.limits.outputs,
+            Rows::One => 1,
+        }
+    }
+
+    /// Makes rows of a value ready to be multiplied.
+    pub(super) fn input(&mut self, x: Value) -> Result<Input> {
+        let width = self.width(x);
+        self.packed(self.at(x), width, width, self.rows(x), self.scratch.packed[0])
+    }
+
+    /// Makes rows of `k` elements ready to be multiplied; packed ones go to `to`.
+    pub(super) fn packed(&mut self, at: u32, stride: u32, k: u32, rows: Rows, to: PackedRows) -> Result<Input> {
+        // A tile of few rows is mostly wasted.
+        let packed = self.device.abilities.cooperative && !self.exact && self.row_limit(rows) > 16;
+        if !packed {
+            return Ok(Input { at, stride, rows, packed: None });
+        }
+        let padded = k.next_multiple_of(32);
+        let op = [at, stride, k, padded, to.scales, to.at, 0, 0];
+        self.push(Kernel::Pack, (0, 0), row_grid(1, rows), &op, (0, u64::from(k + padded / 2)))?;
+        Ok(Input { at, stride, rows, packed: Some((to, padded / 4)) })
+    }
+
+    /// Kernel and grid of a product with a matrix of the model.
+    pub(super) fn product(&self, dtype: DType, turned: bool, input: &Input, columns: u32) -> (Kernel, Grid) {
+        let rows = |per| Some((input.rows, per));
+        if input.packed.is_none() {
+            let kernel = if turned { Kernel::MatmulTurned(dtype) } else { Kernel::Matmul(dtype) };
+            return (kernel, Grid { x: columns.div_ceil(TILE), rows: rows(TILE) });
+        }
+        let large =
+            (self.row_limit(input.rows) as u32).div_ceil(Tile::LARGE.rows) * columns.div_ceil(Tile::LARGE.columns);
+        let tile = if large >= LARGE_TILES { Tile::LARGE } else { Tile::SMALL };
+        let kernel = Kernel::Cooperative { dtype, turned, tile };
+        (kernel, Grid { x: columns.div_ceil(tile.columns), rows: rows(tile.rows) })
     }
 
     fn matvec(
@@ -357,18 +440,21 @@ impl Recorder<'_> {
         };
         let kernel = Kernel::Matvec {
             types,
-            rows: self.decoding.unwrap_or(1),
+            rows: self.decoding.unwrap_or((self.row_limit(Rows::Outputs) as u32).next_power_of_two()),
             normed: norm.is_some(),
             gate: gated.map(|(kind, _)| kind),
             threads,
             lanes,
+            subgroup: lanes == 32 && self.device.abilities.subgroups_of_32,
         };
-        let grid = Grid { x: rows.div_ceil(threads / lanes), rows: None };
+        // Of a prompt's chunks before the last no row goes on.
+        let once = self.decoding.is_none().then_some((Rows::Outputs, u32::MAX));
+        let grid = Grid { x: rows.div_ceil(threads / lanes), rows: once };
         self.push(kernel, (buffer, 0), grid, &op, (bytes, floats))
     }
 
     /// `out = cap(x·Wᵀ + bias + residual)`, of the rows `only` of the matrix alone, which are the columns of `out` then.
-    fn matmul(&mut self, x: Value, map: &Map, only: Option<std::ops::Range<usize>>) -> Result<()> {
+    fn matmul(&mut self, input: &Input, map: &Map, only: Option<std::ops::Range<usize>>) -> Result<()> {
         let dtype = self.weights.get(map.weight).dtype;
         let (first, last) = only.as_ref().map_or((0, usize::MAX), |r| (r.start, r.end));
         for p in self.uploaded.pieces(map.weight).to_vec() {
@@ -378,11 +464,12 @@ impl Recorder<'_> {
             }
             let shift = (from - first) as u32;
             let behind = |at: u32| if at == NONE { NONE } else { at + shift };
+            let (x, x_stride, scales) = input.place(0);
             let op = MatmulOp {
-                x: self.at(x),
-                x_stride: self.width(x),
-                rows: rows_word(self.rows(x)),
-                k: self.width(x),
+                x,
+                x_stride,
+                rows: rows_word(input.rows),
+                k: self.weights.get(map.weight).width as u32,
                 weight: p.at + (from - p.first) as u32 * p.row_bytes,
                 row_bytes: p.row_bytes,
                 columns: (to - from) as u32,
@@ -392,13 +479,13 @@ impl Recorder<'_> {
                 residual: behind(map.residual),
                 scale: 1.0,
                 cap: map.cap,
-                m: 0,
+                scales,
                 w_stride: 0,
                 first: 0,
             };
-            let grid = Grid { x: op.columns.div_ceil(TILE), rows: Some((self.rows(x), TILE)) };
+            let (kernel, grid) = self.product(dtype, false, input, op.columns);
             let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
-            self.push(Kernel::Matmul(dtype), (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+            self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
         }
         Ok(())
     }
@@ -469,25 +556,31 @@ impl Recorder<'_> {
             kv,
             turn,
         };
-        let kernel =
-            Kernel::Attention { cached: matches!(a.kv, KvSource::Cache(_)), fused: rope.is_some(), half: self.half };
         let floats = u64::from(2 * (kv.heads + kv.kv_heads) * kv.head_dim);
-        self.push(kernel, (0, layer), row_grid(kv.heads, Rows::Tokens), &op, (0, floats))
+        if rope.is_some() {
+            let kernel = Kernel::Attention { head_dim: kv.head_dim, half: self.half };
+            return self.push(kernel, (0, layer), row_grid(kv.heads, Rows::Tokens), &op, (0, floats));
+        }
+        let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 2, (2, 4));
+        let kernel = Kernel::AttentionTile { rows, cached: matches!(a.kv, KvSource::Cache(_)), half: self.half };
+        let grid = Grid { x: kv.heads, rows: Some((Rows::Tokens, rows.own)) };
+        self.push(kernel, (0, layer), grid, &op, (0, floats))
     }
 
     /// Cross-entropy, a chunk of the vocabulary at a time.
     pub(super) fn cross_entropy(&mut self, x: Value, weight: WeightId, out: Value) -> Result<()> {
         let vocab = self.weights.get(weight).rows;
+        let input = self.input(x)?;
         for first in (0..vocab).step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(vocab);
-            self.logits_chunk(x, weight, chunk.clone())?;
+            self.logits_chunk(&input, weight, chunk.clone())?;
             self.softmax(chunk.clone(), self.at(out), chunk.end == vocab, false)?;
         }
         Ok(())
     }
 
     /// Logits of a chunk of the vocabulary, into scratch.
-    pub(super) fn logits_chunk(&mut self, x: Value, weight: WeightId, chunk: std::ops::Range<usize>) -> Result<()> {
+    pub(super) fn logits_chunk(&mut self, x: &Input, weight: WeightId, chunk: std::ops::Range<usize>) -> Result<()> {
         let map = Map {
             weight,
             bias: NONE,

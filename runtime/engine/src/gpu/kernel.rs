@@ -19,23 +19,45 @@ pub(super) enum Kernel {
         gate: Option<Gate>,
         threads: u32,
         lanes: u32,
+        /// Whether the lanes are a subgroup.
+        subgroup: bool,
     },
     /// `X·Wᵀ` with a matrix of the model.
     Matmul(DType),
     /// `X·W` with a matrix of the model.
     MatmulTurned(DType),
-    /// `X·Wᵀ` with a trained matrix.
-    Params,
-    /// `X·W` with a trained matrix.
-    ParamsTurned,
-    /// `PᵀQ`, added to a gradient.
-    Outer,
+    /// Either with cooperative matrices, from packed rows.
+    Cooperative {
+        dtype: DType,
+        turned: bool,
+        tile: Tile,
+    },
+    /// Rows for [`Kernel::Cooperative`].
+    Pack,
+    /// A trained matrix with few rows; turned, with few columns.
+    LoraNarrow {
+        turned: bool,
+    },
+    /// A trained matrix with few columns; turned, with few rows.
+    LoraWide {
+        turned: bool,
+    },
+    /// The gradient of a trained matrix with few columns; turned, with few rows.
+    LoraOuter {
+        turned: bool,
+    },
     Rope {
         half: bool,
     },
+    /// Of single rows, with rotation and cache write.
     Attention {
+        head_dim: u32,
+        half: bool,
+    },
+    /// Of many rows.
+    AttentionTile {
+        rows: AttentionRows,
         cached: bool,
-        fused: bool,
         half: bool,
     },
     Softmax {
@@ -49,9 +71,54 @@ pub(super) enum Kernel {
     },
     RopeBackward,
     AttentionBackward {
-        delta: bool,
+        rows: AttentionRows,
         queries: bool,
     },
+}
+
+/// Results of a workgroup with cooperative matrices, and of each of its subgroups of 32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Tile {
+    pub rows: u32,
+    pub columns: u32,
+    pub subgroup_rows: u32,
+    pub subgroup_columns: u32,
+}
+
+impl Tile {
+    /// For little work: many workgroups.
+    pub const SMALL: Tile = Tile { rows: 64, columns: 64, subgroup_rows: 32, subgroup_columns: 32 };
+    /// For much: operands are read less often.
+    pub const LARGE: Tile = Tile { rows: 128, columns: 128, subgroup_rows: 64, subgroup_columns: 32 };
+
+    fn subgroups(self) -> u32 {
+        self.rows / self.subgroup_rows * (self.columns / self.subgroup_columns)
+    }
+}
+
+/// Rows of a workgroup of [`Kernel::AttentionTile`] and [`Kernel::AttentionBackward`]: its own, those it meets at a time, and the
+/// elements of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct AttentionRows {
+    pub own: u32,
+    pub other: u32,
+    pub head_dim: u32,
+}
+
+impl AttentionRows {
+    /// What fits into so many bytes of workgroup memory, with so many tiles of each side.
+    pub fn new(head_dim: u32, workgroup_bytes: u32, tiles: u32, (own_share, other_share): (u32, u32)) -> AttentionRows {
+        // Scores and paddings take their part.
+        let (numbers, most) = if workgroup_bytes >= 32 << 10 { (4_096, 32) } else { (2_048, 16) };
+        let rows = |share: u32| (1 << (numbers / tiles * share / 2 / head_dim).max(1).ilog2()).min(most);
+        AttentionRows { own: rows(own_share), other: rows(other_share), head_dim }
+    }
+
+    fn constants(self) -> String {
+        let AttentionRows { own, other, head_dim } = self;
+        let per_row = 128 / own;
+        format!("const OWN = {own}u; const OTHER = {other}u; const D = {head_dim}u; const PER_ROW = {per_row}u;")
+    }
 }
 
 impl Kernel {
@@ -62,8 +129,23 @@ impl Kernel {
             text.push_str(part);
             text.push('\n');
         };
-        let four = matches!(self, Kernel::Matvec { .. });
+        match self {
+            Kernel::Cooperative { .. } => add("enable f16; enable wgpu_cooperative_matrix;"),
+            Kernel::Pack => add("enable f16;"),
+            _ => {}
+        }
+        let four = matches!(
+            self,
+            Kernel::Matvec { .. }
+                | Kernel::Cooperative { .. }
+                | Kernel::AttentionTile { .. }
+                | Kernel::AttentionBackward { .. }
+        );
         add(&include_str!("shaders/bindings.wgsl").replace("ELEMENT", if four { "vec4<f32>" } else { "f32" }));
+        if matches!(self, Kernel::Cooperative { .. } | Kernel::Pack) {
+            add("@group(0) @binding(8) var<storage, read_write> packed: array<vec4<f16>>;");
+        }
+        add(&format!("const GROUP = {}u;", if matches!(self, Kernel::Attention { .. }) { 128 } else { 64 }));
         match self {
             Kernel::Embed(dtype) => {
                 unpack(&mut add, &[*dtype]);
@@ -78,7 +160,7 @@ impl Kernel {
                 gates(&mut add, *gate);
                 add(include_str!("shaders/gated.wgsl"));
             }
-            Kernel::Matvec { types, rows, normed, gate, threads, lanes } => {
+            Kernel::Matvec { types, rows, normed, gate, threads, lanes, subgroup } => {
                 unpack(&mut add, types);
                 gates(&mut add, gate.unwrap_or(Gate::Silu));
                 add(&format!(
@@ -87,6 +169,10 @@ impl Kernel {
                     gate.is_some()
                 ));
                 add(include_str!("shaders/matvec.wgsl"));
+                add(match subgroup {
+                    true => include_str!("shaders/matvec_subgroup.wgsl"),
+                    false => include_str!("shaders/matvec_tree.wgsl"),
+                });
             }
             Kernel::Matmul(dtype) | Kernel::MatmulTurned(dtype) => {
                 unpack(&mut add, &[*dtype]);
@@ -99,29 +185,41 @@ impl Kernel {
                     _ => include_str!("shaders/matmul_turned.wgsl"),
                 });
             }
-            Kernel::Params | Kernel::ParamsTurned => {
-                add(include_str!("shaders/unit.wgsl"));
+            Kernel::Cooperative { dtype, turned, tile } => {
+                unpack(&mut add, &[*dtype]);
                 add(include_str!("shaders/matmul.wgsl"));
-                add(include_str!("shaders/matmul_input.wgsl"));
-                add(include_str!("shaders/matmul_params.wgsl"));
-                add(include_str!("shaders/matmul_store.wgsl"));
-                add(match self {
-                    Kernel::Params => include_str!("shaders/matmul_rows.wgsl"),
-                    _ => include_str!("shaders/matmul_turned.wgsl"),
-                });
+                add(&cooperative(*turned, *tile));
             }
-            Kernel::Outer => {
+            Kernel::Pack => {
+                add(include_str!("shaders/reduce.wgsl"));
+                add(include_str!("shaders/pack.wgsl"));
+            }
+            Kernel::LoraNarrow { turned } | Kernel::LoraWide { turned } | Kernel::LoraOuter { turned } => {
                 add(include_str!("shaders/matmul.wgsl"));
-                add(include_str!("shaders/matmul_outer.wgsl"));
+                add(&format!("const TURNED = {turned};"));
+                if !matches!(self, Kernel::LoraOuter { .. }) {
+                    add(include_str!("shaders/matmul_store.wgsl"));
+                }
+                add(match self {
+                    Kernel::LoraNarrow { .. } => include_str!("shaders/lora_narrow.wgsl"),
+                    Kernel::LoraWide { .. } => include_str!("shaders/lora_wide.wgsl"),
+                    _ => include_str!("shaders/lora_outer.wgsl"),
+                });
             }
             Kernel::Rope { half } => {
                 turning(&mut add, *half);
                 add(include_str!("shaders/rope.wgsl"));
             }
-            Kernel::Attention { cached, fused, half } => {
+            Kernel::Attention { head_dim, half } => {
                 turning(&mut add, *half);
-                add(&format!("const CACHED = {cached}; const FUSED = {fused};"));
+                add(&format!("const D = {head_dim}u;"));
                 add(include_str!("shaders/attention.wgsl"));
+            }
+            Kernel::AttentionTile { rows, cached, half } => {
+                add(&format!("const CACHED = {cached}; const KV_HALF = {half}; {}", rows.constants()));
+                add(include_str!("shaders/kv.wgsl"));
+                add(include_str!("shaders/tile.wgsl"));
+                add(include_str!("shaders/attention_tile.wgsl"));
             }
             Kernel::Softmax { gradient } => {
                 add(include_str!("shaders/reduce.wgsl"));
@@ -145,9 +243,9 @@ impl Kernel {
                 turning(&mut add, false);
                 add(include_str!("shaders/rope_backward.wgsl"));
             }
-            Kernel::AttentionBackward { delta, queries } => {
-                turning(&mut add, false);
-                add(&format!("const DELTA = {delta}; const QUERIES = {queries};"));
+            Kernel::AttentionBackward { rows, queries } => {
+                add(&format!("const QUERIES = {queries}; {}", rows.constants()));
+                add(include_str!("shaders/tile.wgsl"));
                 add(include_str!("shaders/attention_backward.wgsl"));
             }
         }
@@ -194,4 +292,101 @@ fn turning(add: &mut impl FnMut(&str), half: bool) {
     add(include_str!("shaders/reduce.wgsl"));
     add(include_str!("shaders/kv.wgsl"));
     add(include_str!("shaders/turn.wgsl"));
+}
+
+/// The kernel of `shaders/cooperative.wgsl` with the products of a subgroup's tile written out: a cooperative matrix is no
+/// element of an array.
+fn cooperative(turned: bool, tile: Tile) -> String {
+    let (down, across) = (tile.subgroup_rows / 16, tile.subgroup_columns / 16);
+    let each = |f: &dyn Fn(u32, u32) -> String| -> String {
+        (0..down).flat_map(|i| (0..across).map(move |j| (i, j))).map(|(i, j)| f(i, j)).collect()
+    };
+    let declare = each(&|i, j| format!("var c{i}{j} = coop_mat16x16<f32, C>();\n"));
+    let store = each(&|i, j| {
+        format!(
+            "coopStoreT(c{i}{j}, &results[part * 256u], 16u);\n\
+             workgroupBarrier();\n\
+             store_tile(part, lane, m0 + {}u, n0 + {}u);\n\
+             workgroupBarrier();\n",
+            16 * i,
+            16 * j
+        )
+    });
+    let mut multiply = String::new();
+    for step in 0..2 {
+        for i in 0..down {
+            multiply += &format!(
+                "let a{step}{i} = coopLoadT<coop_mat16x16<f16, A>>(&left[(row + {}u) * LEFT + {}u], LEFT);\n",
+                16 * i,
+                4 * step
+            );
+        }
+        for j in 0..across {
+            multiply += &match turned {
+                false => format!(
+                    "let b{step}{j} = coopLoad<coop_mat16x16<f16, B>>(&right[(column + {}u) * RIGHT + {}u], RIGHT);\n",
+                    16 * j,
+                    4 * step
+                ),
+                true => format!(
+                    "let b{step}{j} = coopLoadT<coop_mat16x16<f16, B>>(&right[{}u * RIGHT + column / 4u + {}u], RIGHT);\n",
+                    16 * step,
+                    4 * j
+                ),
+            };
+        }
+        multiply += &each(&|i, j| format!("c{i}{j} = coopMultiplyAdd(a{step}{i}, b{step}{j}, c{i}{j});\n"));
+    }
+    let Tile { rows, columns, subgroup_rows, subgroup_columns } = tile;
+    let constants = format!(
+        "const TURNED = {turned}; const ROWS = {rows}u; const COLUMNS = {columns}u; \
+         const PART_ROWS = {subgroup_rows}u; const PART_COLUMNS = {subgroup_columns}u; const PARTS = {}u;\n",
+        tile.subgroups()
+    );
+    constants
+        + &include_str!("shaders/cooperative.wgsl")
+            .replace("/* DECLARE */", &declare)
+            .replace("/* MULTIPLY */", &multiply)
+            .replace("/* STORE */", &store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wgpu::naga;
+
+    /// Kernels that the software drivers of other tests do not run.
+    #[test]
+    fn kernels_for_other_devices_are_valid() {
+        let mut kernels = vec![Kernel::Pack];
+        for dtype in DType::WEIGHTS {
+            for turned in [false, true] {
+                for tile in [Tile::SMALL, Tile::LARGE] {
+                    kernels.push(Kernel::Cooperative { dtype, turned, tile });
+                }
+            }
+        }
+        let types = vec![DType::Q4_K, DType::Q6_K];
+        kernels.push(Kernel::Matvec {
+            types,
+            rows: 1,
+            normed: true,
+            gate: None,
+            threads: 128,
+            lanes: 32,
+            subgroup: true,
+        });
+        for kernel in kernels {
+            let source = kernel.source();
+            let module = naga::front::wgsl::parse_str(&source)
+                .unwrap_or_else(|e| panic!("{kernel:?}: {}", e.emit_to_string(&source)));
+            let (flags, all) = (naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
+            let mut validator = naga::valid::Validator::new(flags, all);
+            validator.subgroup_stages(naga::valid::ShaderStages::COMPUTE);
+            validator.subgroup_operations(naga::valid::SubgroupOperationSet::all());
+            if let Err(e) = validator.validate(&module) {
+                panic!("{kernel:?}: {}", e.emit_to_string(&source));
+            }
+        }
+    }
 }

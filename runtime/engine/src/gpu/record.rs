@@ -65,6 +65,8 @@ pub(super) struct Recorder<'a> {
     pub uploaded: &'a Uploaded,
     /// Whether keys and values are kept in half precision.
     pub half: bool,
+    /// Whether products are to be those of single precision.
+    pub exact: bool,
     /// At most this many rows, each of a sequence of its own: kernels for decoding then.
     pub decoding: Option<u32>,
     /// Behind the values: a chunk of logits, states of the cross-entropy, gradients by query head.
@@ -75,12 +77,23 @@ pub(super) struct Recorder<'a> {
     op: &'static str,
 }
 
+/// Where packed rows lie, in vectors of four, and their scales, in the arena.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PackedRows {
+    pub at: u32,
+    pub scales: u32,
+}
+
 /// Places in the arena behind the values, in floats.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Scratch {
     pub logits: u32,
     pub states: u32,
     pub delta: u32,
+    /// Rows packed for cooperative matrices: those of values, and those of chunks of logits.
+    pub packed: [PackedRows; 2],
+    /// End of the packed rows, in vectors of four.
+    pub packed_end: u32,
     /// End of the arena.
     pub end: u64,
 }
@@ -92,7 +105,7 @@ impl<'a> Recorder<'a> {
         spec: &'a Spec,
         (tape, plan): (&'a Tape, &'a Plan),
         (weights, uploaded): (&'a Weights, &'a Uploaded),
-        half: bool,
+        (half, exact): (bool, bool),
         decoding: Option<u32>,
         scratch: Scratch,
     ) -> Recorder<'a> {
@@ -104,6 +117,7 @@ impl<'a> Recorder<'a> {
             weights,
             uploaded,
             half,
+            exact,
             decoding,
             scratch,
             dispatches: Vec::new(),
@@ -198,7 +212,7 @@ pub(super) struct MatmulOp {
     pub residual: u32,
     pub scale: f32,
     pub cap: f32,
-    pub m: u32,
+    pub scales: u32,
     pub w_stride: u32,
     pub first: u32,
 }

@@ -446,6 +446,7 @@ fn open(model: &Model, options: &SessionOptions) -> Result<(Backend, Option<Stri
             limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
             kv_type: options.kv_type,
             trained: None,
+            exact: options.arithmetic == Arithmetic::Exact,
             kept_layers: 0,
         };
         let executor = crate::gpu::Executor::new(&device, model.spec(), model.weights().clone(), &options)?;

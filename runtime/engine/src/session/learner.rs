@@ -345,6 +345,7 @@ fn open_gpu(
         limits: options.limits,
         kv_type: DType::F16,
         trained: options.trained.clone(),
+        exact: options.arithmetic == Arithmetic::Exact,
         kept_layers: options.kept_layers,
     };
     let needs = |options: &ExecutorOptions| {

@@ -1,7 +1,6 @@
-// Causal attention with online softmax, a query head of a row a workgroup: 64 scores at a time, then their part of the
-// result, two elements of the head an invocation. CACHED: keys and values of all positions so far lie in the cache; else
-// they are rows of the run. With FUSED the row is its sequence's only one: query and key are normed and turned here, and
-// key and value of the row's own position enter the cache on the way (by the first query head of their group).
+// Attention of a sequence's newest row, a query head of a row a workgroup: a page of scores at a time, a position an
+// invocation, then their part of the result, four elements of the head an invocation. Query and key are normed and turned
+// here, and key and value of the row's own position enter the cache on the way (by the first query head of their group).
 struct Op {
     q: u32, k: u32, v: u32, out: u32,
     lse: u32, scale: f32, cap: f32, slopes: u32,
@@ -9,99 +8,89 @@ struct Op {
     turn: Turning,
 }
 
-var<workgroup> query: array<f32, 256>;
-var<workgroup> key: array<f32, 256>;
-var<workgroup> scores: array<f32, 64>;
+const FOURS = D / 4u;
+// Invocations that share four elements of the result, each with some of the positions.
+const SHARES = GROUP / FOURS;
 
-@compute @workgroup_size(64)
+var<workgroup> query: array<vec4<f32>, FOURS>;
+var<workgroup> key: array<vec4<f32>, FOURS>;
+var<workgroup> scores: array<f32, GROUP>;
+var<workgroup> parts: array<vec4<f32>, GROUP>;
+
+fn number(at: u32) -> vec4<f32> { return vec4(arena[at], arena[at + 1u], arena[at + 2u], arena[at + 3u]); }
+
+@compute @workgroup_size(GROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let h = group.x;
     let row = group.z;
     let kv = op.kv;
-    let dim = kv.head_dim;
     let kv_head = h / (kv.heads / kv.kv_heads);
     let record = row_record(row);
-    let mine = (row * kv.heads + h) * dim;
-    let own = (row * kv.kv_heads + kv_head) * dim;
-    // Position of the row in its sequence, and of the first it sees.
-    var position = record.position;
-    if !CACHED { position = row - record.start; }
+    let mine = (row * kv.heads + h) * D;
+    let own = (row * kv.kv_heads + kv_head) * D;
+    let position = record.position;
+    // The first position the row sees.
     var first = 0u;
     if kv.window > 0u && position + 1u > kv.window { first = position + 1u - kv.window; }
-    if FUSED {
-        load_head(op.turn.k_norm, op.turn.eps, t, op.k + own, dim);
-        for (var i = t; i < dim; i += 64u) { key[i] = turned(op.turn, row, i, 1.0); }
-        load_head(op.turn.q_norm, op.turn.eps, t, op.q + mine, dim);
-        for (var i = t; i < dim; i += 64u) { query[i] = turned(op.turn, row, i, 1.0); }
-    } else {
-        for (var i = t; i < dim; i += 64u) { query[i] = arena[op.q + mine + i]; }
-    }
+    load_head(op.turn.k_norm, op.turn.eps, t, op.k + own, D);
+    for (var i = t; i < D; i += GROUP) { key[i >> 2u][i & 3u] = turned(op.turn, row, i, 1.0); }
+    load_head(op.turn.q_norm, op.turn.eps, t, op.q + mine, D);
+    for (var i = t; i < D; i += GROUP) { query[i >> 2u][i & 3u] = turned(op.turn, row, i, 1.0); }
     workgroupBarrier();
-    if FUSED && h % (kv.heads / kv.kv_heads) == 0u {
-        let key_at = kv_index(kv, record.start, position, 0u, kv_head);
-        let value_at = kv_index(kv, record.start, position, 1u, kv_head);
-        for (var i = 2u * t; i < dim; i += 128u) {
-            kv_store(key_at + i, vec2(key[i], key[i + 1u]));
-            kv_store(value_at + i, vec2(arena[op.v + own + i], arena[op.v + own + i + 1u]));
-        }
+    if t < FOURS && h % (kv.heads / kv.kv_heads) == 0u {
+        kv_store(kv_index(kv, record.start, position, 0u, kv_head) + 4u * t, key[t]);
+        kv_store(kv_index(kv, record.start, position, 1u, kv_head) + 4u * t, number(op.v + own + 4u * t));
     }
+    let four = t % FOURS;
+    let share = t / FOURS;
     var highest = LOWEST;
     var sum = 0.0;
-    var result: array<vec2<f32>, 2>;
-    for (var base = first; base <= position; base += 64u) {
+    var result = vec4<f32>();
+    for (var base = first / PAGE * PAGE; base <= position; base += PAGE) {
+        let keys = kv_index(kv, record.start, base, 0u, kv_head);
+        let values = kv_index(kv, record.start, base, 1u, kv_head);
         let j = base + t;
+        let seen = j >= first && j <= position;
         var s = LOWEST;
-        if j <= position {
-            s = 0.0;
-            if FUSED && j == position {
-                for (var i = 0u; i < dim; i++) { s += query[i] * key[i]; }
-            } else if CACHED {
-                let at = kv_index(kv, record.start, j, 0u, kv_head);
-                for (var i = 0u; i < dim; i += 2u) {
-                    let k = kv_load(at + i);
-                    s += query[i] * k.x + query[i + 1u] * k.y;
-                }
+        if seen {
+            var y = vec4<f32>();
+            if j == position {
+                for (var i = 0u; i < FOURS; i++) { y += query[i] * key[i]; }
             } else {
-                let at = op.k + ((record.start + j) * kv.kv_heads + kv_head) * dim;
-                for (var i = 0u; i < dim; i++) { s += query[i] * arena[at + i]; }
+                for (var i = 0u; i < FOURS; i++) { y += query[i] * kv_load(keys + t * D + 4u * i); }
             }
-            s *= op.scale;
+            s = (y.x + y.y + y.z + y.w) * op.scale;
             if op.cap > 0.0 { s = op.cap * tanh(clamp(s / op.cap, -15.0, 15.0)); }
             if op.slopes != NONE { s += constants[op.slopes + h] * (f32(j) - f32(position)); }
         }
         let top = max(highest, max_all(t, s));
-        let e = select(0.0, exp(s - top), j <= position);
+        let e = select(0.0, exp(s - top), seen);
         scores[t] = e;
         let shrink = exp(highest - top);
         highest = top;
         sum = sum * shrink + sum_all(t, e);
-        let count = min(64u, position + 1u - base);
-        for (var part = 0u; part < 2u; part++) {
-            let i = 2u * t + part * 128u;
-            if i >= dim { continue; }
-            var r = result[part] * shrink;
-            for (var n = 0u; n < count; n++) {
-                var v: vec2<f32>;
-                if FUSED && base + n == position {
-                    v = vec2(arena[op.v + own + i], arena[op.v + own + i + 1u]);
-                } else if CACHED {
-                    v = kv_load(kv_index(kv, record.start, base + n, 1u, kv_head) + i);
-                } else {
-                    let at = op.v + ((record.start + base + n) * kv.kv_heads + kv_head) * dim + i;
-                    v = vec2(arena[at], arena[at + 1u]);
-                }
-                r += scores[n] * v;
+        result *= shrink;
+        if share < SHARES {
+            // The row's own value is not in the cache yet, as far as other workgroups know.
+            let before = min(PAGE, position - base);
+            var n = share;
+            if first > base { n += (first - base) / SHARES * SHARES; }
+            for (; n < before; n += SHARES) { result += scores[n] * kv_load(values + n * D + 4u * four); }
+            if position - base < PAGE && (position - base) % SHARES == share {
+                result += scores[position - base] * number(op.v + own + 4u * four);
             }
-            result[part] = r;
         }
         workgroupBarrier();
     }
-    for (var part = 0u; part < 2u; part++) {
-        let i = 2u * t + part * 128u;
-        if i < dim {
-            arena[op.out + mine + i] = result[part].x / sum;
-            arena[op.out + mine + i + 1u] = result[part].y / sum;
-        }
-    }
-    if op.lse != NONE && t == 0u { arena[op.lse + row * kv.heads + h] = highest + log(sum); }
+    parts[t] = result;
+    workgroupBarrier();
+    if t >= FOURS { return; }
+    var all = vec4<f32>();
+    for (var i = 0u; i < SHARES; i++) { all += parts[i * FOURS + t]; }
+    all /= sum;
+    let at = op.out + mine + 4u * t;
+    arena[at] = all.x;
+    arena[at + 1u] = all.y;
+    arena[at + 2u] = all.z;
+    arena[at + 3u] = all.w;
 }

@@ -1,8 +1,7 @@
-// Gradient of attention over the run's own rows, in three kernels without atomics. With P = exp(S − lse), dP = dO·Vᵀ and
+// Gradient of attention over the run's own rows, in two kernels without atomics. With P = exp(S − lse), dP = dO·Vᵀ and
 // Δ = rowsum(dO ∘ O): dS = P ∘ (dP − Δ) times the slope of the soft cap; dQ = scale·dS·K, dK = scale·dSᵀ·Q, dV = Pᵀ·dO.
-//   DELTA   Δ, a head of a row a workgroup
-//   QUERIES dQ, a query head of a row a workgroup, over the rows it sees
-//   else    dK and dV, a key head of a row a workgroup, over the rows that see it and the query heads of its group
+//   QUERIES Δ and dQ: OWN rows of a query head a workgroup, over the keys they see
+//   else    dK and dV: OWN rows of a key head a workgroup, over the rows that see them and the query heads of its group
 struct Op {
     q: u32, k: u32, v: u32, o: u32,
     lse: u32, d_o: u32, dq: u32, dk: u32,
@@ -11,122 +10,175 @@ struct Op {
     slopes: u32, unused0: u32, unused1: u32, unused2: u32,
 }
 
-var<workgroup> own: array<f32, 256>;
-var<workgroup> other: array<f32, 256>;
-var<workgroup> weights_p: array<f32, 64>;
-var<workgroup> weights_s: array<f32, 64>;
+struct Kv { heads: u32, kv_heads: u32, head_dim: u32, window: u32 }
 
-// The products of `own` and of `other` with vectors of the arena.
-fn products(first: u32, second: u32, dim: u32) -> vec2<f32> {
-    var s = vec2<f32>();
-    for (var i = 0u; i < dim; i++) { s += vec2(own[i] * arena[first + i], other[i] * arena[second + i]); }
-    return s;
-}
+// Queries and gradients of outputs on one side, keys and values on the other.
+var<workgroup> own_first: array<vec4<f32>, OWN * STRIDE>;
+var<workgroup> own_second: array<vec4<f32>, OWN * STRIDE>;
+var<workgroup> other_first: array<vec4<f32>, OTHER * STRIDE>;
+var<workgroup> other_second: array<vec4<f32>, OTHER * STRIDE>;
+var<workgroup> chances: array<f32, OWN * (OTHER + 1u)>;
+var<workgroup> slopes: array<f32, OWN * (OTHER + 1u)>;
+// Of the query side's rows.
+var<workgroup> lse: array<f32, 32>;
+var<workgroup> delta: array<f32, 32>;
+var<workgroup> sums: array<f32, 128>;
 
-// Probability and gradient of the score of query head h at row i for key row j, from q·k and dP.
-fn gradient(h: u32, i: u32, j: u32, products: vec2<f32>) -> vec2<f32> {
-    var s = products.x * op.scale;
-    var slope = 1.0;
-    if op.cap > 0.0 {
-        let y = tanh(clamp(s / op.cap, -15.0, 15.0));
-        s = op.cap * y;
-        slope = 1.0 - y * y;
+// Vector v of head h of row m of a value that has so many heads.
+fn vector_at(value: u32, heads: u32, h: u32, m: u32, v: u32) -> u32 { return (value >> 2u) + (m * heads + h) * VECTORS + v; }
+
+// Brings the other side's rows `base` to `end` up, and with them what is known of queries.
+fn load_others(t: u32, base: u32, end: u32, h: u32, kv_head: u32) {
+    for (var i = t; i < OTHER * VECTORS; i += 128u) {
+        let m = base + i / VECTORS;
+        let v = i % VECTORS;
+        let to = (i / VECTORS) * STRIDE + v;
+        var a = vec4<f32>();
+        var b = vec4<f32>();
+        if m < end {
+            if QUERIES {
+                a = arena[vector_at(op.k, op.kv.kv_heads, kv_head, m, v)];
+                b = arena[vector_at(op.v, op.kv.kv_heads, kv_head, m, v)];
+            } else {
+                a = arena[vector_at(op.q, op.kv.heads, h, m, v)];
+                b = arena[vector_at(op.d_o, op.kv.heads, h, m, v)];
+            }
+        }
+        other_first[to] = a;
+        other_second[to] = b;
     }
-    if op.slopes != NONE { s += constants[op.slopes + h] * (f32(j) - f32(i)); }
-    let p = exp(s - arena[op.lse + i * op.kv.heads + h]);
-    return vec2(p, p * (products.y - arena[op.delta + i * op.kv.heads + h]) * slope * op.scale);
+    if !QUERIES && t < OTHER && base + t < end {
+        lse[t] = number(op.lse + (base + t) * op.kv.heads + h);
+        delta[t] = number(op.delta + (base + t) * op.kv.heads + h);
+    }
 }
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let row = group.z;
-    let kv = op.kv;
-    let dim = kv.head_dim;
-    let record = row_record(row);
-    let shared_by = kv.heads / kv.kv_heads;
-    if DELTA {
-        let at = (row * kv.heads + group.x) * dim;
-        var s = 0.0;
-        for (var i = t; i < dim; i += 64u) { s += arena[op.o + at + i] * arena[op.d_o + at + i]; }
-        s = sum_all(t, s);
-        if t == 0u { arena[op.delta + row * kv.heads + group.x] = s; }
-        return;
+    let shared_by = op.kv.heads / op.kv.kv_heads;
+    let window = op.kv.window;
+    let kv_head = select(group.x, group.x / shared_by, QUERIES);
+    let first_row = group.z * OWN;
+    let end = min(first_row + OWN, run[0]);
+    let r = t / PER_ROW;
+    let lane = t % PER_ROW;
+    let row = first_row + r;
+    for (var i = t; i < OWN * VECTORS; i += 128u) {
+        let m = first_row + i / VECTORS;
+        let v = i % VECTORS;
+        let to = (i / VECTORS) * STRIDE + v;
+        var a = vec4<f32>();
+        var b = vec4<f32>();
+        if m < end {
+            if QUERIES {
+                a = arena[vector_at(op.q, op.kv.heads, group.x, m, v)];
+                b = arena[vector_at(op.d_o, op.kv.heads, group.x, m, v)];
+            } else {
+                a = arena[vector_at(op.k, op.kv.kv_heads, kv_head, m, v)];
+                b = arena[vector_at(op.v, op.kv.kv_heads, kv_head, m, v)];
+            }
+        }
+        own_first[to] = a;
+        own_second[to] = b;
     }
-    var first: array<vec2<f32>, 2>;
-    var second: array<vec2<f32>, 2>;
     if QUERIES {
-        let h = group.x;
-        let at = (row * kv.heads + h) * dim;
-        let kv_head = h / shared_by;
-        for (var i = t; i < dim; i += 64u) { own[i] = arena[op.q + at + i]; other[i] = arena[op.d_o + at + i]; }
         workgroupBarrier();
-        var begin = record.start;
-        if kv.window > 0u && row + 1u > begin + kv.window { begin = row + 1u - kv.window; }
-        for (var base = begin; base <= row; base += 64u) {
-            let j = base + t;
-            var g = vec2<f32>();
-            if j <= row {
-                let key = (j * kv.kv_heads + kv_head) * dim;
-                g = gradient(h, row, j, products(op.k + key, op.v + key, dim));
+        var part = 0.0;
+        if row < end {
+            for (var v = lane; v < VECTORS; v += PER_ROW) {
+                part += dot(own_second[r * STRIDE + v], arena[vector_at(op.o, op.kv.heads, group.x, row, v)]);
             }
-            workgroupBarrier();
-            weights_s[t] = g.y;
-            workgroupBarrier();
-            let count = min(64u, row + 1u - base);
-            for (var part = 0u; part < 2u; part++) {
-                let i = 2u * t + part * 128u;
-                if i >= dim { continue; }
-                for (var n = 0u; n < count; n++) {
-                    let key = op.k + ((base + n) * kv.kv_heads + kv_head) * dim + i;
-                    first[part] += weights_s[n] * vec2(arena[key], arena[key + 1u]);
+        }
+        sums[t] = part;
+        workgroupBarrier();
+        if row < end && lane == 0u {
+            var whole = 0.0;
+            for (var l = 0u; l < PER_ROW; l++) { whole += sums[t + l]; }
+            let at = row * op.kv.heads + group.x;
+            arena[(op.delta + at) >> 2u][(op.delta + at) & 3u] = whole;
+            delta[r] = whole;
+            lse[r] = number(op.lse + at);
+        }
+    }
+    var first: array<vec4<f32>, MINE>;
+    var second: array<vec4<f32>, MINE>;
+    let first_head = select(group.x * shared_by, group.x, QUERIES);
+    let last_head = select(first_head + shared_by, first_head + 1u, QUERIES);
+    var begin = first_row;
+    while begin < end {
+        // Rows `begin` to `stop` are of one sequence.
+        let record = row_record(begin);
+        let stop = min(end, record.end);
+        let inside = row >= begin && row < stop;
+        // Rows of the other side: keys up to the last query, or queries from the first key on.
+        var low = begin;
+        var high = record.end;
+        if QUERIES {
+            low = record.start;
+            if window > 0u && begin + 1u > low + window { low = begin + 1u - window; }
+            high = stop;
+        } else if window > 0u {
+            high = min(high, stop - 1u + window);
+        }
+        for (var h = first_head; h < last_head; h++) {
+            for (var base = low; base < high; base += OTHER) {
+                workgroupBarrier();
+                load_others(t, base, high, h, kv_head);
+                workgroupBarrier();
+                var a: array<f32, COLUMNS>;
+                var b: array<f32, COLUMNS>;
+                for (var v = 0u; v < VECTORS; v++) {
+                    let x = own_first[r * STRIDE + v];
+                    let y = own_second[r * STRIDE + v];
+                    for (var c = 0u; c < COLUMNS; c++) {
+                        let at = min(lane + c * PER_ROW, OTHER - 1u) * STRIDE + v;
+                        a[c] += dot(x, other_first[at]);
+                        b[c] += dot(y, other_second[at]);
+                    }
+                }
+                for (var c = 0u; c < COLUMNS; c++) {
+                    let n = lane + c * PER_ROW;
+                    if n >= OTHER { continue; }
+                    // The query's row and the key's.
+                    let i = select(base + n, row, QUERIES);
+                    let j = select(row, base + n, QUERIES);
+                    var p = 0.0;
+                    var d = 0.0;
+                    if inside && base + n < high && j <= i && (window == 0u || i - j < window) {
+                        let q = select(n, r, QUERIES);
+                        let s = score(a[c], op.scale, op.cap, op.slopes, h, i - j);
+                        p = exp(s - lse[q]);
+                        d = p * (b[c] - delta[q]) * op.scale;
+                        if op.cap > 0.0 {
+                            let capped = score(a[c], op.scale, op.cap, NONE, h, 0u) / op.cap;
+                            d *= 1.0 - capped * capped;
+                        }
+                    }
+                    slopes[r * (OTHER + 1u) + n] = d;
+                    if !QUERIES { chances[r * (OTHER + 1u) + n] = p; }
+                }
+                workgroupBarrier();
+                for (var n = 0u; n < OTHER; n++) {
+                    let d = slopes[r * (OTHER + 1u) + n];
+                    for (var i = 0u; i < MINE; i++) {
+                        let at = n * STRIDE + min(lane + i * PER_ROW, VECTORS - 1u);
+                        first[i] += d * other_first[at];
+                        if !QUERIES { second[i] += chances[r * (OTHER + 1u) + n] * other_second[at]; }
+                    }
                 }
             }
         }
-        for (var part = 0u; part < 2u; part++) {
-            let i = 2u * t + part * 128u;
-            if i < dim {
-                arena[op.dq + at + i] = first[part].x;
-                arena[op.dq + at + i + 1u] = first[part].y;
-            }
-        }
-        return;
+        begin = stop;
     }
-    let at = (row * kv.kv_heads + group.x) * dim;
-    for (var i = t; i < dim; i += 64u) { own[i] = arena[op.k + at + i]; other[i] = arena[op.v + at + i]; }
-    workgroupBarrier();
-    var end = record.end;
-    if kv.window > 0u { end = min(end, row + kv.window); }
-    for (var h = group.x * shared_by; h < (group.x + 1u) * shared_by; h++) {
-        for (var base = row; base < end; base += 64u) {
-            let i = base + t;
-            var g = vec2<f32>();
-            if i < end {
-                let query = (i * kv.heads + h) * dim;
-                g = gradient(h, i, row, products(op.q + query, op.d_o + query, dim));
-            }
-            workgroupBarrier();
-            weights_p[t] = g.x;
-            weights_s[t] = g.y;
-            workgroupBarrier();
-            let count = min(64u, end - base);
-            for (var part = 0u; part < 2u; part++) {
-                let d = 2u * t + part * 128u;
-                if d >= dim { continue; }
-                for (var n = 0u; n < count; n++) {
-                    let query = ((base + n) * kv.heads + h) * dim + d;
-                    first[part] += weights_s[n] * vec2(arena[op.q + query], arena[op.q + query + 1u]);
-                    second[part] += weights_p[n] * vec2(arena[op.d_o + query], arena[op.d_o + query + 1u]);
-                }
-            }
-        }
-    }
-    for (var part = 0u; part < 2u; part++) {
-        let d = 2u * t + part * 128u;
-        if d < dim {
-            arena[op.dk + at + d] = first[part].x;
-            arena[op.dk + at + d + 1u] = first[part].y;
-            arena[op.dv + at + d] = second[part].x;
-            arena[op.dv + at + d + 1u] = second[part].y;
+    if row >= end { return; }
+    for (var i = 0u; i < MINE; i++) {
+        let v = lane + i * PER_ROW;
+        if v >= VECTORS { continue; }
+        if QUERIES {
+            arena[vector_at(op.dq, op.kv.heads, group.x, row, v)] = first[i];
+        } else {
+            arena[vector_at(op.dk, op.kv.kv_heads, kv_head, row, v)] = first[i];
+            arena[vector_at(op.dv, op.kv.kv_heads, kv_head, row, v)] = second[i];
         }
     }
 }

@@ -9,17 +9,22 @@ fn kv_index(kv: Kv, pages: u32, position: u32, part: u32, head: u32) -> u32 {
     return (((page * 2u + part) * kv.kv_heads + head) * PAGE + position % PAGE) * kv.head_dim;
 }
 
-// Elements i and i + 1, i even.
-fn kv_load(i: u32) -> vec2<f32> {
-    if KV_HALF { return unpack2x16float(cache[i >> 1u]); }
-    return bitcast<vec2<f32>>(vec2(cache[i], cache[i + 1u]));
+// Elements i to i + 3, i a multiple of four.
+fn kv_load(i: u32) -> vec4<f32> {
+    if KV_HALF {
+        let w = cache[i >> 2u];
+        return vec4(unpack2x16float(w.x), unpack2x16float(w.y));
+    }
+    return bitcast<vec4<f32>>(vec4(cache[i >> 1u], cache[(i >> 1u) + 1u]));
 }
 
-fn kv_store(i: u32, v: vec2<f32>) {
+fn kv_store(i: u32, v: vec4<f32>) {
     if KV_HALF {
-        cache[i >> 1u] = pack2x16float(clamp(v, vec2(-65504.0), vec2(65504.0)));
+        let x = clamp(v, vec4(-65504.0), vec4(65504.0));
+        cache[i >> 2u] = vec2(pack2x16float(x.xy), pack2x16float(x.zw));
     } else {
-        cache[i] = bitcast<u32>(v.x);
-        cache[i + 1u] = bitcast<u32>(v.y);
+        let w = bitcast<vec4<u32>>(v);
+        cache[i >> 1u] = w.xy;
+        cache[(i >> 1u) + 1u] = w.zw;
     }
 }

@@ -1,3 +1,8 @@
+// Tiles of 64 × 64 results, 16 products at a time: 64 invocations with 8 × 8 sums each. A block of weights is unpacked once
+// for a tile. Rows of `left` and columns of `right` are five or sixteen vectors apart: no two invocations wait for one bank.
+var<workgroup> left: array<vec4<f32>, 320>;
+var<workgroup> right: array<vec4<f32>, 320>;
+
 // Sixteen elements of a row of the input, zeros behind its end.
 fn load_x(m: u32, rows: u32, k: u32) -> Unit {
     if m >= rows { return Unit(); }

@@ -1,5 +1,5 @@
 // A few rows times up to three matrices: `out = x·Wᵀ + b`, for decoding. LANES invocations share a row of the matrix,
-// sixteen weights at a time, and add up for all ROWS rows of x. With NORMED x is RMS-normed on the way: the norm's weights
+// sixteen weights at a time, and add up for all ROWS rows of x (`matvec_*.wgsl`). With NORMED x is RMS-normed on the way: the norm's weights
 // multiply the matrix' and the root is taken from sums that run along. With GATED the two matrices are a gate and its
 // other half. The arena is read and written by four.
 
@@ -16,11 +16,8 @@ const SUMS = ROWS * MATRICES + select(0u, ROWS, NORMED);
 const PER_GROUP = THREADS / LANES;
 var<workgroup> partial: array<f32, THREADS * SUMS>;
 
-fn total(sum: u32, row: u32) -> f32 {
-    var all = 0.0;
-    for (var lane = 0u; lane < LANES; lane++) { all += partial[(sum * PER_GROUP + row) * LANES + lane]; }
-    return all;
-}
+// A row's sum, once its lanes have added theirs up.
+fn total(sum: u32, row: u32) -> f32 { return partial[sum * THREADS + row * LANES]; }
 
 // The same for four rows of a matrix.
 fn four(sum: u32, row: u32) -> vec4<f32> {
@@ -61,8 +58,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
             }
         }
     }
-    for (var s = 0u; s < SUMS; s++) { partial[s * THREADS + t] = sums[s]; }
+    for (var s = 0u; s < SUMS; s++) { partial[s * THREADS + t] = across(sums[s]); }
     workgroupBarrier();
+    add_lanes(t, lane);
     // Four rows of the matrix and one of x an invocation.
     let quads = PER_GROUP / 4u;
     for (var job = t; job < quads * ROWS; job += THREADS) {

@@ -22,9 +22,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let record = row_record(row);
     let key = kv_index(op.kv, record.start, record.position, 0u, h);
     let value = kv_index(op.kv, record.start, record.position, 1u, h);
-    for (var i = 2u * t; i < dim; i += 128u) {
-        kv_store(key + i, vec2(turned(op.turn, row, i, 1.0), turned(op.turn, row, i + 1u, 1.0)));
+    for (var i = 4u * t; i < dim; i += 256u) {
+        let turn = op.turn;
+        kv_store(key + i, vec4(turned(turn, row, i, 1.0), turned(turn, row, i + 1u, 1.0), turned(turn, row, i + 2u, 1.0), turned(turn, row, i + 3u, 1.0)));
         let source = op.v + at + i;
-        kv_store(value + i, vec2(arena[source], arena[source + 1u]));
+        kv_store(value + i, vec4(arena[source], arena[source + 1u], arena[source + 2u], arena[source + 3u]));
     }
 }

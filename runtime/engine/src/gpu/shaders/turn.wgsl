@@ -1,4 +1,4 @@
-// Norm and rotation of one head of a row, D ≤ 256, by 64 invocations.
+// Norm and rotation of one head of a row, D ≤ 256, by GROUP invocations.
 struct Turning { q_norm: u32, k_norm: u32, eps: f32, dims: u32, table: u32, halves: u32, unused0: u32, unused1: u32 }
 
 var<workgroup> head: array<f32, 256>;
@@ -25,7 +25,7 @@ fn turned(turn: Turning, row: u32, i: u32, sign: f32) -> f32 {
 fn load_head(norm: u32, eps: f32, t: u32, at: u32, dim: u32) {
     var sum = 0.0;
     workgroupBarrier();
-    for (var i = t; i < dim; i += 64u) {
+    for (var i = t; i < dim; i += GROUP) {
         let v = arena[at + i];
         head[i] = v;
         sum += v * v;
@@ -33,7 +33,7 @@ fn load_head(norm: u32, eps: f32, t: u32, at: u32, dim: u32) {
     workgroupBarrier();
     if norm != NONE {
         let rho = inverseSqrt(sum_all(t, sum) / f32(dim) + eps);
-        for (var i = t; i < dim; i += 64u) { head[i] *= rho * constants[norm + i]; }
+        for (var i = t; i < dim; i += GROUP) { head[i] *= rho * constants[norm + i]; }
         workgroupBarrier();
     }
 }

@@ -1,12 +1,10 @@
 // Sixteen consecutive weights of a row, unpacked: `unpack_TYPE(row, k)` with the byte address of the row in `weights` and
 // the index of the first, a multiple of 16. The layouts are those of `quant`.
 
-// Four bytes at any address.
+// Four bytes at any address; no branch, so that all of a unit's words are asked for at once.
 fn word(at: u32) -> u32 {
     let shift = (at & 3u) * 8u;
-    let low = weights[at >> 2u] >> shift;
-    if shift == 0u { return low; }
-    return low | (weights[(at >> 2u) + 1u] << (32u - shift));
+    return (weights[at >> 2u] >> shift) | ((weights[(at >> 2u) + 1u] << 1u) << (31u - shift));
 }
 
 fn byte(at: u32) -> u32 { return (weights[at >> 2u] >> ((at & 3u) * 8u)) & 0xffu; }
