@@ -135,8 +135,7 @@ fn main() -> anyhow::Result<()> {
         "share_of_f32_roof": if roof > 0.0 { run.speeds.median() * per_token / roof } else { 0.0 },
         "share_of_int16_roof": if roof > 0.0 { run.speeds.median() * per_token / wide_roof } else { 0.0 },
         "ops": run.timings.iter().map(|t| json!({
-            "op": t.op, "count": t.count / args.steps as u64,
-            "milliseconds_per_step": t.total.as_secs_f64() * 1e3 / args.steps as f64,
+            "op": t.op, "count": t.count, "milliseconds_per_step": t.total.as_secs_f64() * 1e3,
         })).collect::<Vec<_>>(),
         "optimizer_milliseconds_per_step": run.optimizer * 1e3 / args.steps as f64,
     });
@@ -153,7 +152,7 @@ fn tokens(args: &Args, model: &Model) -> anyhow::Result<Vec<u32>> {
     let text = std::fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let ids = model.tokenizer().encode(&text, EncodeOptions { add_special: false, parse_special: false });
     anyhow::ensure!(!ids.is_empty(), "{} has no text", args.text.display());
-    Ok(ids.into_iter().cycle().take((args.steps + 1) * args.batch * args.seq).collect())
+    Ok(ids.into_iter().cycle().take((args.steps + 2) * args.batch * args.seq).collect())
 }
 
 /// What the steps gave.
@@ -193,13 +192,13 @@ fn run(args: &Args, learner: &mut Learner, tokens: &[u32]) -> anyhow::Result<Run
         let learned = Instant::now();
         optimizer.step(1e-4, &mut [&mut params], &[&gradients])?;
         run.losses.push(loss);
-        if step == 0 {
-            learner.set_timing(true);
-            continue;
+        // The first step warms up; the last is for the table of ops, whose clocks slow a GPU down.
+        if (1..=args.steps).contains(&step) {
+            run.speeds.0.push(tokens.len() as f64 / start.elapsed().as_secs_f64());
+            run.optimizer += learned.elapsed().as_secs_f64();
+            eprintln!("step {step}: loss {loss:.4}, {:.1} tokens/s", run.speeds.0[step - 1]);
         }
-        run.speeds.0.push(tokens.len() as f64 / start.elapsed().as_secs_f64());
-        run.optimizer += learned.elapsed().as_secs_f64();
-        eprintln!("step {step}: loss {loss:.4}, {:.1} tokens/s", run.speeds.0[step - 1]);
+        learner.set_timing(step >= args.steps);
     }
     run.timings = learner.take_timings();
     run.timings.sort_by_key(|t| std::cmp::Reverse(t.total));

@@ -340,10 +340,15 @@ impl Device {
 
     /// Waits until everything submitted is done.
     pub(super) fn wait(&self) -> Result<()> {
+        self.wait_for(None)
+    }
+
+    /// Waits until a submission is done, or everything.
+    pub(super) fn wait_for(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<()> {
         loop {
             self.check()?;
             let timeout = Some(std::time::Duration::from_millis(200));
-            match self.device.poll(wgpu::PollType::Wait { submission_index: None, timeout }) {
+            match self.device.poll(wgpu::PollType::Wait { submission_index: submission.clone(), timeout }) {
                 Ok(_) => return self.check(),
                 Err(wgpu::PollError::Timeout) => {}
                 Err(e) => return Err(self.error(e.to_string())),

@@ -94,6 +94,21 @@ struct Recording {
     generation: u64,
 }
 
+/// What is read back: bytes of results from a place in the arena, and of gradients.
+#[derive(Clone, Copy, Debug, Default)]
+struct Copies {
+    result_at: u64,
+    bytes: u64,
+    gradient_bytes: u64,
+}
+
+/// Commands made ahead, and for what: program, rows decoded together, outputs, tokens, generation of the buffers.
+#[derive(Debug)]
+struct Ready {
+    key: (usize, Option<u32>, usize, usize, u64),
+    commands: wgpu::CommandBuffer,
+}
+
 impl Program {
     fn new(spec: &Spec, weights: &Weights, purpose: Purpose, options: &ExecutorOptions) -> Program {
         let limits = match purpose {
@@ -167,6 +182,7 @@ pub struct Executor {
     frequencies: Vec<Frequencies>,
     words: Vec<u32>,
     result: Vec<f32>,
+    ready: Option<Ready>,
     timings: Timings,
 }
 
@@ -211,6 +227,7 @@ impl Executor {
             frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
             words: Vec::new(),
             result: Vec::new(),
+            ready: None,
             timings: Timings::default(),
         };
         // What cannot be run is refused now and not later.
@@ -355,38 +372,45 @@ impl Executor {
         let p = &self.programs[program];
         let width = p.tape.info(p.tape.result).width;
         let bytes = (batch.outputs.len() * width * 4) as u64;
-        let gradient_bytes = if purpose == Purpose::Learn { 4 * p.tape.param_count() as u64 } else { 0 };
+        let within = batch.learning.as_ref().map(|l| l.within).unwrap_or_default();
+        let read_gradients = purpose == Purpose::Learn && !within.goes_on;
+        let gradient_bytes = if read_gradients { 4 * p.tape.param_count() as u64 } else { 0 };
         if self.staging.size() < bytes + gradient_bytes {
             self.staging = staging(&self.device, bytes + gradient_bytes)?;
+            self.ready = None;
         }
         let p = &self.programs[program];
-        let result_at = p.plan.place(p.tape.result).offset as u64;
+        let copies = Copies { result_at: p.plan.place(p.tape.result).offset as u64, bytes, gradient_bytes };
         let recording = &p.recordings[recording];
         if self.timings.on {
             replay_timed(&self.device, recording, rows, &mut self.timings)?;
-        } else {
-            let size = if purpose == Purpose::Learn { SUBMITTED } else { recording.dispatches.len() };
-            for part in recording.dispatches.chunks(size.max(1)) {
+            self.device.queue.submit([self.encode(&[], recording, &rows, copies)]);
+        } else if purpose == Purpose::Learn {
+            let mut before = None;
+            let parts = recording.dispatches.chunks(SUBMITTED);
+            let last = parts.len() - 1;
+            for (i, part) in parts.enumerate() {
                 if cancel.load(Ordering::Relaxed) {
                     return Err(Error::Cancelled);
                 }
-                let mut encoder = encoder(&self.device);
-                replay(&mut encoder, recording, part, rows, None);
-                self.device.queue.submit([encoder.finish()]);
-                if purpose == Purpose::Learn {
-                    self.device.wait()?;
+                let copies = if i == last { copies } else { Copies::default() };
+                let submission = self.device.queue.submit([self.encode(part, recording, &rows, copies)]);
+                // The device has one part to do while the next is made ready.
+                if let Some(before) = before.replace(submission) {
+                    self.device.wait_for(Some(before))?;
                 }
+            }
+        } else {
+            let key = (program, decoding, batch.outputs.len(), batch.tokens.len(), recording.generation);
+            let ready = self.ready.take().filter(|ready| ready.key == key).map(|ready| ready.commands);
+            let encode = || self.encode(&recording.dispatches, recording, &rows, copies);
+            self.device.queue.submit([ready.unwrap_or_else(encode)]);
+            // The next token's commands are most likely the same: they are made while the device is busy.
+            if decoding.is_some() {
+                self.ready = Some(Ready { key, commands: encode() });
             }
         }
         if bytes + gradient_bytes > 0 {
-            let mut encoder = encoder(&self.device);
-            if bytes > 0 {
-                encoder.copy_buffer_to_buffer(&self.arena, result_at, &self.staging, 0, bytes);
-            }
-            if gradient_bytes > 0 {
-                encoder.copy_buffer_to_buffer(&self.gradients, 0, &self.staging, bytes, gradient_bytes);
-            }
-            self.device.queue.submit([encoder.finish()]);
             self.result.resize((bytes + gradient_bytes) as usize / 4, 0.0);
             self.device.read(&self.staging, bytes + gradient_bytes, bytemuck::cast_slice_mut(&mut self.result))?;
         } else {
@@ -415,6 +439,28 @@ impl Executor {
             self.result.truncate(batch.outputs.len() * wanted);
         }
         Ok(&mut self.result)
+    }
+
+    /// Commands for a part of a recording, and for copying what is read back.
+    fn encode(
+        &self,
+        part: &[Dispatch],
+        recording: &Recording,
+        rows: impl Fn(Rows) -> usize,
+        copies: Copies,
+    ) -> wgpu::CommandBuffer {
+        let mut encoder = encoder(&self.device);
+        if !part.is_empty() {
+            replay(&mut encoder, recording, part, rows, None);
+        }
+        let Copies { result_at, bytes, gradient_bytes } = copies;
+        if bytes > 0 {
+            encoder.copy_buffer_to_buffer(&self.arena, result_at, &self.staging, 0, bytes);
+        }
+        if gradient_bytes > 0 {
+            encoder.copy_buffer_to_buffer(&self.gradients, 0, &self.staging, bytes, gradient_bytes);
+        }
+        encoder.finish()
     }
 
     /// The result of the last run; empty after a run that failed.
@@ -473,7 +519,7 @@ impl Executor {
             self.generation += 1;
         }
         self.device.queue.write_buffer(&self.run, 0, bytemuck::cast_slice(words));
-        if let Some(l) = &batch.learning {
+        if let Some(l) = batch.learning.as_ref().filter(|l| !l.within.begun) {
             self.device.queue.write_buffer(&self.params, 0, bytemuck::cast_slice(l.params));
             if purpose == Purpose::Learn {
                 let mut encoder = encoder(&self.device);

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use super::backend::{Backend, Device};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions};
-use crate::tape::{Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, Timing, Trained, adapted_norm};
+use crate::tape::{Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, Timing, Trained, Within, adapted_norm};
 use crate::{Error, Result, quant};
 
 /// How a learner is set up.
@@ -235,6 +235,7 @@ impl Learner {
                 learning: Some(Learning {
                     params,
                     gradients,
+                    within: Within { begun: first_sequence > 0, goes_on: sequence < batch.lengths.len() },
                     row_weights: batch.weights.get(outputs).unwrap_or_default(),
                     dropout_seed: batch.dropout_seed.wrapping_add((first_sequence as u64).wrapping_mul(SEED_STEP)),
                 }),

@@ -51,6 +51,15 @@ pub struct Batch<'a, C> {
     pub learning: Option<Learning<'a>>,
 }
 
+/// Where a run stands among those of a batch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Within {
+    /// Runs of the batch came before.
+    pub begun: bool,
+    /// Others follow.
+    pub goes_on: bool,
+}
+
 /// Trained parameters of a run.
 #[derive(Debug)]
 pub struct Learning<'a> {
@@ -58,6 +67,9 @@ pub struct Learning<'a> {
     pub params: &'a [f32],
     /// Where [`Purpose::Learn`] adds their gradients; as long as `params`.
     pub gradients: &'a mut [f32],
+    /// Whether a run with the same parameters came before, whose gradients may not be there yet, and whether another
+    /// follows, until which this run's need not be: a GPU adds those of a batch up by itself.
+    pub within: Within,
     /// Factor on the gradient of each output row's cross-entropy, for [`Purpose::Learn`].
     pub row_weights: &'a [f32],
     /// Decides which of the adapters' inputs fall, for [`Purpose::Learn`]; another for each run of a training.
