@@ -25,6 +25,7 @@ mod docs;
 mod full_training;
 mod gguf_real;
 mod gpu;
+mod gpu_life;
 mod gradients;
 mod layers;
 mod learning;

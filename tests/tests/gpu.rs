@@ -15,14 +15,25 @@ use kinglet_engine::tape::LoraSpec;
 use kinglet_models::tiny::TinyConfig;
 use kinglet_tests::compare::{argmax, divergence};
 use kinglet_tests::data::{self, Random, Scratch, alone, heavy, maps, tiny};
+use kinglet_train::optimizer::{AdamW, Options, Parameter};
 
 /// The device under test: `KINGLET_GPU`, or the first.
-fn device(binding_bytes: Option<u64>) -> Arc<gpu::Device> {
+pub(crate) fn device(limits: Limits) -> Arc<gpu::Device> {
     let index = std::env::var("KINGLET_GPU").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
-    gpu::Device::open(index, Limits { binding_bytes, ..Limits::default() }).expect("a GPU, or lavapipe in its place")
+    gpu::Device::open(index, limits).expect("a GPU, or lavapipe in its place")
 }
 
-fn options(device: Device) -> SessionOptions {
+/// All that the device has.
+pub(crate) fn whole() -> Arc<gpu::Device> {
+    device(Limits::default())
+}
+
+/// Such small bindings, and nothing that WebGPU does not promise.
+fn small(binding_bytes: u64) -> Arc<gpu::Device> {
+    device(Limits { binding_bytes: Some(binding_bytes), baseline: true })
+}
+
+pub(crate) fn options(device: Device) -> SessionOptions {
     let arithmetic = Arithmetic::Exact;
     SessionOptions {
         context: 256,
@@ -50,7 +61,7 @@ fn distance(ours: &[f32], wanted: &[f32]) -> f32 {
     ours.iter().zip(wanted).fold(0.0, |worst: f32, (a, b)| worst.max((a - b).abs())) / spread
 }
 
-fn tokens(model: &Model, seed: u64, count: usize) -> Vec<u32> {
+pub(crate) fn tokens(model: &Model, seed: u64, count: usize) -> Vec<u32> {
     let mut random = Random::new(seed);
     (0..count).map(|_| random.below(model.spec().vocab) as u32).collect()
 }
@@ -76,7 +87,7 @@ fn architectures() -> Vec<TinyConfig> {
 /// Every architecture, with prompts longer than a tile and the sliding window.
 #[test]
 fn gpu_logits_are_the_cpus_for_every_architecture() {
-    let device = device(None);
+    let device = whole();
     for config in architectures() {
         let scratch = Scratch::new(&format!("gpu-{}", config.arch));
         let config = TinyConfig { dtype: DType::F32, embedding: DType::F32, ..config };
@@ -84,11 +95,11 @@ fn gpu_logits_are_the_cpus_for_every_architecture() {
     }
 }
 
-/// Every type of weights, in rows longer than 1,024 elements, on a device whose bindings are so small that matrices and
-/// tables come in pieces.
+/// Every type of weights, in rows longer than 1,024 elements; then on a device that has no more than WebGPU's baseline, and
+/// bindings so small that matrices and tables come in pieces.
 #[test]
 fn gpu_logits_are_the_cpus_for_every_type() {
-    let (whole, small) = (device(None), device(Some(400 << 10)));
+    let (whole, small) = (whole(), small(400 << 10));
     for dtype in DType::WEIGHTS {
         let scratch = Scratch::new(&format!("gpu-{dtype}"));
         let config = TinyConfig::new("llama");
@@ -134,21 +145,21 @@ fn gpu_sequences_share_pages_like_the_cpus() {
         all.extend_from_slice(engine.step(&mut [(&mut second, &prompt[..40])], &never).expect("after a cut"));
         all
     };
-    let (ours, wanted) = (run(Device::Open(device(None))), run(Device::Cpu));
+    let (ours, wanted) = (run(Device::Open(whole())), run(Device::Cpu));
     let distance = distance(&ours, &wanted);
     assert!(distance < 1e-3, "{distance}");
 }
 
-fn learner(model: &Model, device: Device, dropout: f32, memory_budget: Option<u64>) -> Learner {
+fn learner(model: &Model, device: Device, dropout: f32, arithmetic: Arithmetic) -> Learner {
     let trained = LoraSpec { rank: 5, scale: 1.5, weights: maps(model), dropout, ..LoraSpec::default() };
     let options = LearnerOptions {
         trained: trained.into(),
         tokens: 160,
         sequence: 0,
-        arithmetic: Arithmetic::Exact,
+        arithmetic,
         threads: 1,
         device,
-        memory_budget,
+        memory_budget: None,
     };
     Learner::new(model, &options).expect("a learner")
 }
@@ -178,22 +189,135 @@ fn gradients(model: &Model, learner: &mut Learner) -> (Vec<f32>, Vec<f32>) {
 }
 
 fn compare_gradients(name: &str, model: &Model, device: &Arc<gpu::Device>, dropout: f32) {
-    let mut exact = learner(model, Device::Cpu, dropout, None);
+    let on_gpu = learner(model, Device::Open(device.clone()), dropout, Arithmetic::Exact);
+    compare_learners(name, model, on_gpu, dropout, 1e-3);
+}
+
+/// Against the CPU's exact arithmetic: scores, and the gradient of every matrix, in its norm.
+fn compare_learners(name: &str, model: &Model, mut learned: Learner, dropout: f32, most: f32) {
+    let mut exact = learner(model, Device::Cpu, dropout, Arithmetic::Exact);
     let (wanted_scores, wanted) = gradients(model, &mut exact);
-    let (scores, ours) = gradients(model, &mut learner(model, Device::Open(device.clone()), dropout, None));
-    assert!(distance(&scores, &wanted_scores) < 1e-3, "{name}: cross-entropies");
+    let (scores, ours) = gradients(model, &mut learned);
+    assert!(distance(&scores, &wanted_scores) < most, "{name}: cross-entropies");
     for p in exact.params() {
         let (ours, wanted) = (&ours[p.offset..p.end()], &wanted[p.offset..p.end()]);
         let norm = wanted.iter().map(|v| v * v).sum::<f32>().sqrt();
         let apart = ours.iter().zip(wanted).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
-        assert!(apart < 1e-3 * norm, "{name}, {}: {apart} of {norm}", p.name);
+        assert!(apart < most * norm, "{name}, {}: {apart} of {norm}", p.name);
+    }
+}
+
+/// The arithmetic a device uses by default, which may be of half precision.
+#[test]
+fn gpu_default_arithmetic_is_near_the_cpus() {
+    let device = whole();
+    for dtype in [DType::F16, DType::Q8_0, DType::Q4_K] {
+        let scratch = Scratch::new(&format!("gpu-fast-{dtype}"));
+        let config =
+            TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..TinyConfig::new("llama") };
+        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..config });
+        let fast = |device| SessionOptions { arithmetic: Arithmetic::Narrow, chunk: 128, ..options(device) };
+        let prompt = tokens(&model, 1, 100);
+        let wanted = logits(&model, &options(Device::Cpu), &prompt, &[]);
+        let ours = logits(&model, &fast(Device::Open(device.clone())), &prompt, &[]);
+        let far = distance(&ours[0], &wanted[0]);
+        assert!(far < 1e-2, "{dtype}: {far}");
+        let learned = learner(&model, Device::Open(device.clone()), 0.0, Arithmetic::Wide);
+        compare_learners(dtype.name(), &model, learned, 0.0, 1e-2);
+    }
+}
+
+/// A step of a real model: the gradient of each of its 420 matrices.
+#[test]
+fn gpu_gradients_of_smollm2_are_the_cpus() {
+    let _alone = alone();
+    let model = kinglet_models::open(data::model("smollm2")).expect("the model opens");
+    let trained = LoraSpec { rank: 8, scale: 2.0, weights: maps(&model), ..LoraSpec::default() };
+    let run = |device: Device| {
+        let options = LearnerOptions {
+            trained: trained.clone().into(),
+            tokens: 48,
+            sequence: 0,
+            arithmetic: Arithmetic::Exact,
+            threads: 0,
+            device,
+            memory_budget: None,
+        };
+        let mut learner = Learner::new(&model, &options).expect("a learner");
+        let mut random = Random::new(5);
+        let mut params = vec![0.0; learner.param_count()];
+        for p in learner.params() {
+            params[p.offset..p.end()].copy_from_slice(&random.normals(p.rows * p.width, 0.02));
+        }
+        let batch = LearnBatch {
+            tokens: tokens(&model, 21, 48),
+            lengths: vec![48],
+            outputs: (0..47).collect(),
+            targets: tokens(&model, 21, 48).split_off(1),
+            weights: vec![1.0 / 47.0; 47],
+            dropout_seed: 0,
+        };
+        let mut gradients = vec![0.0; params.len()];
+        let scores = learner.learn(&batch, &params, &mut gradients, &AtomicBool::new(false)).expect("a step").to_vec();
+        (scores, gradients, learner.params().to_vec())
+    };
+    let (wanted_scores, wanted, params) = run(Device::Cpu);
+    let (scores, ours, _) = run(Device::Open(whole()));
+    assert!(distance(&scores, &wanted_scores) < 1e-3);
+    for p in &params {
+        let (ours, wanted) = (&ours[p.offset..p.end()], &wanted[p.offset..p.end()]);
+        let norm = wanted.iter().map(|v| v * v).sum::<f32>().sqrt();
+        let apart = ours.iter().zip(wanted).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
+        assert!(apart < 1e-3 * norm, "{}: {apart} of {norm}", p.name);
+    }
+}
+
+/// A hundred steps of a tiny model: the curve of its losses is the CPU's.
+#[test]
+fn gpu_learns_as_the_cpu_over_a_hundred_steps() {
+    let scratch = Scratch::new("gpu-steps");
+    let model = tiny(&scratch, &TinyConfig::new("llama"));
+    let run = |device: Device| {
+        let mut learner = learner(&model, device, 0.0, Arithmetic::Exact);
+        let mut random = Random::new(3);
+        let mut params = vec![0.0; learner.param_count()];
+        for p in learner.params().iter().filter(|p| p.name.ends_with(".lora_a")) {
+            params[p.offset..p.end()].copy_from_slice(&random.normals(p.rows * p.width, 0.1));
+        }
+        let all = Parameter { name: "adapters".into(), len: params.len(), decay: false };
+        let mut optimizer = AdamW::new(Options::default(), &[all]);
+        let mut gradients = vec![0.0; params.len()];
+        let never = AtomicBool::new(false);
+        let mut losses = Vec::new();
+        for step in 0..100u64 {
+            // Few texts, so that there is something to learn.
+            let ids = tokens(&model, step % 4, 32);
+            let batch = LearnBatch {
+                lengths: vec![32],
+                outputs: (0..31).collect(),
+                targets: ids[1..].to_vec(),
+                tokens: ids,
+                weights: vec![1.0 / 31.0; 31],
+                dropout_seed: 0,
+            };
+            gradients.fill(0.0);
+            let scores = learner.learn(&batch, &params, &mut gradients, &never).expect("a step");
+            losses.push(scores.iter().sum::<f32>() / scores.len() as f32);
+            optimizer.step(3e-3, &mut [&mut params], &[&gradients]).expect("an update");
+        }
+        losses
+    };
+    let (ours, wanted) = (run(Device::Open(whole())), run(Device::Cpu));
+    assert!(wanted[99] < 0.8 * wanted[0], "nothing is learned: {} to {}", wanted[0], wanted[99]);
+    for (step, (ours, wanted)) in ours.iter().zip(&wanted).enumerate() {
+        assert!((ours - wanted).abs() < 0.01 * wanted, "step {step}: {ours} for {wanted}");
     }
 }
 
 /// Gradients of adapters for every architecture, with dropout.
 #[test]
 fn gpu_gradients_are_the_cpus_for_every_architecture() {
-    let device = device(None);
+    let device = whole();
     for config in architectures() {
         let scratch = Scratch::new(&format!("gpu-gradients-{}", config.arch));
         let config = TinyConfig { dtype: DType::F32, embedding: DType::F32, ..config };
@@ -204,7 +328,7 @@ fn gpu_gradients_are_the_cpus_for_every_architecture() {
 /// Gradients through every type of weights, rows longer than 1,024 elements, whole and in pieces.
 #[test]
 fn gpu_gradients_are_the_cpus_for_every_type() {
-    let (whole, small) = (device(None), device(Some(8 << 20)));
+    let (whole, small) = (whole(), small(8 << 20));
     for dtype in DType::WEIGHTS {
         let scratch = Scratch::new(&format!("gpu-gradients-{dtype}"));
         let config =
@@ -219,7 +343,7 @@ fn gpu_gradients_are_the_cpus_for_every_type() {
 fn real(name: &str) {
     let _alone = alone();
     let model = kinglet_models::open(data::model(name)).expect("the model opens");
-    let device = device(None);
+    let device = whole();
     let text = "The capital of France is";
     let prompt =
         model.tokenizer().encode(text, kinglet_engine::text::EncodeOptions { add_special: true, parse_special: false });
@@ -261,7 +385,7 @@ fn gpu_qwen_says_what_the_cpu_says() {
 fn gpu_decoding_moves_little_but_the_weights() {
     for name in data::MODELS {
         let model = kinglet_models::open(data::model(name)).expect("the model opens");
-        let options = SessionOptions { context: 64, chunk: 32, ..options(Device::Open(device(None))) };
+        let options = SessionOptions { context: 64, chunk: 32, ..options(Device::Open(whole())) };
         let mut engine = Engine::new(&model, &options).expect("an engine");
         let traffic = engine.decode_traffic().expect("a recording").expect("a GPU");
         // A table that is no head gives a single row.

@@ -68,7 +68,7 @@ impl Recorder<'_> {
             Op::LinearBackward { parts, dx, out } => {
                 let mut so_far = dx.map_or(NONE, |dx| self.at(dx));
                 for (dy, weight) in parts {
-                    let dy = self.input(*dy)?;
+                    let dy = self.input(*dy, &[*weight], true)?;
                     self.turned(&dy, *weight, 0..usize::MAX, so_far, *out)?;
                     so_far = self.at(*out);
                 }
@@ -275,14 +275,15 @@ impl Recorder<'_> {
     /// `dx = g·(softmax − onehot)·W`, a chunk of the vocabulary at a time; the rows' states are known.
     fn cross_entropy_gradient(&mut self, x: Value, weight: WeightId, dx: Value) -> Result<()> {
         let vocab = self.weights.get(weight).rows;
-        let input = self.input(x)?;
+        let input = self.input(x, &[weight], false)?;
         let mut so_far = NONE;
         for first in (0..vocab).step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(vocab);
             self.logits_chunk(&input, weight, chunk.clone())?;
             self.softmax(chunk.clone(), NONE, false, true)?;
             let (logits, count) = (self.scratch.logits, chunk.len() as u32);
-            let dy = self.packed(logits, CHUNK as u32, count, Rows::Outputs, self.scratch.packed[1])?;
+            let plain = Input { at: logits, stride: CHUNK as u32, rows: Rows::Outputs, packed: None };
+            let dy = self.rows_of(plain, count, &[weight], true, 1)?;
             self.turned(&dy, weight, chunk, so_far, dx)?;
             so_far = self.at(dx);
         }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::kernel::Kernel;
+use crate::quant::DType;
 use crate::{Error, Result};
 
 /// Size of a dispatch's description, and the alignment of its slot.
@@ -151,9 +152,11 @@ pub struct Device {
     info: DeviceInfo,
     /// Bytes of the largest buffer a kernel can see.
     pub(super) binding_bytes: u64,
-    pub(super) layout: wgpu::BindGroupLayout,
+    layout: wgpu::BindGroupLayout,
     pipeline_layout: wgpu::PipelineLayout,
     pipelines: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
+    /// What trials of products with cooperative matrices gave, by type and direction.
+    pub(super) trials: Mutex<HashMap<(DType, bool), bool>>,
     trouble: Arc<Mutex<Trouble>>,
     pub(super) abilities: Abilities,
 }
@@ -165,7 +168,7 @@ struct Trouble {
     error: Option<String>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -251,6 +254,7 @@ impl Device {
             layout,
             pipeline_layout,
             pipelines: Mutex::default(),
+            trials: Mutex::default(),
             trouble,
             abilities,
         }))
@@ -264,6 +268,7 @@ impl Device {
     /// Gives the device up, as when it is lost: whatever uses it ends with [`Error::Device`].
     pub fn destroy(&self) {
         self.device.destroy();
+        lock(&self.trouble).lost.get_or_insert_with(|| "given up".into());
     }
 
     pub(super) fn error(&self, what: impl Into<String>) -> Error {
@@ -272,14 +277,18 @@ impl Device {
 
     /// What has gone wrong since the last look.
     pub(super) fn check(&self) -> Result<()> {
-        let mut trouble = lock(&self.trouble);
-        if let Some(why) = &trouble.lost {
+        let error = lock(&self.trouble).error.take();
+        if error.is_some() {
+            // A loss is told when the device is looked at, and then it is the reason.
+            let _ = self.device.poll(wgpu::PollType::Poll);
+        }
+        if let Some(why) = &lock(&self.trouble).lost {
             return Err(self.error(format!(
                 "the device is lost ({}); open the session again, on this device or on the CPU",
                 why.trim()
             )));
         }
-        match trouble.error.take() {
+        match error {
             Some(error) => Err(self.error(error)),
             None => Ok(()),
         }
@@ -336,6 +345,19 @@ impl Device {
         }
         lock(&self.pipelines).insert(kernel.clone(), pipeline.clone());
         Ok(pipeline)
+    }
+
+    /// A bind group: descriptions of dispatches, and the storage buffers of `shaders/bindings.wgsl` in order.
+    pub(super) fn bind(&self, uniforms: &wgpu::Buffer, buffers: [&wgpu::Buffer; 8]) -> wgpu::BindGroup {
+        let uniform = wgpu::BufferBinding { buffer: uniforms, offset: 0, size: wgpu::BufferSize::new(SLOT) };
+        let entry = |binding, resource| wgpu::BindGroupEntry { binding, resource };
+        let storage = buffers.iter().zip(1..).map(|(buffer, binding)| entry(binding, buffer.as_entire_binding()));
+        let entries: Vec<_> = [entry(0, wgpu::BindingResource::Buffer(uniform))].into_iter().chain(storage).collect();
+        self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &self.layout,
+            entries: &entries,
+        })
     }
 
     /// Waits until everything submitted is done.

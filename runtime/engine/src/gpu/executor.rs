@@ -324,22 +324,9 @@ impl Executor {
     }
 
     fn bind(&self, uniforms: &wgpu::Buffer, (weights, layer): Binds) -> wgpu::BindGroup {
-        let uniform = wgpu::BufferBinding { buffer: uniforms, offset: 0, size: wgpu::BufferSize::new(SLOT) };
-        self.device.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: None,
-            layout: &self.device.layout,
-            entries: &[
-                wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(uniform) },
-                whole(1, &self.run),
-                whole(2, &self.uploaded.constants),
-                whole(3, &self.uploaded.buffers[weights]),
-                whole(4, &self.arena),
-                whole(5, &self.pool.layers[layer]),
-                whole(6, &self.params),
-                whole(7, &self.gradients),
-                whole(8, &self.packed),
-            ],
-        })
+        let (weights, cache) = (&self.uploaded.buffers[weights], &self.pool.layers[layer]);
+        let Executor { run, arena, params, gradients, packed, .. } = self;
+        self.device.bind(uniforms, [run, &self.uploaded.constants, weights, arena, cache, params, gradients, packed])
     }
 
     /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies. The caches have advanced then.
@@ -537,10 +524,6 @@ impl Executor {
     pub(crate) fn take_timings(&mut self) -> Vec<Timing> {
         self.timings.take()
     }
-}
-
-fn whole(binding: u32, buffer: &wgpu::Buffer) -> wgpu::BindGroupEntry<'_> {
-    wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() }
 }
 
 fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {

@@ -184,7 +184,7 @@ pub(super) struct Input {
     pub stride: u32,
     pub rows: Rows,
     /// Place and distance of packed rows, if they are packed.
-    packed: Option<(PackedRows, u32)>,
+    pub packed: Option<(PackedRows, u32)>,
 }
 
 impl Input {
@@ -314,7 +314,8 @@ impl Recorder<'_> {
                 l.parts.iter().map(|p| (p.clone(), self.uploaded.pieces(p.weight)[0])).collect();
             return self.matvec(l.x, norm, &parts, gated, residual, 0.0);
         }
-        let input = self.input(l.x)?;
+        let matrices: Vec<WeightId> = l.parts.iter().map(|p| p.weight).collect();
+        let input = self.input(l.x, &matrices, false)?;
         for part in &l.parts {
             let map = Map {
                 weight: part.weight,
@@ -343,7 +344,7 @@ impl Recorder<'_> {
             return Ok(());
         }
         let map = Map { weight, bias: NONE, out: self.at(out), out_stride: self.width(out), residual: NONE, cap };
-        let input = self.input(x)?;
+        let input = self.input(x, &[weight], false)?;
         self.matmul(&input, &map, None)
     }
 
@@ -356,23 +357,37 @@ impl Recorder<'_> {
         }
     }
 
-    /// Makes rows of a value ready to be multiplied.
-    pub(super) fn input(&mut self, x: Value) -> Result<Input> {
+    /// Makes rows of a value ready to be multiplied with some matrices.
+    pub(super) fn input(&mut self, x: Value, weights: &[WeightId], turned: bool) -> Result<Input> {
         let width = self.width(x);
-        self.packed(self.at(x), width, width, self.rows(x), self.scratch.packed[0])
+        self.rows_of(
+            Input { at: self.at(x), stride: width, rows: self.rows(x), packed: None },
+            width,
+            weights,
+            turned,
+            0,
+        )
     }
 
-    /// Makes rows of `k` elements ready to be multiplied; packed ones go to `to`.
-    pub(super) fn packed(&mut self, at: u32, stride: u32, k: u32, rows: Rows, to: PackedRows) -> Result<Input> {
+    /// As [`Recorder::input`], for rows of `k` elements anywhere; packed ones go to this part of the packed rows.
+    pub(super) fn rows_of(
+        &mut self,
+        plain: Input,
+        k: u32,
+        weights: &[WeightId],
+        turned: bool,
+        part: usize,
+    ) -> Result<Input> {
         // A tile of few rows is mostly wasted.
-        let packed = self.device.abilities.cooperative && !self.exact && self.row_limit(rows) > 16;
-        if !packed {
-            return Ok(Input { at, stride, rows, packed: None });
+        let worth = !self.exact && self.row_limit(plain.rows) > 16;
+        let good = |id: &WeightId| self.device.cooperative(self.weights.get(*id).dtype, turned);
+        if !worth || !weights.iter().all(good) {
+            return Ok(plain);
         }
-        let padded = k.next_multiple_of(32);
-        let op = [at, stride, k, padded, to.scales, to.at, 0, 0];
-        self.push(Kernel::Pack, (0, 0), row_grid(1, rows), &op, (0, u64::from(k + padded / 2)))?;
-        Ok(Input { at, stride, rows, packed: Some((to, padded / 4)) })
+        let (to, padded) = (self.scratch.packed[part], k.next_multiple_of(32));
+        let op = [plain.at, plain.stride, k, padded, to.scales, to.at, 0, 0];
+        self.push(Kernel::Pack, (0, 0), row_grid(1, plain.rows), &op, (0, u64::from(k + padded / 2)))?;
+        Ok(Input { packed: Some((to, padded / 4)), ..plain })
     }
 
     /// Kernel and grid of a product with a matrix of the model.
@@ -570,7 +585,7 @@ impl Recorder<'_> {
     /// Cross-entropy, a chunk of the vocabulary at a time.
     pub(super) fn cross_entropy(&mut self, x: Value, weight: WeightId, out: Value) -> Result<()> {
         let vocab = self.weights.get(weight).rows;
-        let input = self.input(x)?;
+        let input = self.input(x, &[weight], false)?;
         for first in (0..vocab).step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(vocab);
             self.logits_chunk(&input, weight, chunk.clone())?;

@@ -8,12 +8,14 @@
 //! | `kv` | pages of keys and values, shared by all sequences |
 //! | `record` | a dispatch, its description and its bind group |
 //! | `forward`, `backward` | from ops to dispatches |
+//! | `trial` | whether kernels that use what is young in drivers give right results |
 //! | `executor` | uploads what a run needs, submits, reads back |
 //!
 //! All values of a run lie in one buffer, the arena, at the places the planner chose; kernels get offsets. A dispatch's
 //! description is a slot of one uniform buffer, chosen by a dynamic offset, and every kernel has the same bindings, so a bind
 //! group depends on nothing but the buffer its weights lie in and the layer whose cache it touches. The kernels stay within
-//! WebGPU's baseline limits: 7 storage buffers, 16 KiB of workgroup memory, 256 invocations, f32 sums. There are no atomics:
+//! WebGPU's baseline limits: 8 storage buffers, 16 KiB of workgroup memory, 256 invocations, f32 sums; where a device has more
+//! (subgroups of 32, cooperative matrices), some have faster forms. There are no atomics:
 //! a run gives the same bits every time.
 
 mod backward;
@@ -23,6 +25,7 @@ mod forward;
 mod kernel;
 mod kv;
 mod record;
+mod trial;
 mod weights;
 
 pub use device::{Device, DeviceInfo, DeviceKind, Limits, devices};
