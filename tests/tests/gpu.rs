@@ -150,8 +150,8 @@ fn gpu_sequences_share_pages_like_the_cpus() {
     assert!(distance < 1e-3, "{distance}");
 }
 
-fn learner(model: &Model, device: Device, dropout: f32, arithmetic: Arithmetic) -> Learner {
-    let trained = LoraSpec { rank: 5, scale: 1.5, weights: maps(model), dropout, ..LoraSpec::default() };
+fn learner(model: &Model, device: Device, (rank, dropout): (usize, f32), arithmetic: Arithmetic) -> Learner {
+    let trained = LoraSpec { rank, scale: 1.5, weights: maps(model), dropout, ..LoraSpec::default() };
     let options = LearnerOptions {
         trained: trained.into(),
         tokens: 160,
@@ -188,14 +188,14 @@ fn gradients(model: &Model, learner: &mut Learner) -> (Vec<f32>, Vec<f32>) {
     (scores, gradients)
 }
 
-fn compare_gradients(name: &str, model: &Model, device: &Arc<gpu::Device>, dropout: f32) {
-    let on_gpu = learner(model, Device::Open(device.clone()), dropout, Arithmetic::Exact);
-    compare_learners(name, model, on_gpu, dropout, 1e-3);
+fn compare_gradients(name: &str, model: &Model, device: &Arc<gpu::Device>, adapters: (usize, f32)) {
+    let on_gpu = learner(model, Device::Open(device.clone()), adapters, Arithmetic::Exact);
+    compare_learners(name, model, on_gpu, adapters, 1e-3);
 }
 
 /// Against the CPU's exact arithmetic: scores, and the gradient of every matrix, in its norm.
-fn compare_learners(name: &str, model: &Model, mut learned: Learner, dropout: f32, most: f32) {
-    let mut exact = learner(model, Device::Cpu, dropout, Arithmetic::Exact);
+fn compare_learners(name: &str, model: &Model, mut learned: Learner, adapters: (usize, f32), most: f32) {
+    let mut exact = learner(model, Device::Cpu, adapters, Arithmetic::Exact);
     let (wanted_scores, wanted) = gradients(model, &mut exact);
     let (scores, ours) = gradients(model, &mut learned);
     assert!(distance(&scores, &wanted_scores) < most, "{name}: cross-entropies");
@@ -222,8 +222,8 @@ fn gpu_default_arithmetic_is_near_the_cpus() {
         let ours = logits(&model, &fast(Device::Open(device.clone())), &prompt, &[]);
         let far = distance(&ours[0], &wanted[0]);
         assert!(far < 1e-2, "{dtype}: {far}");
-        let learned = learner(&model, Device::Open(device.clone()), 0.0, Arithmetic::Wide);
-        compare_learners(dtype.name(), &model, learned, 0.0, 1e-2);
+        let learned = learner(&model, Device::Open(device.clone()), (8, 0.0), Arithmetic::Wide);
+        compare_learners(dtype.name(), &model, learned, (8, 0.0), 1e-2);
     }
 }
 
@@ -278,7 +278,7 @@ fn gpu_learns_as_the_cpu_over_a_hundred_steps() {
     let scratch = Scratch::new("gpu-steps");
     let model = tiny(&scratch, &TinyConfig::new("llama"));
     let run = |device: Device| {
-        let mut learner = learner(&model, device, 0.0, Arithmetic::Exact);
+        let mut learner = learner(&model, device, (8, 0.0), Arithmetic::Exact);
         let mut random = Random::new(3);
         let mut params = vec![0.0; learner.param_count()];
         for p in learner.params().iter().filter(|p| p.name.ends_with(".lora_a")) {
@@ -321,7 +321,7 @@ fn gpu_gradients_are_the_cpus_for_every_architecture() {
     for config in architectures() {
         let scratch = Scratch::new(&format!("gpu-gradients-{}", config.arch));
         let config = TinyConfig { dtype: DType::F32, embedding: DType::F32, ..config };
-        compare_gradients(&config.arch.clone(), &tiny(&scratch, &config), &device, 0.2);
+        compare_gradients(&config.arch.clone(), &tiny(&scratch, &config), &device, (5, 0.2));
     }
 }
 
@@ -334,8 +334,8 @@ fn gpu_gradients_are_the_cpus_for_every_type() {
         let config =
             TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..TinyConfig::new("llama") };
         let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..config });
-        compare_gradients(dtype.name(), &model, &whole, 0.0);
-        compare_gradients(&format!("{dtype} on a small device"), &model, &small, 0.0);
+        compare_gradients(dtype.name(), &model, &whole, (8, 0.0));
+        compare_gradients(&format!("{dtype} on a small device"), &model, &small, (16, 0.0));
     }
 }
 

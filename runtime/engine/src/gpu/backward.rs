@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::forward::{CHUNK, Input, Turning, row_grid};
 use super::kernel::{AttentionRows, Kernel};
-use super::record::{Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
+use super::record::{Depth, Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
 use crate::tape::{AttentionBackward, Dropout, Gate, Lora, LoraBackward, Op, ParamId, Rope, Rows, Value, WeightId};
 use crate::{Error, Result};
 
@@ -123,11 +123,12 @@ impl Recorder<'_> {
             scale,
             ..MatmulOp::zeroed()
         };
-        let (kernel, across, down) = match op.columns < op.k {
-            true => (Kernel::LoraNarrow { turned }, 8, 8),
-            false => (Kernel::LoraWide { turned }, 64, 8),
+        let fours = op.k.min(op.columns).is_multiple_of(8);
+        let (kernel, across) = match op.columns < op.k {
+            true => (Kernel::LoraNarrow { turned, fours }, 8),
+            false => (Kernel::LoraWide { turned, fours }, if fours { 256 } else { 64 }),
         };
-        let grid = Grid { x: op.columns.div_ceil(across), rows: Some((self.rows(x), down)) };
+        let grid = Grid { x: op.columns.div_ceil(across), z: Depth::Rows(self.rows(x), 8) };
         self.push(kernel, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
     }
 
@@ -143,10 +144,25 @@ impl Recorder<'_> {
             columns: self.width(wide),
             out: self.tape.params[param.0 as usize].offset as u32,
             scale,
+            slice: self.tape.param_count() as u32,
+            slices: self.scratch.slices,
             ..MatmulOp::zeroed()
         };
-        let grid = Grid { x: op.columns.div_ceil(8) * op.k.div_ceil(8), rows: None };
-        self.push(Kernel::LoraOuter { turned }, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
+        let fours = op.k.is_multiple_of(8);
+        let across = if fours { 32 } else { 8 };
+        let x = op.columns.div_ceil(across) * op.k.div_ceil(8);
+        let grid = Grid { x, z: Depth::Fixed(op.slices) };
+        self.push(Kernel::LoraOuter { turned, fours }, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
+    }
+
+    /// Adds the slices of all gradients up.
+    pub(super) fn add_slices(&mut self) -> Result<()> {
+        let count = self.tape.param_count() as u32;
+        if self.scratch.slices < 2 || count == 0 {
+            return Ok(());
+        }
+        let op = [count, self.scratch.slices, 0, 0];
+        self.push(Kernel::AddSlices, (0, 0), Grid { x: count.div_ceil(64), z: Depth::Fixed(1) }, &op, (0, 0))
     }
 
     fn lora(&mut self, l: &Lora) -> Result<()> {
@@ -266,7 +282,7 @@ impl Recorder<'_> {
         let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 4, (4, 2));
         for (queries, heads) in [(true, kv.heads), (false, kv.kv_heads)] {
             let kernel = Kernel::AttentionBackward { rows, queries };
-            let grid = Grid { x: heads, rows: Some((Rows::Tokens, rows.own)) };
+            let grid = Grid { x: heads, z: Depth::Rows(Rows::Tokens, rows.own) };
             self.push(kernel, (0, 0), grid, &op, (0, 3 * floats))?;
         }
         Ok(())

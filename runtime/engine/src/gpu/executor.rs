@@ -1,14 +1,14 @@
 //! Runs a tape on a device: uploads what changes from run to run, replays the recorded dispatches, reads the result back.
 //!
 //! Generating has a recording for prompts and one for each number of rows that are decoded together; all share the plan and
-//! the arena. A run is one submission, but for learning, which is cut into several so that the device stays responsive and a
-//! run can be cancelled.
+//! the arena. A decoded token is one submission; longer runs are cut into several of a tenth of a second, so that the device
+//! stays responsive and a run can be cancelled.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::device::{Device, SLOT};
+use super::device::{Device, DeviceKind, SLOT};
 use super::forward::{self, CHUNK};
 use super::kv::{KvCache, PAGE, Pool};
 use super::record::{Binds, Dispatch, PackedRows, Recorder, Scratch};
@@ -21,8 +21,10 @@ use crate::{Error, Result, random};
 
 /// Most rows that are decoded together by the kernels for it.
 const DECODED: usize = 8;
-/// Dispatches per submission of a learning run.
-const SUBMITTED: usize = 64;
+/// Dispatches per submission of a run that is no decoding, until it is known how long they take.
+const FIRST_PART: usize = 32;
+/// How long a submission may take: systems give a device up that answers for seconds, and people want to cancel.
+const PART_TIME: Duration = Duration::from_millis(100);
 /// Words before the records of a run.
 const HEADER: usize = 8;
 
@@ -176,6 +178,8 @@ pub struct Executor {
     run: wgpu::Buffer,
     params: wgpu::Buffer,
     gradients: wgpu::Buffer,
+    /// In how many slices they are summed.
+    slices: u32,
     staging: wgpu::Buffer,
     /// Grows whenever one of the buffers above is replaced.
     generation: u64,
@@ -183,6 +187,8 @@ pub struct Executor {
     words: Vec<u32>,
     result: Vec<f32>,
     ready: Option<Ready>,
+    /// Dispatches per submission of a run that is no decoding.
+    part: usize,
     timings: Timings,
 }
 
@@ -207,6 +213,7 @@ impl Executor {
         let element = if options.half() { 2 } else { 4 };
         let pool = Pool::new(device.clone(), spec, element)?;
         let params = 4 * program.tape.param_count() as u64;
+        let slices = slices(device, params);
         let arena = device.storage(4 * program.scratch.end, "activations")?;
         let program_packed = packed_bytes(device, &program, options);
         let mut executor = Executor {
@@ -221,13 +228,15 @@ impl Executor {
             packed: device.storage(program_packed, "packed rows")?,
             run: device.storage(SLOT, "tables of a run")?,
             params: device.storage(params, "trained parameters")?,
-            gradients: device.storage(params, "gradients")?,
+            gradients: device.storage(params * u64::from(slices), "gradients")?,
+            slices,
             staging: staging(device, SLOT)?,
             generation: 0,
             frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
             words: Vec::new(),
             result: Vec::new(),
             ready: None,
+            part: FIRST_PART,
             timings: Timings::default(),
         };
         // What cannot be run is refused now and not later.
@@ -298,7 +307,7 @@ impl Executor {
                     (&self.weights, &self.uploaded),
                     (self.options.half(), self.options.exact),
                     decoding,
-                    p.scratch,
+                    Scratch { slices: self.slices, ..p.scratch },
                 );
                 recorder.record()?;
                 let (dispatches, slots, binds) = (recorder.dispatches, recorder.slots, recorder.binds);
@@ -372,9 +381,9 @@ impl Executor {
         if self.timings.on {
             replay_timed(&self.device, recording, rows, &mut self.timings)?;
             self.device.queue.submit([self.encode(&[], recording, &rows, copies)]);
-        } else if purpose == Purpose::Learn {
-            let mut before = None;
-            let parts = recording.dispatches.chunks(SUBMITTED);
+        } else if decoding.is_none() {
+            let (begun, mut before) = (Instant::now(), None);
+            let parts = recording.dispatches.chunks(self.part);
             let last = parts.len() - 1;
             for (i, part) in parts.enumerate() {
                 if cancel.load(Ordering::Relaxed) {
@@ -387,15 +396,16 @@ impl Executor {
                     self.device.wait_for(Some(before))?;
                 }
             }
+            self.device.wait()?;
+            let each = begun.elapsed() / recording.dispatches.len().max(1) as u32;
+            self.part = (PART_TIME.as_nanos() / each.as_nanos().max(1)).clamp(8, 1 << 20) as usize;
         } else {
             let key = (program, decoding, batch.outputs.len(), batch.tokens.len(), recording.generation);
             let ready = self.ready.take().filter(|ready| ready.key == key).map(|ready| ready.commands);
             let encode = || self.encode(&recording.dispatches, recording, &rows, copies);
             self.device.queue.submit([ready.unwrap_or_else(encode)]);
             // The next token's commands are most likely the same: they are made while the device is busy.
-            if decoding.is_some() {
-                self.ready = Some(Ready { key, commands: encode() });
-            }
+            self.ready = Some(Ready { key, commands: encode() });
         }
         if bytes + gradient_bytes > 0 {
             self.result.resize((bytes + gradient_bytes) as usize / 4, 0.0);
@@ -542,6 +552,14 @@ fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
 /// Bytes of the rows that cooperative matrices multiply.
 fn packed_bytes(device: &Device, program: &Program, options: &ExecutorOptions) -> u64 {
     if device.abilities.cooperative && !options.exact { 8 * u64::from(program.scratch.packed_end) } else { 0 }
+}
+
+/// In how many slices gradients of so many bytes are summed: a few rows of adapters keep no card busy, parts of the rows do.
+fn slices(device: &Device, bytes: u64) -> u32 {
+    match device.info().kind {
+        DeviceKind::Software => 2,
+        _ => (device.binding_bytes / bytes.max(1)).clamp(1, 8) as u32,
+    }
 }
 
 fn staging(device: &Device, bytes: u64) -> Result<wgpu::Buffer> {

@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::device::DeviceKind;
 use super::kernel::{AttentionRows, Kernel, Tile};
-use super::record::{Grid, Kv, MatmulOp, NONE, PackedRows, Recorder, rows_word};
+use super::record::{Depth, Grid, Kv, MatmulOp, NONE, PackedRows, Recorder, rows_word};
 use super::weights::Piece;
 use crate::Result;
 use crate::quant::DType;
@@ -392,16 +392,15 @@ impl Recorder<'_> {
 
     /// Kernel and grid of a product with a matrix of the model.
     pub(super) fn product(&self, dtype: DType, turned: bool, input: &Input, columns: u32) -> (Kernel, Grid) {
-        let rows = |per| Some((input.rows, per));
         if input.packed.is_none() {
             let kernel = if turned { Kernel::MatmulTurned(dtype) } else { Kernel::Matmul(dtype) };
-            return (kernel, Grid { x: columns.div_ceil(TILE), rows: rows(TILE) });
+            return (kernel, Grid { x: columns.div_ceil(TILE), z: Depth::Rows(input.rows, TILE) });
         }
         let large =
             (self.row_limit(input.rows) as u32).div_ceil(Tile::LARGE.rows) * columns.div_ceil(Tile::LARGE.columns);
         let tile = if large >= LARGE_TILES { Tile::LARGE } else { Tile::SMALL };
         let kernel = Kernel::Cooperative { dtype, turned, tile };
-        (kernel, Grid { x: columns.div_ceil(tile.columns), rows: rows(tile.rows) })
+        (kernel, Grid { x: columns.div_ceil(tile.columns), z: Depth::Rows(input.rows, tile.rows) })
     }
 
     fn matvec(
@@ -463,8 +462,8 @@ impl Recorder<'_> {
             subgroup: lanes == 32 && self.device.abilities.subgroups_of_32,
         };
         // Of a prompt's chunks before the last no row goes on.
-        let once = self.decoding.is_none().then_some((Rows::Outputs, u32::MAX));
-        let grid = Grid { x: rows.div_ceil(threads / lanes), rows: once };
+        let z = if self.decoding.is_some() { Depth::Fixed(1) } else { Depth::Rows(Rows::Outputs, u32::MAX) };
+        let grid = Grid { x: rows.div_ceil(threads / lanes), z };
         self.push(kernel, (buffer, 0), grid, &op, (bytes, floats))
     }
 
@@ -495,8 +494,7 @@ impl Recorder<'_> {
                 scale: 1.0,
                 cap: map.cap,
                 scales,
-                w_stride: 0,
-                first: 0,
+                ..MatmulOp::zeroed()
             };
             let (kernel, grid) = self.product(dtype, false, input, op.columns);
             let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
@@ -578,7 +576,7 @@ impl Recorder<'_> {
         }
         let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 2, (2, 4));
         let kernel = Kernel::AttentionTile { rows, cached: matches!(a.kv, KvSource::Cache(_)), half: self.half };
-        let grid = Grid { x: kv.heads, rows: Some((Rows::Tokens, rows.own)) };
+        let grid = Grid { x: kv.heads, z: Depth::Rows(Rows::Tokens, rows.own) };
         self.push(kernel, (0, layer), grid, &op, (0, floats))
     }
 
@@ -631,5 +629,5 @@ impl Recorder<'_> {
 
 /// `x` workgroups for each row.
 pub(super) fn row_grid(x: u32, rows: Rows) -> Grid {
-    Grid { x, rows: Some((rows, 1)) }
+    Grid { x, z: Depth::Rows(rows, 1) }
 }

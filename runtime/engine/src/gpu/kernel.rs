@@ -34,17 +34,22 @@ pub(super) enum Kernel {
     },
     /// Rows for [`Kernel::Cooperative`].
     Pack,
-    /// A trained matrix with few rows; turned, with few columns.
+    /// A trained matrix with few rows; turned, with few columns. `fours`: everything can be read by four.
     LoraNarrow {
         turned: bool,
+        fours: bool,
     },
     /// A trained matrix with few columns; turned, with few rows.
     LoraWide {
         turned: bool,
+        fours: bool,
     },
+    /// Adds the slices of the gradients up.
+    AddSlices,
     /// The gradient of a trained matrix with few columns; turned, with few rows.
     LoraOuter {
         turned: bool,
+        fours: bool,
     },
     Rope {
         half: bool,
@@ -140,8 +145,12 @@ impl Kernel {
                 | Kernel::Cooperative { .. }
                 | Kernel::AttentionTile { .. }
                 | Kernel::AttentionBackward { .. }
+                | Kernel::LoraNarrow { fours: true, .. }
+                | Kernel::LoraWide { fours: true, .. }
+                | Kernel::LoraOuter { fours: true, .. }
         );
-        add(&include_str!("shaders/bindings.wgsl").replace("ELEMENT", if four { "vec4<f32>" } else { "f32" }));
+        let element = if four { "vec4<f32>" } else { "f32" };
+        add(&include_str!("shaders/bindings.wgsl").replace("ELEMENT", element).replace("PARAM", element));
         if matches!(self, Kernel::Cooperative { .. } | Kernel::Pack) {
             add("@group(0) @binding(8) var<storage, read_write> packed: array<vec4<f16>>;");
         }
@@ -194,18 +203,24 @@ impl Kernel {
                 add(include_str!("shaders/reduce.wgsl"));
                 add(include_str!("shaders/pack.wgsl"));
             }
-            Kernel::LoraNarrow { turned } | Kernel::LoraWide { turned } | Kernel::LoraOuter { turned } => {
+            Kernel::LoraNarrow { turned, fours }
+            | Kernel::LoraWide { turned, fours }
+            | Kernel::LoraOuter { turned, fours } => {
                 add(include_str!("shaders/matmul.wgsl"));
                 add(&format!("const TURNED = {turned};"));
-                if !matches!(self, Kernel::LoraOuter { .. }) {
+                if !fours && !matches!(self, Kernel::LoraOuter { .. }) {
                     add(include_str!("shaders/matmul_store.wgsl"));
                 }
-                add(match self {
-                    Kernel::LoraNarrow { .. } => include_str!("shaders/lora_narrow.wgsl"),
-                    Kernel::LoraWide { .. } => include_str!("shaders/lora_wide.wgsl"),
-                    _ => include_str!("shaders/lora_outer.wgsl"),
+                add(match (self, fours) {
+                    (Kernel::LoraNarrow { .. }, false) => include_str!("shaders/lora_narrow.wgsl"),
+                    (Kernel::LoraNarrow { .. }, true) => include_str!("shaders/lora_narrow_fours.wgsl"),
+                    (Kernel::LoraWide { .. }, false) => include_str!("shaders/lora_wide.wgsl"),
+                    (Kernel::LoraWide { .. }, true) => include_str!("shaders/lora_wide_fours.wgsl"),
+                    (_, false) => include_str!("shaders/lora_outer.wgsl"),
+                    (_, true) => include_str!("shaders/lora_outer_fours.wgsl"),
                 });
             }
+            Kernel::AddSlices => add(include_str!("shaders/add_slices.wgsl")),
             Kernel::Rope { half } => {
                 turning(&mut add, *half);
                 add(include_str!("shaders/rope.wgsl"));

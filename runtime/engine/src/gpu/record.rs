@@ -15,19 +15,30 @@ pub(super) const NONE: u32 = u32::MAX;
 /// Workgroups along one dimension; more fold into the next.
 const FOLD: u32 = 32_768;
 
+/// Workgroups behind one another.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Depth {
+    /// As many.
+    Fixed(u32),
+    /// Those of a run's rows, of which a workgroup does as many.
+    Rows(Rows, u32),
+}
+
 /// How many workgroups a dispatch has.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Grid {
-    /// Workgroups besides rows, whatever they are to the kernel.
+    /// Side by side, whatever they are to the kernel.
     pub x: u32,
-    /// Which rows, and how many of them a workgroup does.
-    pub rows: Option<(Rows, u32)>,
+    pub z: Depth,
 }
 
 impl Grid {
     /// Workgroups in three dimensions for a run of so many rows of each kind.
     pub fn size(&self, rows: impl Fn(Rows) -> usize) -> [u32; 3] {
-        let z = self.rows.map_or(1, |(kind, per)| (rows(kind) as u32).div_ceil(per));
+        let z = match self.z {
+            Depth::Fixed(z) => z,
+            Depth::Rows(kind, per) => (rows(kind) as u32).div_ceil(per),
+        };
         match self.x {
             x if x <= FOLD => [x, 1, z],
             x => [FOLD, x.div_ceil(FOLD), z],
@@ -94,6 +105,8 @@ pub(super) struct Scratch {
     pub packed: [PackedRows; 2],
     /// End of the packed rows, in vectors of four.
     pub packed_end: u32,
+    /// In how many slices gradients are summed.
+    pub slices: u32,
     /// End of the arena.
     pub end: u64,
 }
@@ -134,7 +147,7 @@ impl<'a> Recorder<'a> {
             self.op = self.tape.ops[index].name();
             index += self.forward(index)?;
         }
-        Ok(())
+        self.add_slices()
     }
 
     /// Place of a value in the arena, in floats.
@@ -215,4 +228,7 @@ pub(super) struct MatmulOp {
     pub scales: u32,
     pub w_stride: u32,
     pub first: u32,
+    pub slice: u32,
+    pub slices: u32,
+    pub unused: [u32; 2],
 }

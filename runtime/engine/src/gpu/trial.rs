@@ -19,8 +19,20 @@ const MATRIX: (u32, u32) = (176, 768);
 /// bits.
 const TOLERANCE: f32 = 1e-2;
 
-/// Whether products with matrices of this type are what the plain kernel makes of them, in both sizes of tile.
-pub(super) fn cooperative(device: &Arc<Device>, dtype: DType, turned: bool) -> Result<bool> {
+/// A kernel on trial, with the results of a workgroup.
+struct Candidate {
+    kernel: Kernel,
+    rows: u32,
+    columns: u32,
+}
+
+fn plain(dtype: DType, turned: bool) -> Candidate {
+    let kernel = if turned { Kernel::MatmulTurned(dtype) } else { Kernel::Matmul(dtype) };
+    Candidate { kernel, rows: TILE, columns: TILE }
+}
+
+/// Whether the candidates make of matrices of a type what the plain kernel makes of them.
+fn agree(device: &Arc<Device>, dtype: DType, turned: bool, candidates: [Candidate; 2]) -> Result<bool> {
     let (n, k) = MATRIX;
     let (inner, columns) = if turned { (n, k) } else { (k, n) };
     let padded = inner.next_multiple_of(32);
@@ -43,47 +55,45 @@ pub(super) fn cooperative(device: &Arc<Device>, dtype: DType, turned: bool) -> R
     let weights = device.storage(blocks.len() as u64, "a trial")?;
     let packed = device.storage(u64::from(2 * padded) * PACKED_ROWS as u64, "a trial")?;
     let run = device.storage(SLOT, "a trial")?;
-    let idle = device.storage(SLOT, "a trial")?;
+    // Nothing may be bound twice that kernels could write.
+    let (cache, gradients) = (device.storage(SLOT, "a trial")?, device.storage(SLOT, "a trial")?);
     device.queue.write_buffer(&arena, 0, bytemuck::cast_slice(&x));
     device.queue.write_buffer(&weights, 0, &blocks);
     device.queue.write_buffer(&run, 0, bytemuck::cast_slice(&[ROWS, ROWS, 1]));
 
-    let product = |x: u32, x_stride: u32, out: u32| MatmulOp {
-        x,
-        x_stride,
-        k: inner,
-        row_bytes,
-        columns,
-        out,
-        out_stride: columns,
-        bias: NONE,
-        residual: NONE,
-        scale: 1.0,
-        scales,
-        ..MatmulOp::zeroed()
-    };
-    let candidate = |tile: Tile, out| {
-        let grid = [columns.div_ceil(tile.columns), 1, ROWS.div_ceil(tile.rows)];
-        (Kernel::Cooperative { dtype, turned, tile }, grid, product(0, padded / 4, out))
-    };
-    let plain = if turned { Kernel::MatmulTurned(dtype) } else { Kernel::Matmul(dtype) };
-    let products = [
-        (plain, [columns.div_ceil(TILE), 1, ROWS.div_ceil(TILE)], product(0, inner, results[0])),
-        candidate(Tile::SMALL, results[1]),
-        candidate(Tile::LARGE, results[2]),
-    ];
-    let mut slots = bytemuck::bytes_of(&[0, inner, inner, padded, scales, 0, 0, 0]).to_vec();
-    let mut dispatches = vec![(device.pipeline(&Kernel::Pack)?, [1, 1, ROWS])];
-    for (kernel, grid, op) in &products {
+    let [first, second] = candidates;
+    let candidates = [plain(dtype, turned), first, second];
+    let is_packed = |c: &Candidate| matches!(c.kernel, Kernel::Cooperative { .. });
+    let mut slots = Vec::new();
+    let mut dispatches = Vec::new();
+    if candidates.iter().any(is_packed) {
+        slots.extend_from_slice(bytemuck::bytes_of(&[0, inner, inner, padded, scales, 0, 0, 0]));
+        dispatches.push((device.pipeline(&Kernel::Pack)?, [1, 1, ROWS]));
+    }
+    for (c, out) in candidates.iter().zip(results) {
+        let op = MatmulOp {
+            x_stride: if is_packed(c) { padded / 4 } else { inner },
+            k: inner,
+            row_bytes,
+            columns,
+            out,
+            out_stride: columns,
+            bias: NONE,
+            residual: NONE,
+            scale: 1.0,
+            scales,
+            ..MatmulOp::zeroed()
+        };
         slots.resize(slots.len().next_multiple_of(SLOT as usize), 0);
-        slots.extend_from_slice(bytemuck::bytes_of(op));
-        dispatches.push((device.pipeline(kernel)?, *grid));
+        slots.extend_from_slice(bytemuck::bytes_of(&op));
+        let grid = [columns.div_ceil(c.columns), 1, ROWS.div_ceil(c.rows)];
+        dispatches.push((device.pipeline(&c.kernel)?, grid));
     }
     slots.resize(slots.len().next_multiple_of(SLOT as usize), 0);
     let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
     let uniforms = device.buffer(slots.len() as u64, usage, "a trial")?;
     device.queue.write_buffer(&uniforms, 0, &slots);
-    let group = device.bind(&uniforms, [&run, &idle, &weights, &arena, &idle, &idle, &idle, &packed]);
+    let group = device.bind(&uniforms, [&run, &run, &weights, &arena, &cache, &run, &gradients, &packed]);
 
     let bytes = u64::from(4 * 3 * ROWS * columns);
     let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
@@ -126,7 +136,12 @@ impl Device {
         }
         let known = super::device::lock(&self.trials).get(&(dtype, turned)).copied();
         known.unwrap_or_else(|| {
-            let verdict = cooperative(self, dtype, turned);
+            let candidate = |tile: Tile| Candidate {
+                kernel: Kernel::Cooperative { dtype, turned, tile },
+                rows: tile.rows,
+                columns: tile.columns,
+            };
+            let verdict = agree(self, dtype, turned, [candidate(Tile::SMALL), candidate(Tile::LARGE)]);
             if !matches!(verdict, Ok(true)) {
                 let why = verdict.as_ref().err().map_or("results are wrong".into(), Error::to_string);
                 log::warn!("{} multiplies {dtype} without cooperative matrices: {why}", self.info().name);
@@ -135,5 +150,29 @@ impl Device {
             super::device::lock(&self.trials).insert((dtype, turned), good);
             good
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::{Limits, device::Abilities};
+
+    /// The judge is right: the plain kernel agrees with itself, and not with what makes something else.
+    #[test]
+    fn trials_tell_right_from_wrong() {
+        let device = Device::open(0, Limits::default()).expect("a GPU, or lavapipe in its place");
+        for dtype in [DType::F16, DType::Q8_0, DType::Q4_K] {
+            for turned in [false, true] {
+                let right = agree(&device, dtype, turned, [plain(dtype, turned), plain(dtype, turned)]);
+                assert!(right.expect("a trial"), "{dtype} {turned}");
+            }
+        }
+        // As many bytes a row, other numbers.
+        let wrong = agree(&device, DType::IQ4_NL, false, [plain(DType::IQ4_NL, false), plain(DType::Q4_0, false)]);
+        assert!(!wrong.expect("a trial"), "Q4_0 is no IQ4_NL");
+        // A device without cooperative matrices is not asked.
+        let Abilities { cooperative, .. } = device.abilities;
+        assert!(cooperative || !device.cooperative(DType::Q8_0, false));
     }
 }

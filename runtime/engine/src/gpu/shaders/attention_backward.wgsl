@@ -27,29 +27,52 @@ var<workgroup> sums: array<f32, 128>;
 // Vector v of head h of row m of a value that has so many heads.
 fn vector_at(value: u32, heads: u32, h: u32, m: u32, v: u32) -> u32 { return (value >> 2u) + (m * heads + h) * VECTORS + v; }
 
-// Brings the other side's rows `base` to `end` up, and with them what is known of queries.
-fn load_others(t: u32, base: u32, end: u32, h: u32, kv_head: u32) {
-    for (var i = t; i < OTHER * VECTORS; i += 128u) {
+// Vectors of the other side an invocation brings up.
+const LOADS = (OTHER * VECTORS + 127u) / 128u;
+
+struct Others {
+    first: array<vec4<f32>, LOADS>,
+    second: array<vec4<f32>, LOADS>,
+    lse: f32,
+    delta: f32,
+}
+
+// The other side's rows `base` to `end`, and what is known of queries: this invocation's part.
+fn others_of(t: u32, base: u32, end: u32, h: u32, kv_head: u32) -> Others {
+    var all: Others;
+    for (var n = 0u; n < LOADS; n++) {
+        let i = n * 128u + t;
         let m = base + i / VECTORS;
         let v = i % VECTORS;
-        let to = (i / VECTORS) * STRIDE + v;
-        var a = vec4<f32>();
-        var b = vec4<f32>();
-        if m < end {
-            if QUERIES {
-                a = arena[vector_at(op.k, op.kv.kv_heads, kv_head, m, v)];
-                b = arena[vector_at(op.v, op.kv.kv_heads, kv_head, m, v)];
-            } else {
-                a = arena[vector_at(op.q, op.kv.heads, h, m, v)];
-                b = arena[vector_at(op.d_o, op.kv.heads, h, m, v)];
-            }
+        if m >= end || i >= OTHER * VECTORS { continue; }
+        if QUERIES {
+            all.first[n] = arena[vector_at(op.k, op.kv.kv_heads, kv_head, m, v)];
+            all.second[n] = arena[vector_at(op.v, op.kv.kv_heads, kv_head, m, v)];
+        } else {
+            all.first[n] = arena[vector_at(op.q, op.kv.heads, h, m, v)];
+            all.second[n] = arena[vector_at(op.d_o, op.kv.heads, h, m, v)];
         }
-        other_first[to] = a;
-        other_second[to] = b;
     }
     if !QUERIES && t < OTHER && base + t < end {
-        lse[t] = number(op.lse + (base + t) * op.kv.heads + h);
-        delta[t] = number(op.delta + (base + t) * op.kv.heads + h);
+        all.lse = number(op.lse + (base + t) * op.kv.heads + h);
+        all.delta = number(op.delta + (base + t) * op.kv.heads + h);
+    }
+    return all;
+}
+
+fn store_others(t: u32, others: Others) {
+    var all = others;
+    for (var n = 0u; n < LOADS; n++) {
+        let i = n * 128u + t;
+        let to = (i / VECTORS) * STRIDE + i % VECTORS;
+        if i < OTHER * VECTORS {
+            other_first[to] = all.first[n];
+            other_second[to] = all.second[n];
+        }
+    }
+    if !QUERIES && t < OTHER {
+        lse[t] = all.lse;
+        delta[t] = all.delta;
     }
 }
 
@@ -120,53 +143,64 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         } else if window > 0u {
             high = min(high, stop - 1u + window);
         }
-        for (var h = first_head; h < last_head; h++) {
-            for (var base = low; base < high; base += OTHER) {
-                workgroupBarrier();
-                load_others(t, base, high, h, kv_head);
-                workgroupBarrier();
-                var a: array<f32, COLUMNS>;
-                var b: array<f32, COLUMNS>;
-                for (var v = 0u; v < VECTORS; v++) {
-                    let x = own_first[r * STRIDE + v];
-                    let y = own_second[r * STRIDE + v];
-                    for (var c = 0u; c < COLUMNS; c++) {
-                        let at = min(lane + c * PER_ROW, OTHER - 1u) * STRIDE + v;
-                        a[c] += dot(x, other_first[at]);
-                        b[c] += dot(y, other_second[at]);
-                    }
-                }
+        // Tile by tile, head by head; the next tile is on its way from memory while one is computed with.
+        var h = first_head;
+        var base = low;
+        var others = others_of(t, base, high, h, kv_head);
+        while h < last_head {
+            workgroupBarrier();
+            store_others(t, others);
+            workgroupBarrier();
+            var next_h = h;
+            var next = base + OTHER;
+            if next >= high {
+                next = low;
+                next_h++;
+            }
+            if next_h < last_head { others = others_of(t, next, high, next_h, kv_head); }
+            var a: array<f32, COLUMNS>;
+            var b: array<f32, COLUMNS>;
+            for (var v = 0u; v < VECTORS; v++) {
+                let x = own_first[r * STRIDE + v];
+                let y = own_second[r * STRIDE + v];
                 for (var c = 0u; c < COLUMNS; c++) {
-                    let n = lane + c * PER_ROW;
-                    if n >= OTHER { continue; }
-                    // The query's row and the key's.
-                    let i = select(base + n, row, QUERIES);
-                    let j = select(row, base + n, QUERIES);
-                    var p = 0.0;
-                    var d = 0.0;
-                    if inside && base + n < high && j <= i && (window == 0u || i - j < window) {
-                        let q = select(n, r, QUERIES);
-                        let s = score(a[c], op.scale, op.cap, op.slopes, h, i - j);
-                        p = exp(s - lse[q]);
-                        d = p * (b[c] - delta[q]) * op.scale;
-                        if op.cap > 0.0 {
-                            let capped = score(a[c], op.scale, op.cap, NONE, h, 0u) / op.cap;
-                            d *= 1.0 - capped * capped;
-                        }
-                    }
-                    slopes[r * (OTHER + 1u) + n] = d;
-                    if !QUERIES { chances[r * (OTHER + 1u) + n] = p; }
-                }
-                workgroupBarrier();
-                for (var n = 0u; n < OTHER; n++) {
-                    let d = slopes[r * (OTHER + 1u) + n];
-                    for (var i = 0u; i < MINE; i++) {
-                        let at = n * STRIDE + min(lane + i * PER_ROW, VECTORS - 1u);
-                        first[i] += d * other_first[at];
-                        if !QUERIES { second[i] += chances[r * (OTHER + 1u) + n] * other_second[at]; }
-                    }
+                    let at = min(lane + c * PER_ROW, OTHER - 1u) * STRIDE + v;
+                    a[c] += dot(x, other_first[at]);
+                    b[c] += dot(y, other_second[at]);
                 }
             }
+            for (var c = 0u; c < COLUMNS; c++) {
+                let n = lane + c * PER_ROW;
+                if n >= OTHER { continue; }
+                // The query's row and the key's.
+                let i = select(base + n, row, QUERIES);
+                let j = select(row, base + n, QUERIES);
+                var p = 0.0;
+                var d = 0.0;
+                if inside && base + n < high && j <= i && (window == 0u || i - j < window) {
+                    let q = select(n, r, QUERIES);
+                    let s = score(a[c], op.scale, op.cap, op.slopes, h, i - j);
+                    p = exp(s - lse[q]);
+                    d = p * (b[c] - delta[q]) * op.scale;
+                    if op.cap > 0.0 {
+                        let capped = score(a[c], op.scale, op.cap, NONE, h, 0u) / op.cap;
+                        d *= 1.0 - capped * capped;
+                    }
+                }
+                slopes[r * (OTHER + 1u) + n] = d;
+                if !QUERIES { chances[r * (OTHER + 1u) + n] = p; }
+            }
+            workgroupBarrier();
+            for (var n = 0u; n < OTHER; n++) {
+                let d = slopes[r * (OTHER + 1u) + n];
+                for (var i = 0u; i < MINE; i++) {
+                    let at = n * STRIDE + min(lane + i * PER_ROW, VECTORS - 1u);
+                    first[i] += d * other_first[at];
+                    if !QUERIES { second[i] += chances[r * (OTHER + 1u) + n] * other_second[at]; }
+                }
+            }
+            h = next_h;
+            base = next;
         }
         begin = stop;
     }

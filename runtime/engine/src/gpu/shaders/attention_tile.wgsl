@@ -12,20 +12,31 @@ var<workgroup> others: array<vec4<f32>, OTHER * STRIDE>;
 var<workgroup> chances: array<f32, OWN * (OTHER + 1u)>;
 var<workgroup> tops: array<f32, 128>;
 
-// Keys (part 0) or values (part 1) of positions `base` to `last` of a sequence, zeros behind.
-fn load_others(t: u32, start: u32, base: u32, last: u32, part: u32, kv_head: u32) {
-    for (var i = t; i < OTHER * VECTORS; i += 128u) {
+// Vectors of keys or values an invocation brings up.
+const LOADS = (OTHER * VECTORS + 127u) / 128u;
+
+// Keys (part 0) or values (part 1) of positions `base` to `last` of a sequence, zeros behind: this invocation's part.
+fn others_of(t: u32, start: u32, base: u32, last: u32, part: u32, kv_head: u32) -> array<vec4<f32>, LOADS> {
+    var all: array<vec4<f32>, LOADS>;
+    for (var n = 0u; n < LOADS; n++) {
+        let i = n * 128u + t;
         let j = base + i / VECTORS;
         let v = i % VECTORS;
-        var x = vec4<f32>();
-        if j <= last {
-            if CACHED {
-                x = kv_load(kv_index(op.kv, start, j, part, kv_head) + 4u * v);
-            } else {
-                x = arena[(select(op.k, op.v, part == 1u) >> 2u) + ((start + j) * op.kv.kv_heads + kv_head) * VECTORS + v];
-            }
+        if j > last || i >= OTHER * VECTORS { continue; }
+        if CACHED {
+            all[n] = kv_load(kv_index(op.kv, start, j, part, kv_head) + 4u * v);
+        } else {
+            all[n] = arena[(select(op.k, op.v, part == 1u) >> 2u) + ((start + j) * op.kv.kv_heads + kv_head) * VECTORS + v];
         }
-        others[(i / VECTORS) * STRIDE + v] = x;
+    }
+    return all;
+}
+
+fn store_others(t: u32, all: array<vec4<f32>, LOADS>) {
+    var values = all;
+    for (var n = 0u; n < LOADS; n++) {
+        let i = n * 128u + t;
+        if i < OTHER * VECTORS { others[(i / VECTORS) * STRIDE + i % VECTORS] = values[n]; }
     }
 }
 
@@ -59,10 +70,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let mine = position + row - begin;
         var low = 0u;
         if window > 0u && position + 1u > window { low = position + 1u - window; }
+        // What comes next is on its way from memory while what is here is computed with.
+        var keys = others_of(t, record.start, low, last, 0u, kv_head);
         for (var base = low; base <= last; base += OTHER) {
             workgroupBarrier();
-            load_others(t, record.start, base, last, 0u, kv_head);
+            store_others(t, keys);
             workgroupBarrier();
+            let values = others_of(t, record.start, base, last, 1u, kv_head);
             var s: array<f32, COLUMNS>;
             for (var v = 0u; v < VECTORS; v++) {
                 let q = queries[r * STRIDE + v];
@@ -86,8 +100,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 let n = lane + c * PER_ROW;
                 if n < OTHER { chances[r * (OTHER + 1u) + n] = select(0.0, exp(s[c] - top), s[c] > 0.5 * LOWEST); }
             }
-            load_others(t, record.start, base, last, 1u, kv_head);
+            store_others(t, values);
             workgroupBarrier();
+            keys = others_of(t, record.start, base + OTHER, last, 0u, kv_head);
             let shrink = exp(highest - top);
             highest = top;
             sum *= shrink;
