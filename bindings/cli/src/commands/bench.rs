@@ -77,9 +77,49 @@ struct Row {
     /// Sample standard deviation.
     deviation: f64,
     samples: Vec<f64>,
-    /// Share of the roof that bounds it, 1 being all.
-    share: f64,
-    roof: &'static str,
+    /// Share of the roof that bounds it, 1 being all, and which it is; unknown of a GPU.
+    share: Option<f64>,
+    roof: Option<&'static str>,
+    /// Bytes of weights that generating reads a second.
+    read: Option<f64>,
+}
+
+/// What bounds the speed of a processor.
+struct Roofs {
+    /// Bytes a second.
+    memory: f64,
+    /// 8-bit operations a second, and the instruction for them.
+    int8: f64,
+    instruction: &'static str,
+}
+
+/// Where a model runs.
+struct Place {
+    /// The processor's instructions, or the GPU's name.
+    name: String,
+    /// Of a processor; a GPU's are on its data sheet.
+    roofs: Option<Roofs>,
+    /// What a decoded token moves on a GPU.
+    traffic: String,
+}
+
+impl Place {
+    fn of(engine: &mut Engine, threads: usize) -> anyhow::Result<Place> {
+        #[cfg(feature = "gpu")]
+        if let (Some(t), Some(device)) = (engine.decode_traffic()?, engine.gpu()) {
+            let traffic = format!(
+                "\nA generated token takes {} dispatches, which read {} of weights and move {} of values.",
+                t.dispatches,
+                output::bytes(t.weight_bytes),
+                output::bytes(t.value_bytes)
+            );
+            return Ok(Place { name: device.info().name.clone(), roofs: None, traffic });
+        }
+        eprintln!("measuring the roofs of this machine");
+        let (int8, instruction) = roof::int8(threads);
+        let roofs = Roofs { memory: roof::memory(threads, 512 << 20, 4), int8, instruction };
+        Ok(Place { name: Isa::detect().name().to_string(), roofs: Some(roofs), traffic: String::new() })
+    }
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
@@ -98,9 +138,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     let handle = cancel.clone();
     interrupt::listen(move || handle.cancel());
 
-    eprintln!("measuring the roofs of this machine");
-    let memory = roof::memory(threads, 512 << 20, 4);
-    let (int8, instruction) = roof::int8(threads);
+    let Place { name: place, roofs, traffic } = Place::of(&mut engine, threads)?;
     let (per_token, ops) = cost(model.gguf());
 
     let mut rows = Vec::new();
@@ -123,15 +161,16 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         let mean = samples.iter().sum::<f64>() / samples.len() as f64;
         let squares: f64 = samples.iter().map(|s| (s - mean).powi(2)).sum();
         let deviation = (squares / (samples.len() - 1).max(1) as f64).sqrt();
-        let (share, roof) = match test.decode {
-            // The weights are read once for all sequences.
-            true => (mean * per_token as f64 / memory / test.sequences as f64, "memory"),
-            false => (mean * ops as f64 / int8, "int8"),
-        };
+        // The weights are read once for all sequences.
+        let read = test.decode.then(|| mean * per_token as f64 / test.sequences as f64);
+        let share = roofs.as_ref().map(|roofs| match read {
+            Some(read) => read / roofs.memory,
+            None => mean * ops as f64 / roofs.int8,
+        });
+        let roof = roofs.as_ref().map(|_| if test.decode { "memory" } else { "int8" });
         let (tokens, sequences) = (test.tokens, test.sequences);
-        rows.push(Row { test: test.name(), tokens, sequences, mean, deviation, samples, share, roof });
+        rows.push(Row { test: test.name(), tokens, sequences, mean, deviation, samples, share, roof, read });
     }
-    let isa = Isa::detect().name();
     if global.json {
         return output::json(&json!({
             "model": name,
@@ -139,32 +178,41 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             "bytes_per_token": per_token,
             "operations_per_prompt_token": ops,
             "threads": threads,
-            "isa": isa,
+            "place": place,
             "chunk": engine.options().chunk,
             "kv_type": engine.options().kv_type.name(),
-            "roofs": { "memory_bytes_per_second": memory, "int8_operations_per_second": int8, "int8_instruction": instruction },
+            "roofs": roofs.as_ref().map(|r| json!({
+                "memory_bytes_per_second": r.memory, "int8_operations_per_second": r.int8, "int8_instruction": r.instruction,
+            })),
             "tests": rows,
         }));
     }
-    let mut table = Table::new(&["model", ">size", ">threads", "isa", ">test", ">tokens/s", "roof", ">share"]);
+    let mut table =
+        Table::new(&["model", ">size", ">threads", "on", ">test", ">tokens/s", ">weights read", "roof", ">share"]);
     for row in &rows {
         table.row(vec![
             name.clone(),
             output::bytes(model.gguf().file_bytes()),
             threads.to_string(),
-            isa.into(),
+            place.clone(),
             row.test.clone(),
             format!("{:.2} ± {:.2}", row.mean, row.deviation),
-            row.roof.into(),
-            format!("{:.0} %", row.share * 100.0),
+            row.read.map_or(String::new(), |read| format!("{:.1} GB/s", read / 1e9)),
+            row.roof.unwrap_or_default().into(),
+            row.share.map_or(String::new(), |share| format!("{:.0} %", share * 100.0)),
         ]);
     }
+    let roofs = roofs.map_or(String::new(), |r| {
+        let Roofs { memory, int8, instruction } = r;
+        format!(
+            "Roofs of this machine with {threads} threads: memory {:.1} GB/s; int8 {:.0} Gop/s ({instruction}).\n",
+            memory / 1e9,
+            int8 / 1e9
+        )
+    });
     Ok(output::text(&format!(
-        "{}\nRoofs of this machine with {threads} threads: memory {:.1} GB/s; int8 {:.0} Gop/s ({instruction}).\n\
-         A generated token reads {}, a prompt token takes {:.2} Gop.\n",
+        "{}\n{roofs}A generated token reads {}, a prompt token takes {:.2} Gop.{traffic}\n",
         table.markdown(),
-        memory / 1e9,
-        int8 / 1e9,
         output::bytes(per_token),
         ops as f64 / 1e9
     ))?)

@@ -219,6 +219,15 @@ impl Engine {
         }
     }
 
+    /// The GPU that runs the model; none on the CPU.
+    #[cfg(feature = "gpu")]
+    pub fn gpu(&self) -> Option<&Arc<crate::gpu::Device>> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Gpu(executor) => Some(executor.device()),
+        }
+    }
+
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence {
         let cache = match &self.backend {
