@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use kinglet_engine::adapter::{Adapter, BaseId, LowRank};
 use kinglet_engine::gpu::{self, Limits};
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{
@@ -116,6 +117,57 @@ fn gpu_logits_are_the_cpus_for_every_type() {
         let model = tiny(&scratch, &config);
         compare(dtype.name(), &model, &whole);
         compare(&format!("{dtype} in pieces"), &model, &small);
+    }
+}
+
+/// An adapter of all linear maps of the layers.
+fn adapter(model: &Model, rank: usize, seed: u64) -> Arc<Adapter> {
+    let mut random = Random::new(seed);
+    let mut entry = |inputs: usize, outputs: usize| LowRank {
+        rank,
+        inputs,
+        outputs,
+        a: random.normals(rank * inputs, 0.2),
+        b: random.normals(rank * outputs, 0.2),
+        magnitude: None,
+    };
+    let entries = model
+        .gguf()
+        .tensors()
+        .iter()
+        .filter(|t| t.name.starts_with("blk.") && t.shape.len() == 2)
+        .map(|t| (t.name.clone(), entry(t.width(), t.rows())))
+        .collect();
+    let base = Some(BaseId::of(model.gguf()).expect("the model has an architecture"));
+    Arc::new(Adapter { name: "random".into(), rank, alpha: rank as f32, rslora: false, entries, base })
+}
+
+/// Adapters at run time: one, two with factors, none again; prompts and single tokens.
+#[test]
+fn gpu_adapters_are_the_cpus() {
+    let device = whole();
+    for arch in ["llama", "gemma3", "phi3"] {
+        let scratch = Scratch::new(&format!("gpu-adapters-{arch}"));
+        let model = tiny(&scratch, &TinyConfig::new(arch));
+        let (first, second) = (adapter(&model, 3, 1), adapter(&model, 8, 2));
+        let sets = [vec![(first.clone(), 1.0)], vec![(first, -0.5), (second, 0.75)], vec![]];
+        let run = |device: Device| {
+            let mut session = Session::new(&model, &options(device)).expect("a session");
+            let mut all = vec![session.feed(&tokens(&model, 1, 40)).expect("the base").to_vec()];
+            for set in &sets {
+                session.set_adapters(set).expect("the adapters match");
+                session.rewind(0).expect("an empty window");
+                all.push(session.feed(&tokens(&model, 1, 40)).expect("a prompt").to_vec());
+                all.push(session.feed(&[7]).expect("a token").to_vec());
+            }
+            all
+        };
+        let (ours, wanted) = (run(Device::Open(device.clone())), run(Device::Cpu));
+        assert!(distance(&wanted[1], &wanted[0]) > 0.1, "{arch}: the adapters change too little to show anything");
+        for (step, (ours, wanted)) in ours.iter().zip(&wanted).enumerate() {
+            // Factors of adapters on the CPU are f16 beside quantized weights.
+            assert!(distance(ours, wanted) < 5e-3, "{arch}, step {step}: {}", distance(ours, wanted));
+        }
     }
 }
 

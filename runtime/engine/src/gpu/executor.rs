@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::adapters::{self, Correction, Placed};
 use super::device::{Device, DeviceKind, SLOT};
 use super::forward::{self, CHUNK};
 use super::kv::{KvCache, PAGE, Pool};
@@ -158,7 +159,7 @@ impl Program {
             *packed = PackedRows { at: scratch.packed_end, scales: place(limits.tokens) };
             scratch.packed_end += (rows * width / 4) as u32;
         }
-        scratch.end = end;
+        (scratch.hidden, scratch.end) = (end as u32, end);
         Program { purpose, tape, plan, scratch, recordings: Vec::new() }
     }
 }
@@ -187,6 +188,9 @@ pub struct Executor {
     words: Vec<u32>,
     result: Vec<f32>,
     ready: Option<Ready>,
+    corrections: Vec<Placed>,
+    /// Longest row that corrections make.
+    hidden: usize,
     /// Dispatches per submission of a run that is no decoding.
     part: usize,
     timings: Timings,
@@ -236,6 +240,8 @@ impl Executor {
             words: Vec::new(),
             result: Vec::new(),
             ready: None,
+            corrections: Vec::new(),
+            hidden: 0,
             part: FIRST_PART,
             timings: Timings::default(),
         };
@@ -281,10 +287,7 @@ impl Executor {
             return Ok(at);
         }
         let program = Program::new(&self.spec, &self.weights, purpose, &self.options);
-        if 4 * program.scratch.end > self.arena.size() {
-            self.arena = self.device.storage(4 * program.scratch.end, "activations")?;
-            self.generation += 1;
-        }
+        self.hold(self.room(&program, self.hidden))?;
         let packed = packed_bytes(&self.device, &program, &self.options);
         if packed > self.packed.size() {
             self.packed = self.device.storage(packed, "packed rows")?;
@@ -292,6 +295,38 @@ impl Executor {
         }
         self.programs.push(program);
         Ok(self.programs.len() - 1)
+    }
+
+    /// Bytes of the arena that a program takes, with rows of so many elements for corrections.
+    fn room(&self, program: &Program, hidden: usize) -> u64 {
+        4 * (program.scratch.end + (self.options.limits.tokens * hidden) as u64)
+    }
+
+    /// Makes the arena as large.
+    fn hold(&mut self, bytes: u64) -> Result<()> {
+        if bytes > self.arena.size() {
+            self.arena = self.device.storage(bytes, "activations")?;
+            self.generation += 1;
+        }
+        Ok(())
+    }
+
+    /// Puts corrections of the maps in force from the next run on, in place of those before. Gives the bytes they take.
+    ///
+    /// # Errors
+    /// Corrections of what is no linear map, [`Error::Memory`], [`Error::Device`]. Those before stay in force then.
+    pub fn set_corrections(&mut self, corrections: &[Correction<'_>]) -> Result<usize> {
+        let (values, placed, hidden) = adapters::place(&self.programs[0].tape, corrections)?;
+        let room = self.programs.iter().map(|p| self.room(p, hidden)).max().unwrap_or(0);
+        let params = self.device.storage(4 * values.len() as u64, "adapters")?;
+        self.hold(room)?;
+        self.device.queue.write_buffer(&params, 0, bytemuck::cast_slice(&values));
+        (self.params, self.corrections, self.hidden) = (params, placed, hidden);
+        self.generation += 1;
+        self.ready = None;
+        // They are recorded anew when they are needed.
+        self.programs.iter_mut().for_each(|p| p.recordings.clear());
+        Ok(4 * values.len())
     }
 
     /// Index of a program's recording for so many decoded rows, made at its first use, with bind groups that are true.
@@ -307,6 +342,7 @@ impl Executor {
                     (&self.weights, &self.uploaded),
                     (self.options.half(), self.options.exact),
                     decoding,
+                    &self.corrections,
                     Scratch { slices: self.slices, ..p.scratch },
                 );
                 recorder.record()?;

@@ -220,7 +220,9 @@ impl Recorder<'_> {
                     let next = self.tape.ops.get(index + 1);
                     let norm = Some((*x, *weight));
                     match next {
-                        Some(Op::Linear(l)) if self.linear_in_one(l) => return self.linear(l, norm).map(|()| 2),
+                        Some(Op::Linear(l)) if self.linear_in_one(l) && !self.corrected(l) => {
+                            return self.linear(l, norm).map(|()| 2);
+                        }
                         Some(Op::Head { weight, out, .. }) => return self.head(*x, *weight, *out, norm).map(|()| 2),
                         _ => {}
                     }
@@ -307,12 +309,13 @@ impl Recorder<'_> {
         };
         if self.decoding.is_some() && self.linear_in_one(l) {
             let gated = match l.epilogue {
-                Epilogue::Gated(kind, out) => Some((kind, out)),
+                Epilogue::Gated(kind, out) if !self.corrected(l) => Some((kind, out)),
                 _ => None,
             };
             let parts: Vec<(Part, Piece)> =
                 l.parts.iter().map(|p| (p.clone(), self.uploaded.pieces(p.weight)[0])).collect();
-            return self.matvec(l.x, norm, &parts, gated, residual, 0.0);
+            self.matvec(l.x, norm, &parts, gated, residual, 0.0)?;
+            return if gated.is_some() { Ok(()) } else { self.behind(l) };
         }
         let matrices: Vec<WeightId> = l.parts.iter().map(|p| p.weight).collect();
         let input = self.input(l.x, &matrices, false)?;
@@ -327,10 +330,16 @@ impl Recorder<'_> {
             };
             self.matmul(&input, &map, None)?;
         }
-        if let Epilogue::Gated(kind, out) = l.epilogue {
-            self.gated(kind, l.parts[0].out, l.parts[1].out, out)?;
+        self.behind(l)
+    }
+
+    /// What follows the products of a map: corrections, the gate.
+    fn behind(&mut self, l: &Linear) -> Result<()> {
+        self.correct(l)?;
+        match l.epilogue {
+            Epilogue::Gated(kind, out) => self.gated(kind, l.parts[0].out, l.parts[1].out, out),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Logits; those of a piece of the head are columns of them.

@@ -8,6 +8,7 @@
 //! | `kv` | pages of keys and values, shared by all sequences |
 //! | `record` | a dispatch, its description and its bind group |
 //! | `forward`, `backward` | from ops to dispatches |
+//! | `adapters` | low-rank corrections of maps at run time |
 //! | `trial` | whether kernels that use what is young in drivers give right results |
 //! | `executor` | uploads what a run needs, submits, reads back |
 //!
@@ -18,6 +19,7 @@
 //! (subgroups of 32, cooperative matrices), some have faster forms. There are no atomics:
 //! a run gives the same bits every time.
 
+mod adapters;
 mod backward;
 mod device;
 mod executor;
@@ -28,6 +30,7 @@ mod record;
 mod trial;
 mod weights;
 
+pub use adapters::Correction;
 pub use device::{Device, DeviceInfo, DeviceKind, Limits, devices};
 pub use executor::{Executor, ExecutorOptions, Traffic};
 pub use kv::KvCache;

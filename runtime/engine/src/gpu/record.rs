@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::adapters::Placed;
 use super::device::{Device, SLOT};
 use super::kernel::Kernel;
 use super::weights::Uploaded;
@@ -80,6 +81,8 @@ pub(super) struct Recorder<'a> {
     pub exact: bool,
     /// At most this many rows, each of a sequence of its own: kernels for decoding then.
     pub decoding: Option<u32>,
+    /// Of maps, by adapters at run time.
+    pub corrections: &'a [Placed],
     /// Behind the values: a chunk of logits, states of the cross-entropy, gradients by query head.
     pub scratch: Scratch,
     pub dispatches: Vec<Dispatch>,
@@ -107,6 +110,8 @@ pub(super) struct Scratch {
     pub packed_end: u32,
     /// In how many slices gradients are summed.
     pub slices: u32,
+    /// What adapters at run time make of rows, behind all else.
+    pub hidden: u32,
     /// End of the arena.
     pub end: u64,
 }
@@ -120,6 +125,7 @@ impl<'a> Recorder<'a> {
         (weights, uploaded): (&'a Weights, &'a Uploaded),
         (half, exact): (bool, bool),
         decoding: Option<u32>,
+        corrections: &'a [Placed],
         scratch: Scratch,
     ) -> Recorder<'a> {
         Recorder {
@@ -132,6 +138,7 @@ impl<'a> Recorder<'a> {
             half,
             exact,
             decoding,
+            corrections,
             scratch,
             dispatches: Vec::new(),
             slots: Vec::new(),

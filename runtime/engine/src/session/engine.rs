@@ -375,26 +375,37 @@ impl Engine {
     /// is no number, [`Error::Memory`] when the memory budget does not hold it. The set before stays in force then.
     pub fn set_adapters(&mut self, adapters: &[ScaledAdapter]) -> Result<AdapterReport> {
         let (tensors, corrections) = adapters::corrections(&self.model, adapters)?;
-        #[cfg_attr(not(feature = "gpu"), allow(clippy::infallible_destructuring_match))]
-        let executor = match &mut self.backend {
-            Backend::Cpu(executor) => executor,
+        let check = |bytes: usize| {
+            let estimate = Engine::estimate(&self.model, &self.options)?;
+            Estimate { adapters: bytes as u64, ..estimate }.check(self.options.memory_budget)
+        };
+        let bytes = match &mut self.backend {
+            Backend::Cpu(executor) => {
+                let patches = match corrections.is_empty() {
+                    true => None,
+                    false => Some(executor.patches(corrections)?),
+                };
+                let bytes = patches.as_ref().map_or(0, |p| p.bytes());
+                check(bytes)?;
+                executor.set_patches(patches);
+                bytes
+            }
             #[cfg(feature = "gpu")]
-            Backend::Gpu(_) if corrections.is_empty() => return Ok(AdapterReport { tensors, bytes: 0 }),
-            #[cfg(feature = "gpu")]
-            Backend::Gpu(_) => {
-                return Err(Error::Unsupported(
-                    "adapters at run time on the GPU; merge the adapter into the model, or use the CPU".into(),
-                ));
+            Backend::Gpu(executor) => {
+                if corrections.iter().any(|c| c.gain.is_some()) {
+                    return Err(Error::Unsupported(
+                        "DoRA at run time on the GPU; merge the adapter into the model, or use the CPU".into(),
+                    ));
+                }
+                let low_rank = |c: &crate::cpu::Correction| (c.a.len() + c.b.len()) * 4;
+                check(corrections.iter().map(low_rank).sum())?;
+                let plain: Vec<_> = corrections
+                    .iter()
+                    .map(|c| crate::gpu::Correction { weight: c.weight, rank: c.rank, a: &c.a, b: &c.b })
+                    .collect();
+                executor.set_corrections(&plain)?
             }
         };
-        let patches = match corrections.is_empty() {
-            true => None,
-            false => Some(executor.patches(corrections)?),
-        };
-        let bytes = patches.as_ref().map_or(0, |p| p.bytes());
-        let estimate = Engine::estimate(&self.model, &self.options)?;
-        Estimate { adapters: bytes as u64, ..estimate }.check(self.options.memory_budget)?;
-        executor.set_patches(patches);
         self.adapters = adapters.into();
         Ok(AdapterReport { tensors, bytes })
     }
