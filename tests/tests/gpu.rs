@@ -171,6 +171,23 @@ fn gpu_adapters_are_the_cpus() {
     }
 }
 
+/// A window so long that a head's attention is divided, with and without a sliding window.
+#[test]
+fn gpu_long_windows_are_the_cpus() {
+    let device = whole();
+    for arch in ["llama", "gemma3"] {
+        let scratch = Scratch::new(&format!("gpu-long-{arch}"));
+        let model = tiny(&scratch, &TinyConfig { context: 2_048, sliding_window: 700, ..TinyConfig::new(arch) });
+        let long = |device| SessionOptions { context: 2_048, chunk: 512, ..options(device) };
+        let (prompt, more) = (tokens(&model, 1, 1_150), tokens(&model, 2, 4));
+        let wanted = logits(&model, &long(Device::Cpu), &prompt, &more);
+        let ours = logits(&model, &long(Device::Open(device.clone())), &prompt, &more);
+        for (step, (ours, wanted)) in ours.iter().zip(&wanted).enumerate() {
+            assert!(distance(ours, wanted) < 1e-3, "{arch}, step {step}: {}", distance(ours, wanted));
+        }
+    }
+}
+
 /// Several sequences decoded together, forked and shortened: pages are shared, copied and given back.
 #[test]
 fn gpu_sequences_share_pages_like_the_cpus() {

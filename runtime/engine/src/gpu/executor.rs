@@ -12,7 +12,7 @@ use super::adapters::{self, Correction, Placed};
 use super::device::{Device, DeviceKind, SLOT};
 use super::forward::{self, CHUNK};
 use super::kv::{KvCache, PAGE, Pool};
-use super::record::{Binds, Dispatch, PackedRows, Recorder, Scratch};
+use super::record::{Binds, Decoding, Dispatch, PackedRows, Recorder, Scratch};
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
@@ -22,6 +22,8 @@ use crate::{Error, Result, random};
 
 /// Most rows that are decoded together by the kernels for it.
 const DECODED: usize = 8;
+/// From this position on a head's attention is computed in parts, and in how many.
+const LONG: (usize, u32) = (1_024, 8);
 /// Dispatches per submission of a run that is no decoding, until it is known how long they take.
 const FIRST_PART: usize = 32;
 /// How long a submission may take: systems give a device up that answers for seconds, and people want to cancel.
@@ -87,8 +89,8 @@ struct Program {
 /// A list of dispatches with what they bind.
 #[derive(Debug)]
 struct Recording {
-    /// Rows that are decoded together; none for prompts and all else.
-    decoding: Option<u32>,
+    /// How rows are decoded; none for prompts and all else.
+    decoding: Option<Decoding>,
     dispatches: Vec<Dispatch>,
     uniforms: wgpu::Buffer,
     binds: Vec<Binds>,
@@ -105,10 +107,10 @@ struct Copies {
     gradient_bytes: u64,
 }
 
-/// Commands made ahead, and for what: program, rows decoded together, outputs, tokens, generation of the buffers.
+/// Commands made ahead, and for what: program, how rows are decoded, outputs, tokens, generation of the buffers.
 #[derive(Debug)]
 struct Ready {
-    key: (usize, Option<u32>, usize, usize, u64),
+    key: (usize, Option<Decoding>, usize, usize, u64),
     commands: wgpu::CommandBuffer,
 }
 
@@ -147,6 +149,9 @@ impl Program {
         if purpose != Purpose::Generate {
             scratch.logits = place(limits.outputs * CHUNK);
             scratch.states = place(limits.outputs * 4);
+        }
+        if purpose == Purpose::Generate {
+            scratch.parts = place(DECODED * spec.heads * LONG.1 as usize * (spec.head_dim + 4));
         }
         if purpose == Purpose::Learn {
             scratch.delta = place(limits.tokens * spec.heads);
@@ -272,7 +277,7 @@ impl Executor {
     /// [`Error::Device`].
     pub fn decode_traffic(&mut self) -> Result<Traffic> {
         let program = self.program(Purpose::Generate)?;
-        let recording = self.recording(program, Some(1))?;
+        let recording = self.recording(program, Some(Decoding { rows: 1, splits: 1 }))?;
         let dispatches = &self.programs[program].recordings[recording].dispatches;
         Ok(dispatches.iter().fold(Traffic::default(), |t, d| Traffic {
             dispatches: t.dispatches + 1,
@@ -330,7 +335,7 @@ impl Executor {
     }
 
     /// Index of a program's recording for so many decoded rows, made at its first use, with bind groups that are true.
-    fn recording(&mut self, program: usize, decoding: Option<u32>) -> Result<usize> {
+    fn recording(&mut self, program: usize, decoding: Option<Decoding>) -> Result<usize> {
         let at = match self.programs[program].recordings.iter().position(|r| r.decoding == decoding) {
             Some(at) => at,
             None => {
@@ -394,7 +399,11 @@ impl Executor {
         }
         self.upload(&mut batch, purpose)?;
         let singles = sequences <= DECODED && (0..sequences).all(|i| batch.segments.rows(i) == 1);
-        let decoding = (purpose == Purpose::Generate && singles).then(|| sequences.next_power_of_two() as u32);
+        let longest = (0..sequences).filter_map(|i| batch.segments.cache(i).map(|c| c.len())).max().unwrap_or(0);
+        let decoding = (purpose == Purpose::Generate && singles).then(|| Decoding {
+            rows: sequences.next_power_of_two() as u32,
+            splits: if longest >= LONG.0 { LONG.1 } else { 1 },
+        });
         let recording = self.recording(program, decoding)?;
         let rows = |kind| match kind {
             Rows::Tokens => batch.tokens.len(),

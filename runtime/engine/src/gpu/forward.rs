@@ -463,7 +463,10 @@ impl Recorder<'_> {
         };
         let kernel = Kernel::Matvec {
             types,
-            rows: self.decoding.unwrap_or((self.row_limit(Rows::Outputs) as u32).next_power_of_two()),
+            rows: match self.decoding {
+                Some(d) => d.rows,
+                None => (self.row_limit(Rows::Outputs) as u32).next_power_of_two(),
+            },
             normed: norm.is_some(),
             gate: gated.map(|(kind, _)| kind),
             threads,
@@ -580,8 +583,17 @@ impl Recorder<'_> {
         };
         let floats = u64::from(2 * (kv.heads + kv.kv_heads) * kv.head_dim);
         if rope.is_some() {
-            let kernel = Kernel::Attention { head_dim: kv.head_dim, half: self.half };
-            return self.push(kernel, (0, layer), row_grid(kv.heads, Rows::Tokens), &op, (0, floats));
+            let (head_dim, splits) = (kv.head_dim, self.decoding.map_or(1, |d| d.splits));
+            let op = AttentionOp { lse: self.scratch.parts, ..op };
+            let kernel = Kernel::Attention { head_dim, half: self.half, splits };
+            self.push(kernel, (0, layer), row_grid(kv.heads * splits, Rows::Tokens), &op, (0, floats))?;
+            if splits > 1 {
+                let merge = [self.scratch.parts, op.out, kv.heads, 0];
+                let kernel = Kernel::AttentionMerge { head_dim, splits };
+                let floats = u64::from(kv.heads * (splits + 1) * head_dim);
+                self.push(kernel, (0, 0), row_grid(kv.heads, Rows::Tokens), &merge, (0, floats))?;
+            }
+            return Ok(());
         }
         let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 2, (2, 4));
         let kernel = Kernel::AttentionTile { rows, cached: matches!(a.kv, KvSource::Cache(_)), half: self.half };

@@ -54,10 +54,16 @@ pub(super) enum Kernel {
     Rope {
         half: bool,
     },
-    /// Of single rows, with rotation and cache write.
+    /// Of single rows, with rotation and cache write, in `splits` parts.
     Attention {
         head_dim: u32,
         half: bool,
+        splits: u32,
+    },
+    /// The parts of a head together.
+    AttentionMerge {
+        head_dim: u32,
+        splits: u32,
     },
     /// Of many rows.
     AttentionTile {
@@ -225,10 +231,14 @@ impl Kernel {
                 turning(&mut add, *half);
                 add(include_str!("shaders/rope.wgsl"));
             }
-            Kernel::Attention { head_dim, half } => {
+            Kernel::Attention { head_dim, half, splits } => {
                 turning(&mut add, *half);
-                add(&format!("const D = {head_dim}u;"));
+                add(&format!("const D = {head_dim}u; const SPLITS = {splits}u;"));
                 add(include_str!("shaders/attention.wgsl"));
+            }
+            Kernel::AttentionMerge { head_dim, splits } => {
+                add(&format!("const D = {head_dim}u; const SPLITS = {splits}u;"));
+                add(include_str!("shaders/attention_merge.wgsl"));
             }
             Kernel::AttentionTile { rows, cached, half } => {
                 add(&format!("const CACHED = {cached}; const KV_HALF = {half}; {}", rows.constants()));

@@ -67,6 +67,15 @@ pub(super) struct Dispatch {
 /// What a bind group depends on: the buffer of weights, and the layer whose cache is touched.
 pub(super) type Binds = (usize, usize);
 
+/// How rows are decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Decoding {
+    /// At most this many rows, each of a sequence of its own.
+    pub rows: u32,
+    /// In how many parts a head's attention is computed.
+    pub splits: u32,
+}
+
 /// Collects dispatches.
 pub(super) struct Recorder<'a> {
     pub device: &'a Arc<Device>,
@@ -79,8 +88,8 @@ pub(super) struct Recorder<'a> {
     pub half: bool,
     /// Whether products are to be those of single precision.
     pub exact: bool,
-    /// At most this many rows, each of a sequence of its own: kernels for decoding then.
-    pub decoding: Option<u32>,
+    /// Kernels for decoding, and how they are to be.
+    pub decoding: Option<Decoding>,
     /// Of maps, by adapters at run time.
     pub corrections: &'a [Placed],
     /// Behind the values: a chunk of logits, states of the cross-entropy, gradients by query head.
@@ -104,6 +113,8 @@ pub(super) struct Scratch {
     pub logits: u32,
     pub states: u32,
     pub delta: u32,
+    /// Parts of heads in decoding.
+    pub parts: u32,
     /// Rows packed for cooperative matrices: those of values, and those of chunks of logits.
     pub packed: [PackedRows; 2],
     /// End of the packed rows, in vectors of four.
@@ -124,7 +135,7 @@ impl<'a> Recorder<'a> {
         (tape, plan): (&'a Tape, &'a Plan),
         (weights, uploaded): (&'a Weights, &'a Uploaded),
         (half, exact): (bool, bool),
-        decoding: Option<u32>,
+        decoding: Option<Decoding>,
         corrections: &'a [Placed],
         scratch: Scratch,
     ) -> Recorder<'a> {

@@ -1,9 +1,12 @@
 // Attention of a sequence's newest row, a query head of a row a workgroup: a page of scores at a time, a position an
 // invocation, then their part of the result, four elements of the head an invocation. Query and key are normed and turned
 // here, and key and value of the row's own position enter the cache on the way (by the first query head of their group).
+//
+// Long windows are divided: each of SPLITS workgroups of a head has some of the pages and leaves its sums at `parts`, for
+// `attention_merge.wgsl`.
 struct Op {
     q: u32, k: u32, v: u32, out: u32,
-    lse: u32, scale: f32, cap: f32, slopes: u32,
+    parts: u32, scale: f32, cap: f32, slopes: u32,
     kv: Kv,
     turn: Turning,
 }
@@ -21,7 +24,8 @@ fn number(at: u32) -> vec4<f32> { return vec4(arena[at], arena[at + 1u], arena[a
 
 @compute @workgroup_size(GROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let h = group.x;
+    let h = group.x / SPLITS;
+    let split = group.x % SPLITS;
     let row = group.z;
     let kv = op.kv;
     let kv_head = h / (kv.heads / kv.kv_heads);
@@ -37,7 +41,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     load_head(op.turn.q_norm, op.turn.eps, t, op.q + mine, D);
     for (var i = t; i < D; i += GROUP) { query[i >> 2u][i & 3u] = turned(op.turn, row, i, 1.0); }
     workgroupBarrier();
-    if t < FOURS && h % (kv.heads / kv.kv_heads) == 0u {
+    // Pages of this workgroup; the row's own position is in the last.
+    let page = first / PAGE;
+    let pages = position / PAGE + 1u - page;
+    let begin = page + pages * split / SPLITS;
+    let end = page + pages * (split + 1u) / SPLITS;
+    if t < FOURS && split + 1u == SPLITS && h % (kv.heads / kv.kv_heads) == 0u {
         kv_store(kv_index(kv, record.start, position, 0u, kv_head) + 4u * t, key[t]);
         kv_store(kv_index(kv, record.start, position, 1u, kv_head) + 4u * t, number(op.v + own + 4u * t));
     }
@@ -46,7 +55,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var highest = LOWEST;
     var sum = 0.0;
     var result = vec4<f32>();
-    for (var base = first / PAGE * PAGE; base <= position; base += PAGE) {
+    for (var base = begin * PAGE; base < end * PAGE; base += PAGE) {
         let keys = kv_index(kv, record.start, base, 0u, kv_head);
         let values = kv_index(kv, record.start, base, 1u, kv_head);
         let j = base + t;
@@ -87,8 +96,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if t >= FOURS { return; }
     var all = vec4<f32>();
     for (var i = 0u; i < SHARES; i++) { all += parts[i * FOURS + t]; }
-    all /= sum;
-    let at = op.out + mine + 4u * t;
+    var at = op.out + mine + 4u * t;
+    if SPLITS > 1u {
+        let part = op.parts + ((row * kv.heads + h) * SPLITS + split) * (D + 4u);
+        at = part + 4u * t;
+        if t == 0u {
+            arena[part + D] = highest;
+            arena[part + D + 1u] = sum;
+        }
+    } else {
+        all /= sum;
+    }
     arena[at] = all.x;
     arena[at + 1u] = all.y;
     arena[at + 2u] = all.z;
