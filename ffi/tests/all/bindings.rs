@@ -31,3 +31,19 @@ fn the_binding_for_python_conforms() {
     python.env("PYTHONDONTWRITEBYTECODE", "1").arg(folder.join("conformance.py"));
     conforms(&mut python, &scratch);
 }
+
+#[test]
+fn the_binding_for_node_conforms_and_so_do_its_types() {
+    assert!(have("node"), "node is missing; this test needs version 20 or later: https://nodejs.org, or tests/run");
+    let folder = file("../bindings/node");
+    let compiler = folder.join("node_modules/typescript/bin/tsc");
+    assert!(
+        compiler.is_file(),
+        "koffi and typescript are missing; this test needs them: npm install --prefix bindings/node"
+    );
+    succeed(Command::new("node").arg(compiler).arg("-p").arg(&folder));
+    let scratch = Scratch::new("node");
+    let mut node = Command::new("node");
+    node.env("KINGLET_LIBRARY", shared_library()).arg(folder.join("conformance.js"));
+    conforms(&mut node, &scratch);
+}
