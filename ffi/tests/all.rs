@@ -15,3 +15,5 @@ mod hard;
 mod header;
 #[path = "all/support.rs"]
 mod support;
+#[path = "all/swift.rs"]
+mod swift;
