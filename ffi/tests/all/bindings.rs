@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::support::{Link, Scratch, compile, file, have, installed, run, shared_library, succeed};
 
 /// Runs a script with what it takes: values, model, lessons, a folder to write to.
-fn conforms(command: &mut Command, scratch: &Scratch) {
+pub fn conforms(command: &mut Command, scratch: &Scratch) {
     command.arg(file("../bindings/conformance.tsv"));
     command.arg(scratch.model()).arg(scratch.lessons()).arg(scratch.path("learned"));
     assert_eq!(succeed(command), "conforms\n");
