@@ -99,3 +99,33 @@ fn the_npm_package_has_all_it_needs() {
     let mut node = Command::new("node");
     conforms(node.arg("--preserve-symlinks").env_remove("KINGLET_LIBRARY").arg(&script), &scratch);
 }
+
+#[test]
+fn the_archive_for_android_has_its_parts() {
+    assert!(have("jar"), "jar is missing; this test needs a JDK: apt-get install default-jdk-headless");
+    let scratch = Scratch::new("aar");
+    let folder = scratch.path("libraries/x86_64");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    // Not what Android would load; where they come to lie is what counts.
+    for name in ["libkinglet.so", "libkinglet_jni.so"] {
+        std::os::unix::fs::symlink(built().join("libkinglet.so"), folder.join(name)).expect("a link");
+    }
+    let archive = scratch.path("kinglet.aar");
+    succeed(Command::new(file("../packaging/android/aar.sh")).arg(scratch.path("libraries")).arg(&archive));
+    let list = succeed(Command::new("jar").arg("--list").arg("--file").arg(&archive));
+    for name in [
+        "AndroidManifest.xml",
+        "R.txt",
+        "classes.jar",
+        "proguard.txt",
+        "jni/x86_64/libkinglet.so",
+        "jni/x86_64/libkinglet_jni.so",
+        "prefab/prefab.json",
+        "prefab/modules/kinglet/module.json",
+        "prefab/modules/kinglet/include/kinglet.h",
+        "prefab/modules/kinglet/libs/android.x86_64/abi.json",
+        "prefab/modules/kinglet/libs/android.x86_64/libkinglet.so",
+    ] {
+        assert!(list.lines().any(|line| line == name), "{name} is missing:\n{list}");
+    }
+}
