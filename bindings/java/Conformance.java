@@ -160,6 +160,32 @@ final class Conformance {
         }
     }
 
+    private static void windows(Model model) {
+        try (Session session = model.session(); Session other = model.session()) {
+            int[] prompt = ids("text_tokens");
+            int last = prompt[prompt.length - 1];
+            double length = 0;
+            for (float x : session.embed(prompt)) length += (double) x * x;
+            require(Math.abs(length - 1) < 1e-4 && session.getSize() == 0, "a direction, and the window as it was");
+            session.feed(prompt);
+            session.save(folder + ".window");
+            other.load(folder + ".window");
+            fails("damaged_window_code", () -> other.load(path), "");
+            session.feed(last);
+            other.feed(last);
+            require(Arrays.equals(session.logits(), other.logits()), "a window from a file goes on");
+
+            try (Generation answer = other.generate(values.get("greedy_request"))) {
+                model.suspend();
+                fails("suspended_code", answer::next, "");
+                model.resume();
+                require(Arrays.equals(tokensOf(answer), ids("greedy_tokens")), "an answer goes on after suspending");
+            }
+            require(model.trim() > 0, "sessions have memory to give back");
+            require(Arrays.equals(answerOf(other, "greedy_request"), ids("greedy_tokens")), "and take it anew");
+        }
+    }
+
     private static void anyOrder() {
         for (int[] order : new int[][] {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}}) {
             Model model = Model.open(path, cpu());
@@ -217,6 +243,7 @@ final class Conformance {
             splitUtf8(model);
             errors(model);
             cancels(model);
+            windows(model);
             training(model);
         }
         anyOrder();

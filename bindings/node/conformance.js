@@ -114,6 +114,29 @@ async function cancels(model) {
   session.reset();
 }
 
+/** @param {kinglet.Model} model */
+async function windows(model) {
+  const [session, other] = [await model.session(), await model.session()];
+  const [prompt, window] = [numbers('text_tokens'), `${folder}.window`];
+  const direction = await session.embed(prompt);
+  assert(Math.abs(direction.reduce((sum, x) => sum + x * x, 0) - 1) < 1e-4 && session.length === 0);
+  await session.feed(prompt);
+  await session.save(window);
+  await other.load(window);
+  await fails('damaged_window_code', () => other.load(path));
+  await session.feed(prompt.slice(-1));
+  await other.feed(prompt.slice(-1));
+  assert.deepEqual(session.logits(), other.logits());
+
+  const answer = other.generate(request('greedy_request'));
+  await model.suspend();
+  await fails('suspended_code', () => answer.next());
+  model.resume();
+  assert.deepEqual(await tokensOf(answer), numbers('greedy_tokens'));
+  assert(model.trim() > 0);
+  assert.deepEqual(await tokensOf(other.generate(request('greedy_request'))), numbers('greedy_tokens'));
+}
+
 async function anyOrder() {
   for (const order of [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]) {
     const model = await openModel();
@@ -158,6 +181,7 @@ await answers(tiny);
 await splitUtf8(tiny);
 await errors(tiny);
 await cancels(tiny);
+await windows(tiny);
 await training(tiny);
 await anyOrder();
 const inMemory = await kinglet.Model.open(readFileSync(path), { backend: 'cpu', threads: 2 });

@@ -100,6 +100,27 @@ def cancels(model):
     assert answer.end == kinglet.EndReason.CANCELLED
 
 
+def windows(model):
+    session, other = model.session(), model.session()
+    prompt, window = numbers("text_tokens"), folder + ".window"
+    assert abs(sum(x * x for x in session.embed(prompt)) - 1) < 1e-4 and len(session) == 0
+    session.feed(prompt)
+    session.save(window)
+    other.load(window)
+    fails("damaged_window_code", lambda: other.load(path))
+    session.feed(prompt[-1:])
+    other.feed(prompt[-1:])
+    assert session.logits() == other.logits()
+
+    answer = other.complete(**request("greedy_request"))
+    model.suspend()
+    fails("suspended_code", lambda: next(answer))
+    model.resume()
+    assert tokens_of(answer) == numbers("greedy_tokens")
+    assert model.trim() > 0
+    assert tokens_of(other.complete(**request("greedy_request"))) == numbers("greedy_tokens")
+
+
 def any_order():
     for order in permutations(range(3)):
         model = open_model()
@@ -140,6 +161,7 @@ with open_model() as tiny:
     split_utf8(tiny)
     errors(tiny)
     cancels(tiny)
+    windows(tiny)
     training(tiny)
 any_order()
 in_memory = kinglet.Model(Path(path).read_bytes(), backend="cpu", threads=2)

@@ -13,6 +13,8 @@ mod clients;
 mod hard;
 #[path = "all/header.rs"]
 mod header;
+#[path = "all/lasting.rs"]
+mod lasting;
 #[path = "all/packages.rs"]
 mod packages;
 #[path = "all/support.rs"]

@@ -38,6 +38,7 @@ SAME(kinglet_KingletException_CONTEXT_FULL, KINGLET_ERR_CONTEXT_FULL);
 SAME(kinglet_KingletException_BUSY, KINGLET_ERR_BUSY);
 SAME(kinglet_KingletException_CANCELLED, KINGLET_ERR_CANCELLED);
 SAME(kinglet_KingletException_DEVICE_LOST, KINGLET_ERR_DEVICE_LOST);
+SAME(kinglet_KingletException_SUSPENDED, KINGLET_ERR_SUSPENDED);
 SAME(kinglet_KingletException_NUMERIC, KINGLET_ERR_NUMERIC);
 SAME(kinglet_KingletException_INTERNAL, KINGLET_ERR_INTERNAL);
 _Static_assert(sizeof(jint) == sizeof(int32_t) && sizeof(jfloat) == sizeof(float), "arrays are carried over as they are");
@@ -74,6 +75,12 @@ static jbyteArray bytes(JNIEnv *env, const void *from, size_t length) {
 static jintArray ints(JNIEnv *env, const int32_t *from, size_t length) {
     jintArray out = (*env)->NewIntArray(env, (jsize)length);
     if (out) (*env)->SetIntArrayRegion(env, out, 0, (jsize)length, from);
+    return out;
+}
+
+static jfloatArray floats(JNIEnv *env, const float *from, size_t length) {
+    jfloatArray out = (*env)->NewFloatArray(env, (jsize)length);
+    if (out) (*env)->SetFloatArrayRegion(env, out, 0, (jsize)length, from);
     return out;
 }
 
@@ -130,11 +137,12 @@ static void drop_bytes(JNIEnv *env, jbyteArray array, jbyte *elements) {
 
 static size_t length_of(JNIEnv *env, jarray array) { return array ? (size_t)(*env)->GetArrayLength(env, array) : 0; }
 
-static kinglet_model_options model_options(const jbyte *backend, jint threads, jlong budget, jint flags) {
+static kinglet_model_options model_options(const jbyte *backend, jint threads, jlong budget, jlong prefixes, jint flags) {
     kinglet_model_options options = {.struct_size = sizeof options};
     options.backend = (const char *)backend;
     options.threads = threads;
     options.memory_budget = budget < 0 ? 0 : (uint64_t)budget;
+    options.prefix_cache = prefixes < 0 ? 0 : (uint64_t)prefixes;
     options.flags = (uint32_t)flags;
     return options;
 }
@@ -205,7 +213,7 @@ NATIVE(jlongArray, estimate)
     kinglet_error err;
     kinglet_memory out = {.struct_size = sizeof out};
     jbyte *p = take_bytes(env, path), *b = take_bytes(env, backend);
-    kinglet_model_options model = model_options(b, threads, 0, 0);
+    kinglet_model_options model = model_options(b, threads, 0, 0, 0);
     kinglet_session_options session = session_options(context, kv, chunk);
     (void)jni;
     kinglet_status status = kinglet_model_estimate((const char *)p, &model, &session, &out, &err);
@@ -215,11 +223,11 @@ NATIVE(jlongArray, estimate)
 }
 
 NATIVE(jlong, modelOpen)
-(JNIEnv *env, jclass jni, jbyteArray path, jbyteArray backend, jint threads, jlong budget, jint flags) {
+(JNIEnv *env, jclass jni, jbyteArray path, jbyteArray backend, jint threads, jlong budget, jlong prefixes, jint flags) {
     kinglet_error err;
     kinglet_model *out = NULL;
     jbyte *p = take_bytes(env, path), *b = take_bytes(env, backend);
-    kinglet_model_options options = model_options(b, threads, budget, flags);
+    kinglet_model_options options = model_options(b, threads, budget, prefixes, flags);
     (void)jni;
     kinglet_status status = kinglet_model_open((const char *)p, &options, &out, &err);
     drop_bytes(env, path, p);
@@ -228,11 +236,12 @@ NATIVE(jlong, modelOpen)
 }
 
 NATIVE(jlong, modelOpenFd)
-(JNIEnv *env, jclass jni, jint fd, jlong offset, jlong length, jbyteArray backend, jint threads, jlong budget, jint flags) {
+(JNIEnv *env, jclass jni, jint fd, jlong offset, jlong length, jbyteArray backend, jint threads, jlong budget,
+ jlong prefixes, jint flags) {
     kinglet_error err;
     kinglet_model *out = NULL;
     jbyte *b = take_bytes(env, backend);
-    kinglet_model_options options = model_options(b, threads, budget, flags);
+    kinglet_model_options options = model_options(b, threads, budget, prefixes, flags);
     (void)jni;
     kinglet_status status = kinglet_model_open_fd(fd, (uint64_t)offset, (uint64_t)length, &options, &out, &err);
     drop_bytes(env, backend, b);
@@ -240,11 +249,11 @@ NATIVE(jlong, modelOpenFd)
 }
 
 NATIVE(jlong, modelOpenMemory)
-(JNIEnv *env, jclass jni, jbyteArray content, jbyteArray backend, jint threads, jlong budget, jint flags) {
+(JNIEnv *env, jclass jni, jbyteArray content, jbyteArray backend, jint threads, jlong budget, jlong prefixes, jint flags) {
     kinglet_error err;
     kinglet_model *out = NULL;
     jbyte *c = take_bytes(env, content), *b = take_bytes(env, backend);
-    kinglet_model_options options = model_options(b, threads, budget, flags);
+    kinglet_model_options options = model_options(b, threads, budget, prefixes, flags);
     (void)jni;
     kinglet_status status = kinglet_model_open_memory(c, length_of(env, content), NULL, NULL, &options, &out, &err);
     drop_bytes(env, content, c);
@@ -255,6 +264,26 @@ NATIVE(jlong, modelOpenMemory)
 NATIVE(void, modelFree)(JNIEnv *env, jclass jni, jlong model) {
     (void)env, (void)jni;
     kinglet_model_free(POINTER(model, model));
+}
+
+NATIVE(jlong, modelTrim)(JNIEnv *env, jclass jni, jlong model) {
+    kinglet_error err;
+    uint64_t freed = 0;
+    (void)jni;
+    failed(env, kinglet_model_trim(POINTER(model, model), &freed, &err), &err);
+    return (jlong)freed;
+}
+
+NATIVE(void, modelSuspend)(JNIEnv *env, jclass jni, jlong model) {
+    kinglet_error err;
+    (void)jni;
+    failed(env, kinglet_model_suspend(POINTER(model, model), &err), &err);
+}
+
+NATIVE(void, modelResume)(JNIEnv *env, jclass jni, jlong model) {
+    kinglet_error err;
+    (void)jni;
+    failed(env, kinglet_model_resume(POINTER(model, model), &err), &err);
 }
 
 NATIVE(jbyteArray, modelInfoJson)(JNIEnv *env, jclass jni, jlong model) {
@@ -396,9 +425,8 @@ NATIVE(jfloatArray, sessionLogits)(JNIEnv *env, jclass jni, jlong session) {
     kinglet_status status = kinglet_session_logits(s, NULL, 0, &count, &err);
     if (status != KINGLET_ERR_TOO_SMALL && failed(env, status, &err)) return NULL;
     float *logits = malloc((count + 1) * sizeof *logits);
-    if (!none(env, logits) && !failed(env, kinglet_session_logits(s, logits, count, &count, &err), &err) &&
-        (out = (*env)->NewFloatArray(env, (jsize)count)))
-        (*env)->SetFloatArrayRegion(env, out, 0, (jsize)count, logits);
+    if (!none(env, logits) && !failed(env, kinglet_session_logits(s, logits, count, &count, &err), &err))
+        out = floats(env, logits, count);
     free(logits);
     return out;
 }
@@ -411,12 +439,47 @@ NATIVE(jfloatArray, sessionScore)(JNIEnv *env, jclass jni, jlong session, jintAr
     jfloatArray out = NULL;
     (void)jni;
     if (!none(env, scores) &&
-        !failed(env, kinglet_session_score(POINTER(session, session), ids, n, scores, count, &err), &err) &&
-        (out = (*env)->NewFloatArray(env, (jsize)count)))
-        (*env)->SetFloatArrayRegion(env, out, 0, (jsize)count, scores);
+        !failed(env, kinglet_session_score(POINTER(session, session), ids, n, scores, count, &err), &err))
+        out = floats(env, scores, count);
     free(scores);
     (*env)->ReleaseIntArrayElements(env, tokens, ids, JNI_ABORT);
     return out;
+}
+
+NATIVE(jfloatArray, sessionEmbed)(JNIEnv *env, jclass jni, jlong session, jintArray tokens) {
+    kinglet_error err;
+    size_t n = length_of(env, tokens), count = 0;
+    kinglet_session *s = POINTER(session, session);
+    jint *ids = (*env)->GetIntArrayElements(env, tokens, NULL);
+    jfloatArray out = NULL;
+    (void)jni;
+    kinglet_status status = kinglet_session_embed(s, ids, n, NULL, 0, &count, &err);
+    if (status == KINGLET_ERR_TOO_SMALL || !failed(env, status, &err)) {
+        float *direction = malloc((count + 1) * sizeof *direction);
+        if (!none(env, direction) && !failed(env, kinglet_session_embed(s, ids, n, direction, count, &count, &err), &err))
+            out = floats(env, direction, count);
+        free(direction);
+    }
+    (*env)->ReleaseIntArrayElements(env, tokens, ids, JNI_ABORT);
+    return out;
+}
+
+NATIVE(void, sessionSave)(JNIEnv *env, jclass jni, jlong session, jbyteArray path) {
+    kinglet_error err;
+    jbyte *p = take_bytes(env, path);
+    (void)jni;
+    kinglet_status status = kinglet_session_save(POINTER(session, session), (const char *)p, &err);
+    drop_bytes(env, path, p);
+    failed(env, status, &err);
+}
+
+NATIVE(void, sessionLoad)(JNIEnv *env, jclass jni, jlong session, jbyteArray path) {
+    kinglet_error err;
+    jbyte *p = take_bytes(env, path);
+    (void)jni;
+    kinglet_status status = kinglet_session_load(POINTER(session, session), (const char *)p, &err);
+    drop_bytes(env, path, p);
+    failed(env, status, &err);
 }
 
 NATIVE(void, sessionCancel)(JNIEnv *env, jclass jni, jlong session) {

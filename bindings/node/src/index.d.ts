@@ -13,7 +13,7 @@ export class KingletError extends Error {
   /** Its name without `KINGLET_ERR_`. */
   readonly status:
     | 'ARG' | 'IO' | 'FORMAT' | 'UNSUPPORTED' | 'MEMORY' | 'CONTEXT_FULL' | 'BUSY' | 'CANCELLED' | 'DEVICE_LOST'
-    | 'TOO_SMALL' | 'ABI' | 'NUMERIC' | 'INTERNAL';
+    | 'SUSPENDED' | 'TOO_SMALL' | 'ABI' | 'NUMERIC' | 'INTERNAL';
 }
 
 /** Something that lives in the library. */
@@ -41,6 +41,8 @@ export interface ModelOptions {
   threads?: number;
   /** Most bytes that the file and one session, or trainer, take together; 0: no limit. */
   memoryBudget?: number;
+  /** Most bytes for prompts that were read, so that sessions that begin alike share the work; 0: none. */
+  prefixCache?: number;
   /** Read all weights on opening, and refuse NaN and infinity. */
   validate?: boolean;
   /** Read the file into memory instead of mapping it: for files that others change. */
@@ -131,6 +133,12 @@ export class Model extends Handle {
   detokenize(tokens: ArrayLike<number>, options?: { control?: boolean }): string;
   /** The bytes of one token, which may be a part of a character. */
   tokenBytes(token: number, options?: { control?: boolean }): Uint8Array;
+  /** Gives back memory that can be had again, and says how many bytes. */
+  trim(): number;
+  /** Lets nothing compute with the model until `resume`: what would fails with the status `SUSPENDED`. */
+  suspend(): Promise<void>;
+  /** Takes `suspend` back. */
+  resume(): void;
   /** A conversation. */
   session(options?: SessionOptions): Promise<Session>;
   /** The LoRA adapter at `path`: a GGUF file, or a folder as PEFT writes it. */
@@ -168,6 +176,12 @@ export class Session extends Handle {
   logits(): Float32Array;
   /** Reads tokens and gives the log-probability of each but the first. */
   score(tokens: ArrayLike<number>, options?: Abortable): Promise<Float32Array>;
+  /** What tokens mean together, as a direction of length 1; the window is left as it is. */
+  embed(tokens: ArrayLike<number>, options?: Abortable): Promise<Float32Array>;
+  /** Writes the window to a file. */
+  save(path: string): Promise<void>;
+  /** Takes the window from a file of `save`, in place of this one. */
+  load(path: string): Promise<void>;
   /** A second session that has read the same tokens. */
   fork(): Session;
   /** Forgets all tokens. */
@@ -176,7 +190,7 @@ export class Session extends Handle {
   rewind(length: number): void;
   /** Puts adapters in force, each with its scale, in place of those before. */
   setAdapters(adapters?: Iterable<Adapter | [Adapter, number]>): void;
-  /** Stops `feed` or `score`. */
+  /** Stops `feed`, `score` or `embed`. */
   cancel(): void;
 }
 

@@ -33,9 +33,10 @@ const REPORT = [
   'reward_margin',
 ];
 
-function modelOptions({ backend = 'auto', threads = 0, memoryBudget = 0, validate = false, copy = false } = {}) {
+function modelOptions({ backend = 'auto', threads = 0, memoryBudget = 0, prefixCache = 0, validate = false, copy = false } = {}) {
   const flags = (validate ? constants.KINGLET_MODEL_VALIDATE : 0) | (copy ? constants.KINGLET_MODEL_COPY : 0);
-  return struct('kinglet_model_options', { backend, threads, memory_budget: memoryBudget, flags });
+  const budgets = { memory_budget: memoryBudget, prefix_cache: prefixCache };
+  return struct('kinglet_model_options', { backend, threads, flags, ...budgets });
 }
 
 function sessionOptions({ context = 0, kv, chunk = 0 } = {}) {
@@ -100,6 +101,20 @@ export class Model extends Handle {
   tokenBytes(token, { control = false } = {}) {
     const flags = control ? constants.KINGLET_DETOKENIZE_CONTROL : 0;
     return array(Uint8Array, lib.kinglet_token_bytes, this.pointer, token, flags);
+  }
+
+  trim() {
+    const freed = [0];
+    call(lib.kinglet_model_trim, this.pointer, freed);
+    return Number(freed[0]);
+  }
+
+  async suspend() {
+    await this.run(lib.kinglet_model_suspend);
+  }
+
+  resume() {
+    call(lib.kinglet_model_resume, this.pointer);
   }
 
   async session(options) {
@@ -172,6 +187,26 @@ export class Session extends Handle {
     await abortable(signal, () => this.cancel(), () =>
       this.run(lib.kinglet_session_score, Int32Array.from(tokens), tokens.length, logprobs, logprobs.length));
     return logprobs;
+  }
+
+  async embed(tokens, { signal } = {}) {
+    const count = [0];
+    const ids = Int32Array.from(tokens);
+    // Asks for the length first, which computes nothing.
+    const failed = await this.run(lib.kinglet_session_embed, ids, ids.length, null, 0, count).catch((error) => error);
+    if (failed.code !== constants.KINGLET_ERR_TOO_SMALL) throw failed;
+    const out = new Float32Array(Number(count[0]));
+    await abortable(signal, () => this.cancel(), () =>
+      this.run(lib.kinglet_session_embed, ids, ids.length, out, out.length, count));
+    return out;
+  }
+
+  async save(path) {
+    await this.run(lib.kinglet_session_save, path);
+  }
+
+  async load(path) {
+    await this.run(lib.kinglet_session_load, path);
   }
 
   fork() {

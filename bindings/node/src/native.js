@@ -52,7 +52,7 @@ function parameter(text) {
   const [constant, depth] = [/\bconst\b/.test(text), stars.replace(/\s/g, '').length];
   if (type === 'char' && depth === 2) return `_Out_ kinglet_text *${name}`;
   if (type.startsWith('kinglet_') && depth === 2 && !constant) return `_Out_ ${type} **${name}`;
-  if (type === 'kinglet_error' || (type === 'size_t' && depth === 1)) return `_Out_ ${type} *${name}`;
+  if (type === 'kinglet_error' || (['size_t', 'uint64_t'].includes(type) && depth === 1)) return `_Out_ ${type} *${name}`;
   if (structs[type] && depth === 1 && !constant) return `_Inout_ ${type} *${name}`;
   // A text with a length beside it may hold a NUL; an array is filled in place.
   if (type === 'char' && (name === 'text' || !constant)) return `uint8_t *${name}`;

@@ -112,6 +112,29 @@ func cancels(_ model: Model) async throws {
     require(endless.end == .cancelled, "the end of a cancelled task's answer")
 }
 
+func windows(_ model: Model) async throws {
+    let (session, other) = (try model.session(), try model.session())
+    let (prompt, window) = (ids("text_tokens"), folder + ".window")
+    let direction = try await session.embed(prompt)
+    require(abs(direction.reduce(0) { $0 + $1 * $1 } - 1) < 1e-4, "a direction")
+    require(try session.count() == 0, "the window as it was")
+    try await session.feed(prompt)
+    try session.save(to: window)
+    try other.load(from: window)
+    await fails("damaged_window_code") { try other.load(from: path) }
+    try await session.feed([prompt.last!])
+    try await other.feed([prompt.last!])
+    require(try session.logits() == other.logits(), "a window from a file goes on")
+
+    let answer = try other.generate(request("greedy_request"))
+    try model.suspend()
+    await fails("suspended_code") { _ = try await answer.next() }
+    try model.resume()
+    require(try await tokens(of: answer) == ids("greedy_tokens"), "an answer goes on after the model was suspended")
+    require(try model.trim() > 0, "sessions have memory to give back")
+    require(try await tokens(of: other.generate(request("greedy_request"))) == ids("greedy_tokens"), "and take it anew")
+}
+
 func anyOrder() async throws {
     for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
         var model: Model? = try openModel()
@@ -157,6 +180,7 @@ try await answers(tiny)
 try await splitUtf8(tiny)
 try await errors(tiny)
 try await cancels(tiny)
+try await windows(tiny)
 try await training(tiny)
 try await anyOrder()
 print("conforms")

@@ -56,13 +56,21 @@ final class Jni {
     /** The fields of kinglet_memory. */
     static native long[] estimate(byte[] path, byte[] backend, int threads, int context, int kv, int chunk);
 
-    static native long modelOpen(byte[] path, byte[] backend, int threads, long budget, int flags);
+    static native long modelOpen(byte[] path, byte[] backend, int threads, long budget, long prefixes, int flags);
 
-    static native long modelOpenFd(int fd, long offset, long length, byte[] backend, int threads, long budget, int flags);
+    static native long modelOpenFd(
+            int fd, long offset, long length, byte[] backend, int threads, long budget, long prefixes, int flags);
 
-    static native long modelOpenMemory(byte[] bytes, byte[] backend, int threads, long budget, int flags);
+    static native long modelOpenMemory(
+            byte[] bytes, byte[] backend, int threads, long budget, long prefixes, int flags);
 
     static native void modelFree(long model);
+
+    static native long modelTrim(long model);
+
+    static native void modelSuspend(long model);
+
+    static native void modelResume(long model);
 
     static native byte[] modelInfoJson(long model);
 
@@ -94,6 +102,12 @@ final class Jni {
     static native float[] sessionLogits(long session);
 
     static native float[] sessionScore(long session, int[] tokens);
+
+    static native float[] sessionEmbed(long session, int[] tokens);
+
+    static native void sessionSave(long session, byte[] path);
+
+    static native void sessionLoad(long session, byte[] path);
 
     static native void sessionCancel(long session);
 

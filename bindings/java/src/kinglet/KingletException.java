@@ -24,6 +24,8 @@ public final class KingletException extends RuntimeException {
     @Native public static final int CANCELLED = -8;
     /** The GPU or its driver failed. */
     @Native public static final int DEVICE_LOST = -9;
+    /** The model is suspended: call again when it is resumed. */
+    @Native public static final int SUSPENDED = -10;
     /** A computation gave NaN or infinity. */
     @Native public static final int NUMERIC = -13;
     /** A fault in the library; the object can only be closed. */

@@ -14,6 +14,8 @@ public final class Model extends Handle {
         public int threads;
         /** Most bytes that the file and one session, or trainer, take together; 0: no limit. */
         public long memoryBudget;
+        /** Most bytes for prompts that were read, so that sessions that begin alike share the work; 0: none. */
+        public long prefixCache;
         /** Read all weights on opening, and refuse NaN and infinity. */
         public boolean validate;
         /** Read the file into memory instead of mapping it: for files that others change. */
@@ -35,7 +37,9 @@ public final class Model extends Handle {
 
     /** Opens the GGUF file at {@code path}; of a model in several files, any one of them. */
     public static Model open(String path, Options o) {
-        return new Model(Jni.modelOpen(Jni.utf8(path), Jni.utf8(o.backend), o.threads, o.memoryBudget, o.flags()));
+        byte[] backend = Jni.utf8(o.backend);
+        return new Model(
+                Jni.modelOpen(Jni.utf8(path), backend, o.threads, o.memoryBudget, o.prefixCache, o.flags()));
     }
 
     /**
@@ -44,14 +48,15 @@ public final class Model extends Handle {
      */
     public static Model open(int descriptor, long offset, long length, Options o) {
         byte[] backend = Jni.utf8(o.backend);
-        return new Model(
-                Jni.modelOpenFd(descriptor, offset, length, backend, o.threads, o.memoryBudget, o.flags()));
+        return new Model(Jni.modelOpenFd(
+                descriptor, offset, length, backend, o.threads, o.memoryBudget, o.prefixCache, o.flags()));
     }
 
     /** Opens the model in {@code bytes}, which are copied. */
     public static Model open(byte[] bytes, Options o) {
         int flags = o.flags() | Jni.MODEL_COPY;
-        return new Model(Jni.modelOpenMemory(bytes, Jni.utf8(o.backend), o.threads, o.memoryBudget, flags));
+        byte[] backend = Jni.utf8(o.backend);
+        return new Model(Jni.modelOpenMemory(bytes, backend, o.threads, o.memoryBudget, o.prefixCache, flags));
     }
 
     /** What the model is, as JSON. */
@@ -91,6 +96,30 @@ public final class Model extends Handle {
     /** The bytes of one token, which may be a part of a character. */
     public byte[] tokenBytes(int token) {
         return with(pointer -> Jni.tokenBytes(pointer, token, 0));
+    }
+
+    /** Gives back memory that can be had again, and says how many bytes: for {@code onTrimMemory}. */
+    public long trim() {
+        return with(Jni::modelTrim);
+    }
+
+    /**
+     * Lets nothing compute with the model until {@link #resume}: what would fails with {@link KingletException#SUSPENDED}.
+     * Returns when nothing does any more.
+     */
+    public void suspend() {
+        with(pointer -> {
+            Jni.modelSuspend(pointer);
+            return null;
+        });
+    }
+
+    /** Takes {@link #suspend} back. */
+    public void resume() {
+        with(pointer -> {
+            Jni.modelResume(pointer);
+            return null;
+        });
     }
 
     /** A conversation as the defaults say. */

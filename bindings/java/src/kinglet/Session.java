@@ -61,6 +61,27 @@ public final class Session extends Handle {
         return with(pointer -> Jni.sessionScore(pointer, tokens));
     }
 
+    /** What tokens mean together, as a direction of length 1; the window is left as it is. */
+    public float[] embed(int... tokens) {
+        return with(pointer -> Jni.sessionEmbed(pointer, tokens));
+    }
+
+    /** Writes the window to a file. */
+    public void save(String path) {
+        with(pointer -> {
+            Jni.sessionSave(pointer, Jni.utf8(path));
+            return null;
+        });
+    }
+
+    /** Takes the window from a file of {@link #save}, in place of this one. */
+    public void load(String path) {
+        with(pointer -> {
+            Jni.sessionLoad(pointer, Jni.utf8(path));
+            return null;
+        });
+    }
+
     /** A second session that has read the same tokens. */
     public Session fork() {
         return new Session(with(Jni::sessionFork));
@@ -98,7 +119,7 @@ public final class Session extends Handle {
         }));
     }
 
-    /** Stops {@link #feed} or {@link #score}, if one is running on another thread. */
+    /** Stops {@link #feed}, {@link #score} or {@link #embed}, if one is running on another thread. */
     public void cancel() {
         stopIfOpen();
     }

@@ -36,6 +36,8 @@ public final class Model: @unchecked Sendable {
         public var threads: Int32 = 0
         /// Most bytes that the file and one session, or trainer, take together; 0: no limit.
         public var memoryBudget: UInt64 = 0
+        /// Most bytes for prompts that were read, so that sessions that begin alike share the work; 0: none.
+        public var prefixCache: UInt64 = 0
         /// Read all weights on opening, and refuse NaN and infinity.
         public var validate = false
         /// Read the file into memory instead of mapping it: for files that others change.
@@ -98,6 +100,21 @@ public final class Model: @unchecked Sendable {
         let flags = control ? UInt32(KINGLET_DETOKENIZE_CONTROL) : 0
         return try array(of: UInt8(0)) { kinglet_token_bytes(pointer, token, flags, $0, $1, $2, $3) }
     }
+
+    /// Gives back memory that can be had again, and says how many bytes: for a memory warning.
+    @discardableResult
+    public func trim() throws -> UInt64 {
+        var freed: UInt64 = 0
+        try call { kinglet_model_trim(pointer, &freed, $0) }
+        return freed
+    }
+
+    /// Lets nothing compute with the model until `resume`, as iOS wants it of an application in the background: what would
+    /// throws `KingletError.suspended`. Returns when nothing does any more.
+    public func suspend() throws { try call { kinglet_model_suspend(pointer, $0) } }
+
+    /// Takes `suspend` back.
+    public func resume() throws { try call { kinglet_model_resume(pointer, $0) } }
 
     /// A conversation.
     public func session(_ options: Session.Options = .init()) throws -> Session {

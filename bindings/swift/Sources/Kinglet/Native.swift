@@ -14,6 +14,7 @@ public struct KingletError: Error, CustomStringConvertible, Sendable {
     public static let contextFull = Int32(KINGLET_ERR_CONTEXT_FULL)
     public static let busy = Int32(KINGLET_ERR_BUSY)
     public static let cancelled = Int32(KINGLET_ERR_CANCELLED)
+    public static let suspended = Int32(KINGLET_ERR_SUSPENDED)
     public static let deviceLost = Int32(KINGLET_ERR_DEVICE_LOST)
 
     public var description: String { message }
@@ -99,6 +100,7 @@ func withModelOptions<Result>(
         native.backend = backend
         native.threads = options.threads
         native.memory_budget = options.memoryBudget
+        native.prefix_cache = options.prefixCache
         native.flags = (options.validate ? UInt32(KINGLET_MODEL_VALIDATE) : 0) | (options.copy ? UInt32(KINGLET_MODEL_COPY) : 0)
         return try body(&native)
     }

@@ -63,6 +63,19 @@ public final class Session: @unchecked Sendable {
         }
     }
 
+    /// What tokens mean together, as a direction of length 1; the window is left as it is.
+    public func embed(_ tokens: [Int32]) async throws -> [Float] {
+        try await blocking(on: queue, stop: { [self] in cancel() }) { [self] in
+            try array(of: Float(0)) { kinglet_session_embed(pointer, tokens, tokens.count, $0, $1, $2, $3) }
+        }
+    }
+
+    /// Writes the window to a file.
+    public func save(to path: String) throws { try call { kinglet_session_save(pointer, path, $0) } }
+
+    /// Takes the window from a file of `save`, in place of this one.
+    public func load(from path: String) throws { try call { kinglet_session_load(pointer, path, $0) } }
+
     /// A second session that has read the same tokens.
     public func fork() throws -> Session { Session(try make { kinglet_session_fork(pointer, $0, $1) }) }
 
@@ -91,7 +104,7 @@ public final class Session: @unchecked Sendable {
         }
     }
 
-    /// Stops `feed` or `score`, if one is running.
+    /// Stops `feed`, `score` or `embed`, if one is running.
     public func cancel() { kinglet_session_cancel(pointer) }
 }
 
