@@ -99,6 +99,23 @@ def cancels(model):
     answer.read()
     assert answer.end == kinglet.EndReason.CANCELLED
 
+    async def abandoned():
+        with session.complete(**request("endless_request")) as answer:
+            async for _ in answer:
+                pass
+
+    async def cancelled():
+        task = asyncio.create_task(abandoned())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        # A tiny model may have filled its window before.
+        assert task.cancelled() or task.exception() is None
+
+    for _ in range(20):
+        asyncio.run(cancelled())
+        session.reset()  # the threads of the loop have ended, and with them the call
+
 
 def windows(model):
     session, other = model.session(), model.session()

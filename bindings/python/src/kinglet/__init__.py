@@ -131,10 +131,9 @@ class _Object:
     _pointer: Any
 
     def close(self) -> None:
-        """Frees the object now; it cannot be used any more."""
-        pointer, self._pointer = self._pointer, ffi.NULL
-        if pointer != ffi.NULL:
-            ffi.release(pointer)
+        """Frees the object now, or when the call that uses it is over; it cannot be used any more."""
+        # A running call has a reference of its own; the last one frees.
+        self._pointer = ffi.NULL
 
     def __enter__(self) -> Any:
         return self
@@ -401,7 +400,12 @@ class Generation(_Object, Iterator[Piece], AsyncIterator[Piece]):
         return piece
 
     async def __anext__(self) -> Piece:
-        piece = await asyncio.to_thread(self._pull)
+        try:
+            piece = await asyncio.to_thread(self._pull)
+        except asyncio.CancelledError:
+            # The thread goes on, to the end that this brings about.
+            self.cancel()
+            raise
         if piece is None:
             raise StopAsyncIteration
         return piece
