@@ -18,7 +18,7 @@ function local(path) {
   return fileURLToPath(new URL(path, import.meta.url));
 }
 
-/** The header without comments, directives and `const`. */
+/** The header without comments and directives. */
 function declarations() {
   const path = HEADERS.map(local).find(existsSync);
   if (!path) throw new Error(`kinglet.h is in none of ${HEADERS.map(local).join(', ')}; install the package again`);
@@ -48,8 +48,9 @@ const shared = load();
 
 /** A parameter as koffi wants it: what the library writes is marked, and bytes are bytes. */
 function parameter(text) {
-  const [, type, stars, name] = text.replace(/\bconst\b/g, '').match(/^\s*(\w+)\s*([*\s]*?)\s*(\w+)\s*$/);
-  const [constant, depth] = [/\bconst\b/.test(text), stars.replace(/\s/g, '').length];
+  const constant = /\bconst\b/.test(text);
+  const [, type, stars, name] = text.replace(/\bconst\b/g, '').match(/^\s*(\w+)([*\s]+)(\w+)\s*$/);
+  const depth = stars.replace(/\s/g, '').length;
   if (type === 'char' && depth === 2) return `_Out_ kinglet_text *${name}`;
   if (type.startsWith('kinglet_') && depth === 2 && !constant) return `_Out_ ${type} **${name}`;
   if (type === 'kinglet_error' || (['size_t', 'uint64_t'].includes(type) && depth === 1)) return `_Out_ ${type} *${name}`;
@@ -78,6 +79,7 @@ export const constants = {};
 /** The functions of the header. */
 export const lib = {};
 
+// Numbers and types, then the functions that use them.
 {
   const text = declarations();
   koffi.alias('kinglet_status', 'int32_t');
