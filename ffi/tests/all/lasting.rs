@@ -310,3 +310,37 @@ fn a_step_that_suspending_stops_is_taken_again() {
     assert!(refused > 0, "no step was stopped");
     free(&[], model.0);
 }
+
+#[test]
+fn null_arguments_are_named() {
+    let mut err = error();
+    // SAFETY: NULL is what is tested.
+    unsafe {
+        let e = &raw mut err;
+        let (model, session) = (null_mut(), null_mut());
+        let at = null_mut::<f32>();
+        let wrong = |status: i32, word: &str| {
+            assert_eq!(status, KINGLET_ERR_ARG);
+            assert!(message(&*e).contains(word), "{}", message(&*e));
+        };
+        wrong(kinglet_session_embed(session, null(), 0, at, 0, null_mut(), e), "session is NULL");
+        wrong(kinglet_session_save(session, c"a".as_ptr(), e), "session is NULL");
+        wrong(kinglet_session_load(session, c"a".as_ptr(), e), "session is NULL");
+        wrong(kinglet_model_trim(model, null_mut(), e), "model is NULL");
+        wrong(kinglet_model_suspend(model, e), "model is NULL");
+        wrong(kinglet_model_resume(model, e), "model is NULL");
+    }
+    let scratch = Scratch::new("lasting-null");
+    let model = open(&scratch.model());
+    let s = session(model, None);
+    // SAFETY: NULL is what is tested; the session is ours.
+    unsafe {
+        assert_eq!(kinglet_session_save(s, null(), &mut err), KINGLET_ERR_ARG);
+        assert!(message(&err).contains("path is NULL"), "{}", message(&err));
+        assert_eq!(kinglet_session_load(s, c"\xff".as_ptr(), &mut err), KINGLET_ERR_ARG);
+        let missing = scratch.path("no/such/folder/window");
+        assert_eq!(kinglet_session_save(s, path(&missing).as_ptr(), &mut err), KINGLET_ERR_IO);
+        assert!(message(&err).contains("no/such/folder"), "{}", message(&err));
+    }
+    free(&[s], model);
+}
