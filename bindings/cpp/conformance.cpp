@@ -124,6 +124,31 @@ void cancels(const kinglet::Model &model) {
     require(answer.event().end_reason == KINGLET_END_CANCELLED, "the end of a cancelled answer");
 }
 
+void windows(kinglet::Model &model) {
+    kinglet::Session session = model.session(), other = model.session();
+    const std::vector<int32_t> prompt = numbers<int32_t>("text_tokens"), last(1, prompt.back());
+    std::vector<float> direction = session.embed(prompt);
+    double length = 0;
+    for (float x : direction) length += double(x) * x;
+    require(std::fabs(length - 1) < 1e-4 && session.size() == 0, "a direction, and the window as it was");
+    session.feed(prompt);
+    session.save(folder + ".window");
+    other.load(folder + ".window");
+    fails("damaged_window_code", [&] { other.load(path); });
+    session.feed(last);
+    other.feed(last);
+    require(session.logits() == other.logits(), "a window from a file goes on");
+
+    kinglet::Generation answer = other.generate(values.at("greedy_request"));
+    model.suspend();
+    kinglet::Piece piece;
+    fails("suspended_code", [&] { answer.next(piece); });
+    model.resume();
+    require(tokens_of(answer) == numbers<int32_t>("greedy_tokens"), "an answer goes on after the model was suspended");
+    require(model.trim() > 0, "sessions have memory to give back");
+    require(answer_of(other, "greedy_request") == numbers<int32_t>("greedy_tokens"), "and take it anew");
+}
+
 void any_order() {
     int order[3] = {0, 1, 2};
     do {
@@ -183,6 +208,7 @@ int main(int argc, char **argv) {
     split_utf8(model);
     errors(model);
     cancels(model);
+    windows(model);
     training(model);
     any_order();
     std::puts("conforms");

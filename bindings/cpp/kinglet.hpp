@@ -201,6 +201,13 @@ public:
         detail::call(kinglet_session_score, get(), tokens.data(), tokens.size(), logprobs.data(), logprobs.size());
         return logprobs;
     }
+    /* What tokens mean together, as a direction of length 1. */
+    std::vector<float> embed(const std::vector<int32_t> &tokens) {
+        return detail::array<float>(kinglet_session_embed, get(), tokens.data(), tokens.size());
+    }
+    /* Writes the window to a file, and takes it from there. */
+    void save(const std::string &path) { detail::call(kinglet_session_save, get(), path.c_str()); }
+    void load(const std::string &path) { detail::call(kinglet_session_load, get(), path.c_str()); }
     Session fork() { return Session(detail::make<kinglet_session>(kinglet_session_fork, get())); }
     void reset() { detail::call(kinglet_session_reset, get()); }
     void rewind(std::size_t n_tokens) { detail::call(kinglet_session_rewind, get(), n_tokens); }
@@ -222,7 +229,7 @@ public:
         detail::call(kinglet_session_memory, get(), &memory);
         return memory;
     }
-    /* Stops feed or score; from any thread. */
+    /* Stops feed, score or embed; from any thread. */
     void cancel() const noexcept { kinglet_session_cancel(get()); }
 
     kinglet_session *get() const noexcept { return handle_.get(); }
@@ -275,6 +282,16 @@ public:
         detail::call(kinglet_model_estimate, path.c_str(), &options, &session, &memory);
         return memory;
     }
+
+    /* Gives back memory that can be had again; its bytes. */
+    uint64_t trim() {
+        uint64_t freed = 0;
+        detail::call(kinglet_model_trim, get(), &freed);
+        return freed;
+    }
+    /* Lets nothing compute with the model, from the return of suspend to resume; from any thread. */
+    void suspend() { detail::call(kinglet_model_suspend, get()); }
+    void resume() { detail::call(kinglet_model_resume, get()); }
 
     std::string info_json() const { return detail::text(kinglet_model_info_json, get()); }
     std::string chat_template() const { return detail::text(kinglet_model_chat_template, get()); }

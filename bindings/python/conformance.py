@@ -99,6 +99,44 @@ def cancels(model):
     answer.read()
     assert answer.end == kinglet.EndReason.CANCELLED
 
+    async def abandoned():
+        with session.complete(**request("endless_request")) as answer:
+            async for _ in answer:
+                pass
+
+    async def cancelled():
+        task = asyncio.create_task(abandoned())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        # A tiny model may have filled its window before.
+        assert task.cancelled() or task.exception() is None
+
+    for _ in range(20):
+        asyncio.run(cancelled())
+        session.reset()  # the threads of the loop have ended, and with them the call
+
+
+def windows(model):
+    session, other = model.session(), model.session()
+    prompt, window = numbers("text_tokens"), folder + ".window"
+    assert abs(sum(x * x for x in session.embed(prompt)) - 1) < 1e-4 and len(session) == 0
+    session.feed(prompt)
+    session.save(window)
+    other.load(window)
+    fails("damaged_window_code", lambda: other.load(path))
+    session.feed(prompt[-1:])
+    other.feed(prompt[-1:])
+    assert session.logits() == other.logits()
+
+    answer = other.complete(**request("greedy_request"))
+    model.suspend()
+    fails("suspended_code", lambda: next(answer))
+    model.resume()
+    assert tokens_of(answer) == numbers("greedy_tokens")
+    assert model.trim() > 0
+    assert tokens_of(other.complete(**request("greedy_request"))) == numbers("greedy_tokens")
+
 
 def any_order():
     for order in permutations(range(3)):
@@ -140,6 +178,7 @@ with open_model() as tiny:
     split_utf8(tiny)
     errors(tiny)
     cancels(tiny)
+    windows(tiny)
     training(tiny)
 any_order()
 in_memory = kinglet.Model(Path(path).read_bytes(), backend="cpu", threads=2)

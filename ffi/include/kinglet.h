@@ -74,6 +74,7 @@ enum {
     KINGLET_ERR_BUSY = -7,          /* another call, or a generation, is using the object */
     KINGLET_ERR_CANCELLED = -8,     /* a _cancel function was called */
     KINGLET_ERR_DEVICE_LOST = -9,   /* the GPU or its driver failed: open the model anew, on the CPU perhaps */
+    KINGLET_ERR_SUSPENDED = -10,    /* kinglet_model_suspend was called: call again after kinglet_model_resume */
     KINGLET_ERR_TOO_SMALL = -11,    /* your array is too short; its count was written */
     KINGLET_ERR_ABI = -12,          /* a struct has no struct_size, or sets a field that this library does not know */
     KINGLET_ERR_NUMERIC = -13,      /* a computation gave NaN or infinity: the model's weights are damaged, say */
@@ -140,6 +141,8 @@ typedef struct kinglet_model_options {
     int32_t threads;         /* of each session and trainer; 0: one per core */
     int32_t reserved;        /* 0 */
     uint64_t memory_budget;  /* most bytes that the file and one session, or trainer, take together; 0: no limit */
+    uint64_t prefix_cache;   /* most bytes, beside the budget, for prompts that were read, so that sessions that begin alike
+                                share the work; 0: none */
 } kinglet_model_options;
 
 /* Bytes that a model with one session takes. */
@@ -193,6 +196,18 @@ kinglet_status kinglet_model_chat_template(const kinglet_model *model, char **ou
    of the file is read. */
 kinglet_status kinglet_model_estimate(const char *path, const kinglet_model_options *model_options,
                                       const kinglet_session_options *session, kinglet_memory *out, kinglet_error *err);
+
+/* For when memory gets short: gives back what can be had again, which is the prefix cache and what sessions without a running
+   call compute in; the next call takes it anew. freed, which may be NULL, gets the bytes. */
+kinglet_status kinglet_model_trim(kinglet_model *model, uint64_t *freed, kinglet_error *err);
+
+/* For when the application goes to the background, where the system allows no work on the GPU: stops what computes with the
+   model, and returns when nothing does any more, after a token or a part of a prompt at most. Until kinglet_model_resume every
+   call that would compute returns KINGLET_ERR_SUSPENDED and has not happened: sessions, answers and trainers go on after that
+   as if nothing had been. Memory stays as it is. Not from a callback. */
+kinglet_status kinglet_model_suspend(kinglet_model *model, kinglet_error *err);
+
+kinglet_status kinglet_model_resume(kinglet_model *model, kinglet_error *err);
 
 /* ---------------------------------------------------------------------------------------------------------- Tokens -- */
 
@@ -270,7 +285,20 @@ kinglet_status kinglet_session_logits(kinglet_session *session, float *out, size
 kinglet_status kinglet_session_score(kinglet_session *session, const int32_t *tokens, size_t n_tokens, float *logprobs,
                                      size_t capacity, kinglet_error *err);
 
-/* Stops kinglet_session_feed or kinglet_session_score, if one is running, between two operations. Any thread, signal
+/* What tokens mean together, as a direction: the mean of the states behind the last layer, scaled to length 1; two texts are
+   as alike as the sum of the products of their numbers is near 1. There are as many numbers as the model is wide. The window
+   is left as it is. */
+kinglet_status kinglet_session_embed(kinglet_session *session, const int32_t *tokens, size_t n_tokens, float *out,
+                                     size_t capacity, size_t *count, kinglet_error *err);
+
+/* Writes the window, tokens with their keys and values, to the file at path, whole or not at all. On the CPU. */
+kinglet_status kinglet_session_save(kinglet_session *session, const char *path, kinglet_error *err);
+
+/* Takes the window from a file of kinglet_session_save, in place of this one: nothing of it is computed again. Model, kv_type
+   and adapters must be those of the session that was saved. On the CPU. */
+kinglet_status kinglet_session_load(kinglet_session *session, const char *path, kinglet_error *err);
+
+/* Stops kinglet_session_feed, kinglet_session_score or kinglet_session_embed, if one is running, between two operations. Any thread, signal
    handlers too. */
 void kinglet_session_cancel(const kinglet_session *session);
 
@@ -330,7 +358,8 @@ kinglet_status kinglet_generate(kinglet_session *session, const char *request_js
                                 kinglet_error *err);
 
 /* Computes until there is something to tell, usually one token or a chunk of the prompt, and fills event: KINGLET_OK.
-   Behind the event KINGLET_EVENT_END: KINGLET_DONE. After an error every further call returns it again. */
+   Behind the event KINGLET_EVENT_END: KINGLET_DONE. After an error, but for KINGLET_ERR_SUSPENDED, every further call returns
+   it again. */
 kinglet_status kinglet_generation_next(kinglet_generation *generation, kinglet_event *event, kinglet_error *err);
 
 /* Ends the answer between two operations, wherever it is, reading the prompt included: kinglet_generation_next gives

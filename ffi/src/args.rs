@@ -199,8 +199,17 @@ pub unsafe fn place<T>(out: *mut *mut T, name: &str) -> Outcome<()> {
 /// # Safety
 /// `out` was checked by [`place`].
 pub unsafe fn give<T>(out: *mut *mut T, object: T) -> kinglet_status {
+    // SAFETY: passed on.
+    unsafe { give_shared(out, Arc::new(object)) }
+}
+
+/// As [`give`], an object that others may hold too.
+///
+/// # Safety
+/// As [`give`].
+pub unsafe fn give_shared<T>(out: *mut *mut T, object: Arc<T>) -> kinglet_status {
     // SAFETY: checked by `place`.
-    unsafe { out.write(Arc::into_raw(Arc::new(object)).cast_mut()) };
+    unsafe { out.write(Arc::into_raw(object).cast_mut()) };
     KINGLET_OK
 }
 

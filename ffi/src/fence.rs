@@ -41,6 +41,8 @@ pub const KINGLET_ERR_BUSY: kinglet_status = -7;
 pub const KINGLET_ERR_CANCELLED: kinglet_status = -8;
 /// The GPU or its driver failed.
 pub const KINGLET_ERR_DEVICE_LOST: kinglet_status = -9;
+/// The model is suspended.
+pub const KINGLET_ERR_SUSPENDED: kinglet_status = -10;
 /// The caller's array does not hold the result; how long it must be was written.
 pub const KINGLET_ERR_TOO_SMALL: kinglet_status = -11;
 /// A struct is of another version.

@@ -14,8 +14,10 @@ use kinglet_engine::session::{EndReason, GenerateOptions};
 
 use crate::args::{self, Versioned};
 use crate::fence::{
-    Failure, KINGLET_DONE, KINGLET_OK, Outcome, enter, fence, fence_void, kinglet_error, kinglet_status, unusable,
+    Failure, KINGLET_DONE, KINGLET_ERR_SUSPENDED, KINGLET_OK, Outcome, enter, fence, fence_void, kinglet_error,
+    kinglet_status, unusable,
 };
+use crate::gate::suspended;
 use crate::request;
 use crate::session::kinglet_session;
 use crate::slot::Slot;
@@ -140,7 +142,7 @@ impl kinglet_generation {
             _ => {}
         }
         // The last token is fed in any case: its logits are what comes next.
-        let reused = slot.hold()?.keep_prefix(&tokens[..tokens.len() - 1]);
+        let reused = slot.hold()?.reuse_prefix(&tokens[..tokens.len() - 1]);
         session.cancel.reset();
         drop(slot);
         let counts = Counts { prompt: tokens.len(), reused, prefilled: reused, ..Counts::default() };
@@ -162,8 +164,10 @@ impl kinglet_generation {
             Phase::Prompt { .. } | Phase::Answer => {
                 // Who else asks for the session now is sent away at once: waiting for that takes no time.
                 let mut slot = self.session.slot.lock().map_err(|_| unusable("session"))?;
-                match state.advance(&mut slot, &self.cancelled) {
+                match state.advance(&mut slot, &self.cancelled, &self.session) {
                     Ok(Some(event)) => return Ok(Some(event)),
+                    // Nothing has changed.
+                    Err(failure) if failure.code == KINGLET_ERR_SUSPENDED => return Err(failure),
                     Ok(None) => self.give_back(&mut slot),
                     Err(failure) => {
                         self.give_back(&mut slot);
@@ -208,16 +212,36 @@ impl Drop for kinglet_generation {
 
 impl State {
     /// One chunk of the prompt, or one token; `None` at the end, which is in `phase` then.
-    fn advance(&mut self, slot: &mut Slot, cancelled: &AtomicBool) -> Outcome<Option<kinglet_event>> {
+    ///
+    /// # Errors
+    /// Whatever stops the computation; `KINGLET_ERR_SUSPENDED`, after which it can be called again.
+    fn advance(
+        &mut self,
+        slot: &mut Slot,
+        cancelled: &AtomicBool,
+        owner: &kinglet_session,
+    ) -> Outcome<Option<kinglet_event>> {
+        let gate = &owner.shared.gate;
         if let Phase::Prompt { tokens, options } = &mut self.phase {
             let session = slot.feeding()?;
             let (at, chunk) = (session.position(), session.options().chunk);
             if tokens.len() - at > chunk {
+                let pass = gate.enter(Some(&owner.cancel))?;
                 let started = Instant::now();
                 let fed = session.feed(&tokens[at..at + chunk]).map(|_| ());
                 self.counts.fed += started.elapsed();
+                let stopped = pass.stopped() && !cancelled.load(Ordering::Acquire);
+                if stopped {
+                    owner.cancel.reset();
+                    // Who asked meanwhile has said so before.
+                    if cancelled.load(Ordering::Acquire) {
+                        owner.cancel.cancel();
+                    }
+                }
                 match fed {
                     Ok(()) => {}
+                    // The chunk has not been read; the next call reads it.
+                    Err(Error::Cancelled) if stopped => return Err(suspended()),
                     Err(Error::Cancelled) => {
                         self.phase = Phase::Ended(EndReason::Cancelled);
                         return Ok(None);
@@ -234,6 +258,8 @@ impl State {
             }
             self.phase = Phase::Answer;
         }
+        // Stopping would end the answer, and a token comes soon.
+        let _pass = gate.enter(None)?;
         let generation = slot.answer()?;
         self.text.clear();
         let token = generation.next()?.map(|piece| {

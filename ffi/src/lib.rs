@@ -7,6 +7,7 @@
 //! | `library`, `log` | versions, devices, strings; messages |
 //! | `model`, `tokens` | models by path, descriptor or memory; text to tokens and back |
 //! | `session`, `slot` | one conversation; the generation that borrows it |
+//! | `gate` | what a suspended model keeps out |
 //! | `request`, `generation` | from JSON to events, pulled one by one |
 //! | `adapter`, `training` | LoRA at run time; training step by step |
 //!
@@ -26,6 +27,7 @@
 mod adapter;
 mod args;
 mod fence;
+mod gate;
 mod generation;
 mod library;
 mod log;
@@ -40,7 +42,8 @@ pub use adapter::*;
 pub use fence::{
     KINGLET_DONE, KINGLET_ERR_ABI, KINGLET_ERR_ARG, KINGLET_ERR_BUSY, KINGLET_ERR_CANCELLED, KINGLET_ERR_CONTEXT_FULL,
     KINGLET_ERR_DEVICE_LOST, KINGLET_ERR_FORMAT, KINGLET_ERR_INTERNAL, KINGLET_ERR_IO, KINGLET_ERR_MEMORY,
-    KINGLET_ERR_NUMERIC, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK, kinglet_error, kinglet_status,
+    KINGLET_ERR_NUMERIC, KINGLET_ERR_SUSPENDED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK,
+    kinglet_error, kinglet_status,
 };
 pub use generation::*;
 pub use library::*;

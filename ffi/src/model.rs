@@ -3,11 +3,11 @@
 use std::ffi::{c_char, c_void};
 use std::slice;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kinglet_engine::gguf::{Gguf, OpenOptions};
-use kinglet_engine::session::{Device, Estimate, Model, Session, SessionOptions};
+use kinglet_engine::session::{Device, Estimate, Model, PrefixCache, Session, SessionOptions};
 use serde_json::json;
 
 use crate::args::{self, Versioned};
@@ -15,7 +15,8 @@ use crate::fence::{
     Failure, KINGLET_ERR_MEMORY, KINGLET_ERR_UNSUPPORTED, KINGLET_OK, Outcome, fence, fence_void, kinglet_error,
     kinglet_status,
 };
-use crate::session::{kinglet_session_options, session_options};
+use crate::gate::Gate;
+use crate::session::{kinglet_session, kinglet_session_options, session_options};
 
 /// Read all weights on opening and refuse NaN and infinity.
 pub const KINGLET_MODEL_VALIDATE: u32 = 1;
@@ -39,6 +40,8 @@ pub struct kinglet_model_options {
     pub reserved: i32,
     /// Most bytes that the model with one session may take, the mapped file included; 0 for no limit.
     pub memory_budget: u64,
+    /// Most bytes for beginnings of prompts that were computed, for other sessions that begin alike; 0 for none.
+    pub prefix_cache: u64,
 }
 
 // SAFETY: `repr(C)`, a `u32` first, numbers and a pointer.
@@ -98,6 +101,28 @@ pub type kinglet_release_callback = Option<unsafe extern "C" fn(user: *mut c_voi
 pub struct kinglet_model {
     pub(crate) model: Model,
     pub(crate) settings: Settings,
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// What a model and everything that runs it have in common.
+#[derive(Default)]
+pub(crate) struct Shared {
+    pub gate: Gate,
+    sessions: Mutex<Vec<Weak<kinglet_session>>>,
+}
+
+impl Shared {
+    /// Remembers a session that is handed out.
+    pub fn add(&self, session: &Arc<kinglet_session>) {
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|session| session.strong_count() > 0);
+        sessions.push(Arc::downgrade(session));
+    }
+
+    /// The sessions that are alive.
+    fn sessions(&self) -> Vec<Arc<kinglet_session>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect()
+    }
 }
 
 /// What the options say beside how the file is read.
@@ -106,6 +131,7 @@ pub(crate) struct Settings {
     pub device: Device,
     pub threads: usize,
     pub memory_budget: Option<u64>,
+    pub prefix_cache: Option<PrefixCache>,
 }
 
 /// The caller's options, checked.
@@ -134,7 +160,8 @@ unsafe fn settings(options: *const kinglet_model_options) -> Outcome<(OpenOption
         .map_err(|_| Failure::argument(format!("threads is {}; it must be 0 or more", options.threads)))?;
     let device = Device::from_str(backend.unwrap_or("auto"))?;
     let memory_budget = (options.memory_budget > 0).then_some(options.memory_budget);
-    Ok((open, Settings { device, threads, memory_budget }))
+    let prefix_cache = (options.prefix_cache > 0).then(|| PrefixCache::new(options.prefix_cache));
+    Ok((open, Settings { device, threads, memory_budget, prefix_cache }))
 }
 
 /// The model in `gguf`, if the budget holds its file.
@@ -144,7 +171,7 @@ fn load(gguf: Gguf, settings: Settings) -> Outcome<kinglet_model> {
             KINGLET_ERR_MEMORY,
             format!("{} has {} bytes, more than the budget of {budget}", gguf.name(), gguf.file_bytes()),
         )),
-        _ => Ok(kinglet_model { model: kinglet_models::load(gguf)?, settings }),
+        _ => Ok(kinglet_model { model: kinglet_models::load(gguf)?, settings, shared: Arc::default() }),
     }
 }
 
@@ -393,6 +420,70 @@ pub unsafe extern "C" fn kinglet_model_estimate(
             let header = OpenOptions { header_only: true, ..OpenOptions::default() };
             let model = kinglet_models::load(Gguf::open_with(path, &header)?)?;
             args::write(out, &kinglet_memory::new(Session::estimate(&model, &options)?))?;
+            Ok(KINGLET_OK)
+        })
+    }
+}
+
+/// Gives back memory that can be had again: the prefix cache, and what sessions without a running call compute in. `freed`,
+/// which may be NULL, gets the bytes.
+///
+/// # Safety
+/// As the header says.
+#[unsafe(no_mangle)]
+#[cfg_attr(kinglet_prove, no_panic::no_panic)]
+pub unsafe extern "C" fn kinglet_model_trim(
+    model: *mut kinglet_model,
+    freed: *mut u64,
+    err: *mut kinglet_error,
+) -> kinglet_status {
+    // SAFETY: the pointers are the caller's.
+    unsafe {
+        fence(err, || {
+            let model = args::handle(model.cast_const(), "model")?;
+            let mut bytes = 0;
+            if let Some(cache) = &model.settings.prefix_cache {
+                bytes += cache.bytes();
+                cache.clear();
+            }
+            for session in model.shared.sessions() {
+                bytes += session.trim()?;
+            }
+            if !freed.is_null() {
+                freed.write(bytes);
+            }
+            Ok(KINGLET_OK)
+        })
+    }
+}
+
+/// Lets nothing compute with the model until `kinglet_model_resume`, and returns when nothing does any more.
+///
+/// # Safety
+/// As the header says.
+#[unsafe(no_mangle)]
+#[cfg_attr(kinglet_prove, no_panic::no_panic)]
+pub unsafe extern "C" fn kinglet_model_suspend(model: *mut kinglet_model, err: *mut kinglet_error) -> kinglet_status {
+    // SAFETY: the pointers are the caller's.
+    unsafe {
+        fence(err, || {
+            args::handle(model.cast_const(), "model")?.shared.gate.suspend();
+            Ok(KINGLET_OK)
+        })
+    }
+}
+
+/// Takes `kinglet_model_suspend` back.
+///
+/// # Safety
+/// As the header says.
+#[unsafe(no_mangle)]
+#[cfg_attr(kinglet_prove, no_panic::no_panic)]
+pub unsafe extern "C" fn kinglet_model_resume(model: *mut kinglet_model, err: *mut kinglet_error) -> kinglet_status {
+    // SAFETY: the pointers are the caller's.
+    unsafe {
+        fence(err, || {
+            args::handle(model.cast_const(), "model")?.shared.gate.resume();
             Ok(KINGLET_OK)
         })
     }

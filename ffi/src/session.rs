@@ -1,6 +1,7 @@
 //! Sessions: one conversation with its window of tokens.
 
-use std::sync::Mutex;
+use std::ffi::c_char;
+use std::sync::{Arc, Mutex};
 
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{CancelHandle, Model, ScaledAdapter, Session, SessionOptions};
@@ -8,10 +9,11 @@ use kinglet_engine::session::{CancelHandle, Model, ScaledAdapter, Session, Sessi
 use crate::adapter::kinglet_adapter;
 use crate::args::{self, Versioned};
 use crate::fence::{
-    Failure, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK, Outcome, enter, fence, fence_void,
-    kinglet_error, kinglet_status,
+    Failure, KINGLET_ERR_CANCELLED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK, Outcome, enter, fence,
+    fence_void, kinglet_error, kinglet_status,
 };
-use crate::model::{Settings, kinglet_memory, kinglet_model};
+use crate::gate::suspended;
+use crate::model::{Settings, Shared, kinglet_memory, kinglet_model};
 use crate::slot::Slot;
 
 /// Keys and values in half precision, the default.
@@ -51,15 +53,46 @@ pub struct kinglet_session {
     pub(crate) model: Model,
     pub(crate) slot: Mutex<Slot>,
     pub(crate) cancel: CancelHandle,
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl kinglet_session {
-    fn new(session: Session) -> kinglet_session {
-        kinglet_session {
+    fn new(session: Session, shared: &Arc<Shared>) -> Arc<kinglet_session> {
+        let session = Arc::new(kinglet_session {
             model: session.model().clone(),
             cancel: session.cancel_handle(),
             slot: Mutex::new(Slot::new(session)),
+            shared: shared.clone(),
+        });
+        shared.add(&session);
+        session
+    }
+
+    /// Runs `body`, which reads tokens and may be cancelled, on a session that nobody else uses. Logits of before are gone
+    /// if the window has changed.
+    fn compute<T>(&self, body: impl FnOnce(&mut Session, &mut Vec<f32>) -> Outcome<T>) -> Outcome<T> {
+        let mut slot = enter(&self.slot, "session")?;
+        let (session, logits) = slot.idle_with_logits()?;
+        self.cancel.reset();
+        let pass = self.shared.gate.enter(Some(&self.cancel))?;
+        let before = session.position();
+        let result = body(session, logits);
+        match result {
+            Err(_) if session.position() != before => logits.clear(),
+            _ => {}
         }
+        match result {
+            // What was asked to stop by suspending is to be called again.
+            Err(failure) if failure.code == KINGLET_ERR_CANCELLED && pass.stopped() => Err(suspended()),
+            result => result,
+        }
+    }
+
+    /// Gives back memory that can be had again, unless a call is running; gives its bytes.
+    pub(crate) fn trim(&self) -> Outcome<u64> {
+        let Ok(mut slot) = enter(&self.slot, "session") else { return Ok(0) };
+        let Ok(session) = slot.idle() else { return Ok(0) };
+        Ok(session.trim()? as u64)
     }
 }
 
@@ -97,6 +130,7 @@ pub(crate) unsafe fn session_options(
         },
         device: settings.device.clone(),
         memory_budget: settings.memory_budget,
+        prefix_cache: settings.prefix_cache.clone(),
         ..default
     })
 }
@@ -119,7 +153,9 @@ pub unsafe extern "C" fn kinglet_session_create(
             args::place(out, "session")?;
             let model = args::handle(model, "model")?;
             let options = session_options(options, &model.settings)?;
-            Ok(args::give(out, kinglet_session::new(Session::new(&model.model, &options)?)))
+            let _pass = model.shared.gate.enter(None)?;
+            let session = Session::new(&model.model, &options)?;
+            Ok(args::give_shared(out, kinglet_session::new(session, &model.shared)))
         })
     }
 }
@@ -150,10 +186,11 @@ pub unsafe extern "C" fn kinglet_session_fork(
     unsafe {
         fence(err, || {
             args::place(out, "session")?;
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
-            let fork = kinglet_session::new(slot.idle()?.fork()?);
+            let handle = args::handle(session, "session")?;
+            let mut slot = enter(&handle.slot, "session")?;
+            let fork = kinglet_session::new(slot.idle()?.fork()?, &handle.shared);
             enter(&fork.slot, "session")?.adapter_bytes = slot.adapter_bytes;
-            Ok(args::give(out, fork))
+            Ok(args::give_shared(out, fork))
         })
     }
 }
@@ -310,25 +347,13 @@ pub unsafe extern "C" fn kinglet_session_feed(
     unsafe {
         fence(err, || {
             let handle = args::handle(session, "session")?;
-            let mut slot = enter(&handle.slot, "session")?;
             let tokens = args::tokens(args::array(tokens, n_tokens, "tokens")?)?;
-            let (session, logits) = slot.idle_with_logits()?;
-            let before = session.position();
-            handle.cancel.reset();
-            match session.feed(&tokens) {
-                Ok(next) => {
-                    logits.clear();
-                    logits.extend_from_slice(next);
-                    Ok(KINGLET_OK)
-                }
-                Err(error) => {
-                    // Of a call that was cancelled, whole chunks stay.
-                    if session.position() != before {
-                        logits.clear();
-                    }
-                    Err(error.into())
-                }
-            }
+            handle.compute(|session, logits| {
+                let next = session.feed(&tokens)?;
+                logits.clear();
+                logits.extend_from_slice(next);
+                Ok(KINGLET_OK)
+            })
         })
     }
 }
@@ -377,7 +402,6 @@ pub unsafe extern "C" fn kinglet_session_score(
     unsafe {
         fence(err, || {
             let handle = args::handle(session, "session")?;
-            let mut slot = enter(&handle.slot, "session")?;
             let tokens = args::tokens(args::array(tokens, n_tokens, "tokens")?)?;
             if tokens.len() < 2 {
                 return Err(Failure::argument("at least 2 tokens are needed: the first is what the second follows"));
@@ -386,15 +410,88 @@ pub unsafe extern "C" fn kinglet_session_score(
                 let what = format!("the array holds {capacity} numbers, but there will be {}", tokens.len() - 1);
                 return Err(Failure::new(KINGLET_ERR_TOO_SMALL, what));
             }
-            let (session, logits) = slot.idle_with_logits()?;
-            let before = session.position();
-            handle.cancel.reset();
-            let scores = session.score(&tokens, 0);
-            if session.position() != before {
+            let scores = handle.compute(|session, logits| {
+                let scores = session.score(&tokens, 0)?;
                 logits.clear();
-            }
-            let scores: Vec<f32> = scores?.into_iter().map(|nll| -nll).collect();
+                Ok(scores)
+            })?;
+            let scores: Vec<f32> = scores.into_iter().map(|nll| -nll).collect();
             args::give_array(&scores, logprobs, capacity, std::ptr::null_mut())
+        })
+    }
+}
+
+/// What a text means, as a direction of length 1; the window is left as it is.
+///
+/// # Safety
+/// As the header says.
+#[unsafe(no_mangle)]
+#[cfg_attr(kinglet_prove, no_panic::no_panic)]
+pub unsafe extern "C" fn kinglet_session_embed(
+    session: *mut kinglet_session,
+    tokens: *const i32,
+    n_tokens: usize,
+    out: *mut f32,
+    capacity: usize,
+    count: *mut usize,
+    err: *mut kinglet_error,
+) -> kinglet_status {
+    // SAFETY: the pointers are the caller's.
+    unsafe {
+        fence(err, || {
+            let handle = args::handle(session, "session")?;
+            let tokens = args::tokens(args::array(tokens, n_tokens, "tokens")?)?;
+            let width = handle.model.spec().width;
+            if capacity < width {
+                // Without computing it first.
+                return args::give_array(&vec![0f32; width], out, capacity, count);
+            }
+            let embedding = handle.compute(|session, _| Ok(session.embed(&tokens)?))?;
+            args::give_array(&embedding, out, capacity, count)
+        })
+    }
+}
+
+/// Writes the window to a file, whole or not at all.
+///
+/// # Safety
+/// As the header says.
+#[unsafe(no_mangle)]
+#[cfg_attr(kinglet_prove, no_panic::no_panic)]
+pub unsafe extern "C" fn kinglet_session_save(
+    session: *mut kinglet_session,
+    path: *const c_char,
+    err: *mut kinglet_error,
+) -> kinglet_status {
+    // SAFETY: the pointers are the caller's.
+    unsafe {
+        fence(err, || {
+            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            slot.idle()?.save(args::text(path, "path")?, "")?;
+            Ok(KINGLET_OK)
+        })
+    }
+}
+
+/// Takes the window from a file of `kinglet_session_save`, in place of this one.
+///
+/// # Safety
+/// As the header says.
+#[unsafe(no_mangle)]
+#[cfg_attr(kinglet_prove, no_panic::no_panic)]
+pub unsafe extern "C" fn kinglet_session_load(
+    session: *mut kinglet_session,
+    path: *const c_char,
+    err: *mut kinglet_error,
+) -> kinglet_status {
+    // SAFETY: the pointers are the caller's.
+    unsafe {
+        fence(err, || {
+            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let (session, logits) = slot.idle_with_logits()?;
+            session.load(args::text(path, "path")?)?;
+            logits.clear();
+            Ok(KINGLET_OK)
         })
     }
 }

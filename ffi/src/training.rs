@@ -6,7 +6,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use kinglet_engine::session::Model;
+use kinglet_engine::session::{CancelHandle, Model};
 use kinglet_train::config::TrainConfig;
 use kinglet_train::data;
 use kinglet_train::metrics::StepMetrics;
@@ -20,7 +20,8 @@ use crate::fence::{
     Failure, KINGLET_DONE, KINGLET_ERR_CANCELLED, KINGLET_OK, Outcome, enter, fence, fence_void, kinglet_error,
     kinglet_status,
 };
-use crate::model::{Settings, kinglet_model};
+use crate::gate::suspended;
+use crate::model::{Settings, Shared, kinglet_model};
 
 /// A step was taken.
 pub const KINGLET_TRAIN_STEP: i32 = 1;
@@ -68,7 +69,10 @@ unsafe impl Versioned for kinglet_train_report {
 pub struct kinglet_trainer {
     state: Mutex<State>,
     /// Somebody asked to stop; taken back when a call has said so.
-    cancelled: AtomicBool,
+    asked: AtomicBool,
+    /// What a step looks at: somebody asked, or the model is being suspended.
+    stop: CancelHandle,
+    shared: Arc<Shared>,
 }
 
 struct State {
@@ -140,14 +144,24 @@ fn create(model: &Model, settings: &Settings, json: &str) -> Outcome<Trainer> {
 }
 
 impl kinglet_trainer {
-    /// Runs `body`, which may be cancelled; a wish that it has obeyed is taken back.
-    fn run<T>(&self, body: impl FnOnce(&mut State, &AtomicBool) -> Outcome<T>) -> Outcome<T> {
-        let mut state = enter(&self.state, "trainer")?;
-        let result = body(&mut state, &self.cancelled);
-        if matches!(&result, Err(failure) if failure.code == KINGLET_ERR_CANCELLED) {
-            self.cancelled.store(false, Ordering::Relaxed);
-        }
-        result
+    /// Runs `body` on the trainer, which nobody else uses.
+    fn with<T>(&self, body: impl FnOnce(&mut State) -> Outcome<T>) -> Outcome<T> {
+        body(&mut *enter(&self.state, "trainer")?)
+    }
+
+    /// As [`kinglet_trainer::with`], with a body that computes and may be stopped. A wish that was obeyed is taken back.
+    fn compute<T>(&self, body: impl FnOnce(&mut State, &AtomicBool) -> Outcome<T>) -> Outcome<T> {
+        self.with(|state| {
+            if self.asked.load(Ordering::Acquire) {
+                self.stop.cancel();
+            }
+            let pass = self.shared.gate.enter(Some(&self.stop))?;
+            let result = body(state, self.stop.flag());
+            let obeyed = matches!(&result, Err(failure) if failure.code == KINGLET_ERR_CANCELLED);
+            self.stop.reset();
+            let asked = obeyed && self.asked.swap(false, Ordering::AcqRel);
+            if obeyed && !asked && pass.stopped() { Err(suspended()) } else { result }
+        })
     }
 }
 
@@ -205,9 +219,11 @@ pub unsafe extern "C" fn kinglet_trainer_create(
         fence(err, || {
             args::place(out, "trainer")?;
             let model = args::handle(model, "model")?;
+            let _pass = model.shared.gate.enter(None)?;
             let trainer = create(&model.model, &model.settings, args::text(config_json, "config_json")?)?;
             let state = Mutex::new(State { trainer, note: CString::default() });
-            Ok(args::give(out, kinglet_trainer { state, cancelled: AtomicBool::new(false) }))
+            let (asked, stop, shared) = (AtomicBool::new(false), CancelHandle::default(), model.shared.clone());
+            Ok(args::give(out, kinglet_trainer { state, asked, stop, shared }))
         })
     }
 }
@@ -238,7 +254,7 @@ pub unsafe extern "C" fn kinglet_trainer_info_json(
     unsafe {
         fence(err, || {
             args::place(out, "text")?;
-            args::handle(trainer.cast_const(), "trainer")?.run(|state, _| {
+            args::handle(trainer.cast_const(), "trainer")?.with(|state| {
                 let trainer = &state.trainer;
                 let mut info = serde_json::to_value(trainer.preflight())?;
                 if let Value::Object(info) = &mut info {
@@ -268,7 +284,7 @@ pub unsafe extern "C" fn kinglet_trainer_step(
     unsafe {
         fence(err, || {
             args::check_out(report)?;
-            args::handle(trainer.cast_const(), "trainer")?.run(|state, cancel| {
+            args::handle(trainer.cast_const(), "trainer")?.compute(|state, cancel| {
                 let progress = state.trainer.advance(cancel)?;
                 match state.report(progress) {
                     None => Ok(KINGLET_DONE),
@@ -295,7 +311,7 @@ pub unsafe extern "C" fn kinglet_trainer_save(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            args::handle(trainer.cast_const(), "trainer")?.run(|state, _| {
+            args::handle(trainer.cast_const(), "trainer")?.with(|state| {
                 state.trainer.save()?;
                 Ok(KINGLET_OK)
             })
@@ -318,7 +334,7 @@ pub unsafe extern "C" fn kinglet_trainer_adapter(
     unsafe {
         fence(err, || {
             args::place(out, "adapter")?;
-            args::handle(trainer.cast_const(), "trainer")?.run(|state, _| {
+            args::handle(trainer.cast_const(), "trainer")?.with(|state| {
                 let adapter = Arc::new(state.trainer.adapter()?);
                 Ok(args::give(out, kinglet_adapter { adapter }))
             })
@@ -343,7 +359,7 @@ pub unsafe extern "C" fn kinglet_trainer_finish(
             if !out.is_null() {
                 args::place(out, "text")?;
             }
-            args::handle(trainer.cast_const(), "trainer")?.run(|state, cancel| {
+            args::handle(trainer.cast_const(), "trainer")?.compute(|state, cancel| {
                 let finished = state.trainer.finish(cancel)?;
                 if out.is_null() { Ok(KINGLET_OK) } else { args::give_json(out, &finished) }
             })
@@ -352,7 +368,7 @@ pub unsafe extern "C" fn kinglet_trainer_finish(
 }
 
 /// Stops the step that is running, or else the next one, from any thread and from a signal handler: it returns
-/// `KINGLET_ERR_CANCELLED` and has not happened. One atomic store.
+/// `KINGLET_ERR_CANCELLED` and has not happened. Atomic stores only.
 ///
 /// # Safety
 /// As the header says.
@@ -361,6 +377,7 @@ pub unsafe extern "C" fn kinglet_trainer_finish(
 pub unsafe extern "C" fn kinglet_trainer_cancel(trainer: *const kinglet_trainer) {
     // SAFETY: the caller's promise.
     if let Some(trainer) = unsafe { trainer.as_ref() } {
-        trainer.cancelled.store(true, Ordering::Relaxed);
+        trainer.asked.store(true, Ordering::Release);
+        trainer.stop.cancel();
     }
 }

@@ -13,5 +13,11 @@ mod clients;
 mod hard;
 #[path = "all/header.rs"]
 mod header;
+#[path = "all/lasting.rs"]
+mod lasting;
+#[path = "all/packages.rs"]
+mod packages;
 #[path = "all/support.rs"]
 mod support;
+#[path = "all/swift.rs"]
+mod swift;

@@ -287,6 +287,50 @@ fn the_prefix_cache_stays_in_its_bounds() {
     assert!(cache.is_empty() && cache.bytes() == 0);
 }
 
+fn length(x: &[f32]) -> f32 {
+    x.iter().map(|x| x * x).sum::<f32>().sqrt()
+}
+
+#[test]
+fn an_embedding_is_the_direction_that_the_head_reads() {
+    let folder = Folder::new("embed");
+    let model = folder.model(&TinyConfig::new("llama").with_dtype(DType::F32));
+    let mut session = session(&model);
+    let head = model.gguf().tensor("output.weight").unwrap();
+    let weights: Vec<f32> =
+        model.gguf().data(head).chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    for token in [3, 77, 200] {
+        let logits = session.feed(&[token]).unwrap().to_vec();
+        session.reset();
+        let state = session.embed(&[token]).unwrap();
+        assert_eq!(session.position(), 0);
+        assert!((length(&state) - 1.0).abs() < 1e-5);
+        let read: Vec<f32> =
+            weights.chunks_exact(state.len()).map(|row| row.iter().zip(&state).map(|(w, x)| w * x).sum()).collect();
+        let together: f32 = read.iter().zip(&logits).map(|(a, b)| a * b).sum();
+        assert!(together > 0.9999 * length(&read) * length(&logits), "{together}");
+    }
+    // A text of several chunks is one text.
+    let mut whole = Session::new(&model, &SessionOptions { chunk: 128, ..options() }).unwrap();
+    let (one, many) = (whole.embed(&prompt(90)).unwrap(), session.embed(&prompt(90)).unwrap());
+    assert!(one.iter().zip(&many).all(|(a, b)| (a - b).abs() < 1e-4), "{one:?} {many:?}");
+    assert!(session.embed(&[]).is_err() && session.embed(&prompt(300)).is_err());
+}
+
+#[test]
+fn a_session_that_gave_its_memory_back_goes_on() {
+    let folder = Folder::new("trim");
+    let model = folder.model(&TinyConfig::new("llama").with_dtype(DType::Q4_1));
+    let (mut trimmed, mut other) = (session(&model), session(&model));
+    for i in 0..3 {
+        let tokens = prompt(20 + i);
+        assert_eq!(trimmed.feed(&tokens).unwrap(), other.feed(&tokens).unwrap());
+        assert_eq!(trimmed.score(&tokens, 0).unwrap(), other.score(&tokens, 0).unwrap());
+        assert!(trimmed.trim().unwrap() > 0);
+        assert_eq!(trimmed.trim().unwrap(), 0, "there is nothing left to give");
+    }
+}
+
 #[test]
 fn a_saved_session_goes_on_as_if_nothing_had_been() {
     for (kv_type, len) in [(DType::F16, 150), (DType::Q8_0, 128), (DType::F32, 3)] {

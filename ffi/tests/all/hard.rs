@@ -12,20 +12,20 @@ use kinglet::*;
 
 use crate::support::{Scratch, error, message};
 
-fn c(text: &str) -> CString {
+pub fn c(text: &str) -> CString {
     CString::new(text).expect("no NUL")
 }
 
-fn path(path: &Path) -> CString {
+pub fn path(path: &Path) -> CString {
     c(path.to_str().expect("UTF-8"))
 }
 
 /// A handle that other threads may use too, as the header allows.
-struct Shared<T>(*mut T);
+pub struct Shared<T>(pub *mut T);
 // SAFETY: the header says which calls may come from any thread.
 unsafe impl<T> Sync for Shared<T> {}
 
-fn open(file: &Path) -> *mut kinglet_model {
+pub fn open(file: &Path) -> *mut kinglet_model {
     let (mut model, mut err) = (null_mut(), error());
     // SAFETY: all pointers are ours.
     let status = unsafe { kinglet_model_open(path(file).as_ptr(), &cpu(), &mut model, &mut err) };
@@ -33,7 +33,7 @@ fn open(file: &Path) -> *mut kinglet_model {
     model
 }
 
-fn cpu() -> kinglet_model_options {
+pub fn cpu() -> kinglet_model_options {
     kinglet_model_options {
         struct_size: size_of::<kinglet_model_options>() as u32,
         flags: 0,
@@ -41,10 +41,11 @@ fn cpu() -> kinglet_model_options {
         threads: 2,
         reserved: 0,
         memory_budget: 0,
+        prefix_cache: 0,
     }
 }
 
-fn session(model: *mut kinglet_model, options: Option<kinglet_session_options>) -> *mut kinglet_session {
+pub fn session(model: *mut kinglet_model, options: Option<kinglet_session_options>) -> *mut kinglet_session {
     let (mut session, mut err) = (null_mut(), error());
     let options = options.as_ref().map_or(null(), std::ptr::from_ref);
     // SAFETY: all pointers are ours.
@@ -53,7 +54,7 @@ fn session(model: *mut kinglet_model, options: Option<kinglet_session_options>) 
     session
 }
 
-fn chunks_of(tokens: i32) -> Option<kinglet_session_options> {
+pub fn chunks_of(tokens: i32) -> Option<kinglet_session_options> {
     Some(kinglet_session_options {
         struct_size: size_of::<kinglet_session_options>() as u32,
         flags: 0,
@@ -64,19 +65,19 @@ fn chunks_of(tokens: i32) -> Option<kinglet_session_options> {
     })
 }
 
-fn event() -> kinglet_event {
+pub fn event() -> kinglet_event {
     // SAFETY: numbers and pointers, for which zero is a value.
     let zero: kinglet_event = unsafe { std::mem::zeroed() };
     kinglet_event { struct_size: size_of::<kinglet_event>() as u32, ..zero }
 }
 
-fn report() -> kinglet_train_report {
+pub fn report() -> kinglet_train_report {
     // SAFETY: numbers and pointers, for which zero is a value.
     let zero: kinglet_train_report = unsafe { std::mem::zeroed() };
     kinglet_train_report { struct_size: size_of::<kinglet_train_report>() as u32, ..zero }
 }
 
-fn generate(session: *mut kinglet_session, request: &str) -> Result<*mut kinglet_generation, (i32, String)> {
+pub fn generate(session: *mut kinglet_session, request: &str) -> Result<*mut kinglet_generation, (i32, String)> {
     let (mut generation, mut err) = (null_mut(), error());
     // SAFETY: all pointers are ours.
     let status = unsafe { kinglet_generate(session, c(request).as_ptr(), &mut generation, &mut err) };
@@ -91,11 +92,11 @@ fn generate(session: *mut kinglet_session, request: &str) -> Result<*mut kinglet
 
 /// What a generation came to.
 #[derive(Debug, Default, PartialEq)]
-struct Answer {
-    pieces: Vec<String>,
-    tokens: Vec<i32>,
-    prefills: Vec<i32>,
-    end: i32,
+pub struct Answer {
+    pub pieces: Vec<String>,
+    pub tokens: Vec<i32>,
+    pub prefills: Vec<i32>,
+    pub end: i32,
 }
 
 impl Answer {
@@ -104,7 +105,7 @@ impl Answer {
     }
 }
 
-fn pull(generation: *mut kinglet_generation) -> Answer {
+pub fn pull(generation: *mut kinglet_generation) -> Answer {
     let (mut answer, mut event, mut err) = (Answer::default(), event(), error());
     loop {
         // SAFETY: all pointers are ours; what the event points to is read before the next call.
@@ -131,7 +132,7 @@ fn pull(generation: *mut kinglet_generation) -> Answer {
     }
 }
 
-fn answer(session: *mut kinglet_session, request: &str) -> Answer {
+pub fn answer(session: *mut kinglet_session, request: &str) -> Answer {
     let generation = generate(session, request).expect("a generation");
     let answer = pull(generation);
     // SAFETY: it is ours.
@@ -139,7 +140,7 @@ fn answer(session: *mut kinglet_session, request: &str) -> Answer {
     answer
 }
 
-fn tokenize(model: *const kinglet_model, text: &str) -> Vec<i32> {
+pub fn tokenize(model: *const kinglet_model, text: &str) -> Vec<i32> {
     let mut count = 0;
     let (text, length) = (text.as_ptr().cast(), text.len());
     // SAFETY: the arrays are as long as we say.
@@ -155,7 +156,7 @@ fn tokenize(model: *const kinglet_model, text: &str) -> Vec<i32> {
     }
 }
 
-const GREEDY: &str = r#"{"prompt": "the hat and the", "max_tokens": 12, "sampling": {"temperature": 0}}"#;
+pub const GREEDY: &str = r#"{"prompt": "the hat and the", "max_tokens": 12, "sampling": {"temperature": 0}}"#;
 
 #[test]
 fn null_and_rubbish_arguments_are_named() {
@@ -725,7 +726,7 @@ fn train(trainer: *mut kinglet_trainer, stop_after: u64) -> Vec<f64> {
     }
 }
 
-fn trainer(model: *mut kinglet_model, config: &str) -> Result<*mut kinglet_trainer, (i32, String)> {
+pub fn trainer(model: *mut kinglet_model, config: &str) -> Result<*mut kinglet_trainer, (i32, String)> {
     let (mut trainer, mut err) = (null_mut(), error());
     // SAFETY: all pointers are ours.
     match unsafe { kinglet_trainer_create(model, c(config).as_ptr(), &mut trainer, &mut err) } {

@@ -49,7 +49,7 @@ impl Drop for Scratch {
 }
 
 /// Where cargo has put `libkinglet.so` and `libkinglet.a`: beside this very program.
-fn built() -> PathBuf {
+pub fn built() -> PathBuf {
     let program = std::env::current_exe().expect("a path");
     program.parent().expect("a folder").to_path_buf()
 }

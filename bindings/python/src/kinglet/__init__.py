@@ -30,6 +30,7 @@ from ._native import (
     ContextFull,
     Error,
     FileError,
+    Suspended,
     array,
     call,
     data,
@@ -43,7 +44,7 @@ from ._native import (
 
 __all__ = [
     "Adapter", "ArgumentError", "BudgetError", "Busy", "Cancelled", "ContextFull", "EndReason", "Error", "FileError",
-    "Generation", "Memory", "Message", "Model", "Piece", "Report", "Session", "Trainer", "build", "devices", "estimate",
+    "Generation", "Memory", "Message", "Model", "Piece", "Report", "Session", "Suspended", "Trainer", "build", "devices", "estimate",
     "version",
 ]  # fmt: skip
 
@@ -130,10 +131,9 @@ class _Object:
     _pointer: Any
 
     def close(self) -> None:
-        """Frees the object now; it cannot be used any more."""
-        pointer, self._pointer = self._pointer, ffi.NULL
-        if pointer != ffi.NULL:
-            ffi.release(pointer)
+        """Frees the object now, or when the call that uses it is over; it cannot be used any more."""
+        # A running call has a reference of its own; the last one frees.
+        self._pointer = ffi.NULL
 
     def __enter__(self) -> Any:
         return self
@@ -142,9 +142,9 @@ class _Object:
         self.close()
 
 
-def _model_options(backend: str, threads: int, memory_budget: int, flags: int = 0) -> Any:
+def _model_options(backend: str, threads: int, **fields: int) -> Any:
     name = ffi.new("char[]", backend.encode())
-    options = struct("model_options", backend=name, threads=threads, memory_budget=memory_budget, flags=flags)
+    options = struct("model_options", backend=name, threads=threads, **fields)
     # The name must live as long as the struct.
     return options, name
 
@@ -171,7 +171,7 @@ def estimate(
 ) -> Memory:
     """What opening a model and one session with a full window would take. Nothing is allocated."""
     memory = struct("memory")
-    options, _name = _model_options(backend, threads, 0)
+    options, _name = _model_options(backend, threads)
     call(lib.kinglet_model_estimate, encode(path), options, _session_options(context, kv, chunk), memory)
     return _memory(memory)
 
@@ -186,13 +186,16 @@ class Model(_Object):
         backend: str = "auto",
         threads: int = 0,
         memory_budget: int = 0,
+        prefix_cache: int = 0,
         validate: bool = False,
         copy: bool = False,
     ) -> None:
-        """Opens the file at the path ``source``, or the model in the bytes ``source``, which are copied."""
+        """Opens the file at the path ``source``, or the model in the bytes ``source``, which are copied. ``prefix_cache`` is how
+        many bytes prompts may take that were read, so that sessions that begin alike share the work."""
         in_memory = isinstance(source, (bytes, bytearray, memoryview))
         flags = lib.KINGLET_MODEL_VALIDATE * validate | lib.KINGLET_MODEL_COPY * (copy or in_memory)
-        options, _name = _model_options(backend, threads, memory_budget, flags)
+        budgets = {"memory_budget": memory_budget, "prefix_cache": prefix_cache}
+        options, _name = _model_options(backend, threads, flags=flags, **budgets)
         if isinstance(source, (bytes, bytearray, memoryview)):
             content = ffi.from_buffer(source)
             arguments = (content, len(content), ffi.NULL, ffi.NULL, options)
@@ -235,6 +238,20 @@ class Model(_Object):
         options = _session_options(context, kv, chunk)
         free, create = lib.kinglet_session_free, lib.kinglet_session_create
         return Session(handle("session", free, create, self._pointer, options))
+
+    def trim(self) -> int:
+        """Gives back memory that can be had again, and says how many bytes."""
+        freed = ffi.new("uint64_t *")
+        call(lib.kinglet_model_trim, self._pointer, freed)
+        return int(freed[0])
+
+    def suspend(self) -> None:
+        """Lets nothing compute with the model until ``resume``: what would raises ``Suspended``."""
+        call(lib.kinglet_model_suspend, self._pointer)
+
+    def resume(self) -> None:
+        """Takes ``suspend`` back."""
+        call(lib.kinglet_model_resume, self._pointer)
 
     def adapter(self, path: str | os.PathLike[str]) -> Adapter:
         """The LoRA adapter at ``path``: a GGUF file, or a folder as PEFT writes it."""
@@ -320,6 +337,19 @@ class Session(_Object):
         call(lib.kinglet_session_score, self._pointer, list(tokens), len(tokens), out, max(len(tokens) - 1, 0))
         return list(out[0 : len(tokens) - 1])
 
+    def embed(self, tokens: Sequence[int]) -> list[float]:
+        """What tokens mean together, as a direction of length 1; the window is left as it is."""
+        out, count = array("float", lib.kinglet_session_embed, self._pointer, list(tokens), len(tokens))
+        return list(out[0:count])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the window to a file."""
+        call(lib.kinglet_session_save, self._pointer, encode(path))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Takes the window from a file of ``save``, in place of this one."""
+        call(lib.kinglet_session_load, self._pointer, encode(path))
+
     def fork(self) -> Session:
         """A second session that has read the same tokens."""
         return Session(handle("session", lib.kinglet_session_free, lib.kinglet_session_fork, self._pointer))
@@ -345,7 +375,7 @@ class Session(_Object):
         return _memory(memory)
 
     def cancel(self) -> None:
-        """Stops ``feed`` or ``score``, if one is running on another thread."""
+        """Stops ``feed``, ``score`` or ``embed``, if one is running on another thread."""
         lib.kinglet_session_cancel(self._pointer)
 
 
@@ -370,7 +400,12 @@ class Generation(_Object, Iterator[Piece], AsyncIterator[Piece]):
         return piece
 
     async def __anext__(self) -> Piece:
-        piece = await asyncio.to_thread(self._pull)
+        try:
+            piece = await asyncio.to_thread(self._pull)
+        except asyncio.CancelledError:
+            # The thread goes on, to the end that this brings about.
+            self.cancel()
+            raise
         if piece is None:
             raise StopAsyncIteration
         return piece

@@ -88,6 +88,10 @@ class ContextFull(Error):
     """The session's window does not hold so many tokens."""
 
 
+class Suspended(Error):
+    """The model is suspended; call again when it is resumed."""
+
+
 _EXCEPTIONS: dict[int, type[Error]] = {
     lib.KINGLET_ERR_ARG: ArgumentError,
     lib.KINGLET_ERR_IO: FileError,
@@ -96,6 +100,7 @@ _EXCEPTIONS: dict[int, type[Error]] = {
     lib.KINGLET_ERR_BUSY: Busy,
     lib.KINGLET_ERR_CANCELLED: Cancelled,
     lib.KINGLET_ERR_CONTEXT_FULL: ContextFull,
+    lib.KINGLET_ERR_SUSPENDED: Suspended,
 }
 
 

@@ -82,10 +82,12 @@ struct Program {
 
 impl Program {
     fn new(spec: &Spec, weights: &Weights, purpose: Purpose, options: &ExecutorOptions) -> Program {
-        // A score needs a row for every token of a run, logits only for a few.
+        // Scores and states need a row for every token of a run, logits only for a few.
         let limits = match purpose {
             Purpose::Generate => options.limits,
-            Purpose::Score | Purpose::Learn => PlanLimits { outputs: options.limits.tokens, ..options.limits },
+            Purpose::Embed | Purpose::Score | Purpose::Learn => {
+                PlanLimits { outputs: options.limits.tokens, ..options.limits }
+            }
         };
         let tape = match &options.trained {
             None => decoder::build(spec, weights, purpose),
@@ -96,11 +98,11 @@ impl Program {
         let tables = Tables::new(&tape, plan.arena_bytes, &limits, purpose, options.arithmetic);
         let logits = match purpose {
             Purpose::Score | Purpose::Learn => limits.outputs * VOCAB_CHUNK,
-            Purpose::Generate => 0,
+            Purpose::Generate | Purpose::Embed => 0,
         };
         let backward = match purpose {
             Purpose::Learn => attention::attention_backward_scratch_len(spec.head_dim),
-            Purpose::Generate | Purpose::Score => 0,
+            Purpose::Generate | Purpose::Embed | Purpose::Score => 0,
         };
         let scratch_floats = attention::attention_scratch_len(spec.head_dim).max(backward).max(logits);
         Program { purpose, tape, plan, tables, scratch_floats }
@@ -130,7 +132,7 @@ impl Tables {
         let rope_row: usize = spec.ropes.iter().map(|r| r.dims).sum();
         let partial = start + (limits.tokens * rope_row * 4).next_multiple_of(64);
         let chunks = match purpose {
-            Purpose::Generate => 0,
+            Purpose::Generate | Purpose::Embed => 0,
             Purpose::Score | Purpose::Learn => spec.vocab.div_ceil(VOCAB_CHUNK),
         };
         // Per chunk and row: maximum and sum; behind them the logit of each row's target.
@@ -300,12 +302,16 @@ impl Executor {
         }
     }
 
-    /// Index of the program for `purpose`, made at its first use.
+    /// Index of the program for `purpose`, made at its first use, with memory for its run.
     fn program(&mut self, purpose: Purpose) -> Result<usize> {
-        if let Some(at) = self.programs.iter().position(|p| p.purpose == purpose) {
-            return Ok(at);
-        }
-        let program = Program::new(&self.spec, &self.weights, purpose, &self.options);
+        let at = match self.programs.iter().position(|p| p.purpose == purpose) {
+            Some(at) => at,
+            None => {
+                self.programs.push(Program::new(&self.spec, &self.weights, purpose, &self.options));
+                self.programs.len() - 1
+            }
+        };
+        let program = &self.programs[at];
         if program.tables.end > self.arena.len() {
             // Nothing in the arena outlives a run: the old one can go first.
             self.arena = Buffer::new(0, "the arena")?;
@@ -321,8 +327,20 @@ impl Executor {
             let floats = Buffer::new(program.scratch_floats * 4, "thread scratch")?;
             self.scratch.push(Mutex::new(Scratch { linear: linear::Scratch::new(), floats }));
         }
-        self.programs.push(program);
-        Ok(self.programs.len() - 1)
+        Ok(at)
+    }
+
+    /// Gives back the memory that only a run needs, the last result with it; the next run takes it anew. Gives its bytes.
+    ///
+    /// # Errors
+    /// None but [`Error::Memory`], for a handful of bytes.
+    pub fn trim(&mut self) -> Result<usize> {
+        let floats = |s: &mut Mutex<Scratch>| s.get_mut().unwrap_or_else(PoisonError::into_inner).floats.len();
+        let bytes = self.arena.len() + self.scratch.iter_mut().map(floats).sum::<usize>();
+        self.result = 0..0;
+        self.arena = Buffer::new(0, "the arena")?;
+        self.scratch.clear();
+        Ok(bytes)
     }
 
     /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies. The caches have advanced then.

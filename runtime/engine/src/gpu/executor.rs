@@ -118,7 +118,9 @@ impl Program {
     fn new(spec: &Spec, weights: &Weights, purpose: Purpose, options: &ExecutorOptions) -> Program {
         let limits = match purpose {
             Purpose::Generate => options.limits,
-            Purpose::Score | Purpose::Learn => PlanLimits { outputs: options.limits.tokens, ..options.limits },
+            Purpose::Embed | Purpose::Score | Purpose::Learn => {
+                PlanLimits { outputs: options.limits.tokens, ..options.limits }
+            }
         };
         let mut tape = match &options.trained {
             None => decoder::build(spec, weights, purpose),
@@ -136,7 +138,7 @@ impl Program {
             |index| match purpose {
                 Purpose::Generate => forward::reads_on_the_way(&tape, index),
                 // Nothing is decoded, so every op is a dispatch of its own.
-                Purpose::Score | Purpose::Learn => Vec::new(),
+                Purpose::Embed | Purpose::Score | Purpose::Learn => Vec::new(),
             },
         );
         let mut end = (plan.arena_bytes as u64 / 4).next_multiple_of(64);
@@ -146,7 +148,7 @@ impl Program {
             at
         };
         let mut scratch = Scratch::default();
-        if purpose != Purpose::Generate {
+        if matches!(purpose, Purpose::Score | Purpose::Learn) {
             scratch.logits = place(limits.outputs * CHUNK);
             scratch.states = place(limits.outputs * 4);
         }

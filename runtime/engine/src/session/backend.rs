@@ -204,6 +204,15 @@ impl Backend {
         }
     }
 
+    /// As [`cpu::Executor::trim`]; a GPU keeps its memory.
+    pub fn trim(&mut self) -> Result<usize> {
+        match self {
+            Backend::Cpu(executor) => executor.trim(),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(_) => Ok(0),
+        }
+    }
+
     pub fn tape(&self) -> &Tape {
         match self {
             Backend::Cpu(executor) => executor.tape(),

@@ -107,7 +107,7 @@ impl Segments<Cache> for Feeds<'_, '_, '_> {
     }
 }
 
-/// The rows of a run that give logits or, with targets, cross-entropies.
+/// The rows of a run that give logits, states or, with targets, cross-entropies.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Wanted<'a> {
     /// Logits of no row.
@@ -118,6 +118,8 @@ pub(super) enum Wanted<'a> {
     All,
     /// Logits of chosen rows, increasing.
     Logits(&'a [u32]),
+    /// The states that the head would read, of all rows.
+    States,
     /// Cross-entropies of chosen rows, increasing, with the target of each.
     Scores { outputs: &'a [u32], targets: &'a [u32] },
 }
@@ -341,6 +343,10 @@ impl Engine {
                 self.outputs.extend(0..self.tokens.len() as u32);
                 (Purpose::Generate, [].as_slice())
             }
+            Wanted::States => {
+                self.outputs.extend(0..self.tokens.len() as u32);
+                (Purpose::Embed, [].as_slice())
+            }
             Wanted::Nothing | Wanted::Last => (Purpose::Generate, [].as_slice()),
         };
         let (tokens, outputs) = (&self.tokens, &self.outputs);
@@ -353,6 +359,15 @@ impl Engine {
             sequence.tokens.extend_from_slice(feed);
         }
         Ok(self.backend.result())
+    }
+
+    /// Gives back the memory that only a run needs, logits with it; the next run takes it anew. Gives its bytes: 0 on a GPU,
+    /// which keeps it.
+    ///
+    /// # Errors
+    /// None but [`Error::Memory`], for a handful of bytes.
+    pub fn trim(&mut self) -> Result<usize> {
+        self.backend.trim()
     }
 
     /// The layout of the sequences' caches.

@@ -138,7 +138,7 @@ impl Session {
     }
 
     /// As [`Session::keep_prefix`], but takes the start from the prefix cache where that has more of it.
-    pub(super) fn reuse_prefix(&mut self, tokens: &[u32]) -> usize {
+    pub fn reuse_prefix(&mut self, tokens: &[u32]) -> usize {
         if let Some(longer) = self.engine.recall(tokens, self.sequence.common_prefix(tokens)) {
             self.sequence = longer;
         }
@@ -259,6 +259,44 @@ impl Session {
             start += chunk.len();
         }
         Ok(scores)
+    }
+
+    /// What a text means, as a direction: the mean, over all of its tokens, of the states that the head would read, scaled to
+    /// length 1: `[width]`. The window is left as it is; the text's keys and values are beside it meanwhile.
+    ///
+    /// # Errors
+    /// No tokens, ids outside the vocabulary, more tokens than a window holds, [`Error::Cancelled`]; [`Error::Numeric`] where
+    /// the mean has no direction.
+    pub fn embed(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        if tokens.is_empty() {
+            return Err(Error::argument("there are no tokens to embed"));
+        }
+        let window = self.options().context;
+        if tokens.len() > window {
+            return Err(Error::ContextFull { window, used: 0, asked: tokens.len() });
+        }
+        let mut sequence = self.engine.sequence();
+        let mut sum = vec![0f64; self.model().spec().width];
+        for chunk in tokens.chunks(self.options().chunk) {
+            let states = self.engine.run(&mut [(&mut sequence, chunk)], Wanted::States, false, &self.cancel.0)?;
+            for state in states.chunks_exact(sum.len()) {
+                sum.iter_mut().zip(state).for_each(|(sum, x)| *sum += f64::from(*x));
+            }
+        }
+        let length = sum.iter().map(|x| x * x).sum::<f64>().sqrt();
+        match length.is_normal() {
+            true => Ok(sum.iter().map(|x| (x / length) as f32).collect()),
+            false => Err(Error::Numeric("the states of the text have no mean direction".into())),
+        }
+    }
+
+    /// Gives back the memory that only computing needs, logits with it; the next call takes it anew. Gives its bytes: 0 on a
+    /// GPU, which keeps it.
+    ///
+    /// # Errors
+    /// None but [`Error::Memory`], for a handful of bytes.
+    pub fn trim(&mut self) -> Result<usize> {
+        self.engine.trim()
     }
 
     /// As [`Session::logits_alone`], for no more than `logit_rows` tokens, whose logits are then there as

@@ -102,7 +102,7 @@ fn check_rows<C>(batch: &Batch<'_, C>, spec: &Spec, limits: &PlanLimits, purpose
             batch.outputs.len()
         )));
     }
-    let wanted = if purpose == Purpose::Generate { 0 } else { batch.outputs.len() };
+    let wanted = if matches!(purpose, Purpose::Generate | Purpose::Embed) { 0 } else { batch.outputs.len() };
     if batch.targets.len() != wanted {
         return Err(Error::argument(format!("{wanted} targets are needed, not {}", batch.targets.len())));
     }

@@ -18,6 +18,8 @@ use super::weights::Weights;
 pub enum Purpose {
     /// Logits of the output rows.
     Generate,
+    /// The states that the head would read, of the output rows: `[outputs, width]`.
+    Embed,
     /// Cross-entropy of a target at each output row.
     Score,
     /// As `Score`, and the gradients of what is trained.
@@ -35,6 +37,7 @@ pub fn build(spec: &Spec, weights: &Weights, purpose: Purpose) -> Tape {
     let h = b.rms_norm(x, &spec.output_norm);
     let result = match purpose {
         Purpose::Generate => b.head(h),
+        Purpose::Embed => h,
         Purpose::Score | Purpose::Learn => b.cross_entropy(h),
     };
     b.finish(result)
