@@ -15,6 +15,7 @@
 //! | `gradients` | gradients of tiny models against a decoder in double precision | nothing |
 //! | `learning` | gradients of adapters against torch | smollm2 |
 //! | `peft_gradients` | gradients of LoRA and DoRA against PEFT | nothing |
+//! | `peft_loads` | logits of PEFT with adapters that we write | nothing; `KINGLET_PEFT=python3` asks PEFT anew |
 //! | `training` | the training loop: learning, interruptions, preferences, refusals | nothing |
 //! | `perplexity` | perplexity of the handbook | smollm2; the others with `KINGLET_HEAVY=1` |
 
@@ -31,6 +32,7 @@ mod learning;
 #[cfg(feature = "oracle")]
 mod logits_parity;
 mod peft_gradients;
+mod peft_loads;
 mod perplexity;
 #[cfg(feature = "oracle")]
 mod quant_parity;
