@@ -1,11 +1,14 @@
 //! How the shared library is linked: everything it needs is found now (`defs`, which also makes the proofs of `no_panic`
-//! count), its name for the loader is that of the ABI, and its segments suit systems with pages of 16 KiB.
+//! count), its name for the loader is that of the ABI, and its segments suit systems with pages of 16 KiB. What a sanitizer
+//! needs is in the program that loads the library.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     let os = std::env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     if matches!(os.as_str(), "linux" | "android") {
-        for flag in ["-Wl,-z,defs", "-Wl,-soname,libkinglet.so.1", "-Wl,-z,max-page-size=16384"] {
+        let sanitized = ["CARGO_CFG_SANITIZE", "CARGO_CFG_FUZZING"].iter().any(|cfg| std::env::var_os(cfg).is_some());
+        let defs = (!sanitized).then_some("-Wl,-z,defs");
+        for flag in defs.into_iter().chain(["-Wl,-soname,libkinglet.so.1", "-Wl,-z,max-page-size=16384"]) {
             println!("cargo:rustc-cdylib-link-arg={flag}");
         }
     }
