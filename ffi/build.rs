@@ -1,5 +1,6 @@
 //! How the shared library is linked: everything it needs is found now (`defs`, which also makes the proofs of `no_panic`
-//! count), its name for the loader is that of the ABI, and its segments suit systems with pages of 16 KiB.
+//! count), its name for the loader is that of the ABI, and its segments suit systems with pages of 16 KiB. What a sanitizer
+//! needs is in the program that loads the library.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -7,7 +8,10 @@ fn main() {
     // Android packs files named `lib*.so` only.
     let name = if os == "android" { "libkinglet.so" } else { "libkinglet.so.1" };
     if matches!(os.as_str(), "linux" | "android") {
-        for flag in ["-Wl,-z,defs", &format!("-Wl,-soname,{name}"), "-Wl,-z,max-page-size=16384"] {
+        let sanitized = ["CARGO_CFG_SANITIZE", "CARGO_CFG_FUZZING"].iter().any(|cfg| std::env::var_os(cfg).is_some());
+        let defs = (!sanitized).then_some("-Wl,-z,defs");
+        let soname = format!("-Wl,-soname,{name}");
+        for flag in defs.into_iter().chain([soname.as_str(), "-Wl,-z,max-page-size=16384"]) {
             println!("cargo:rustc-cdylib-link-arg={flag}");
         }
     }

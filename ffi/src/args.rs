@@ -42,6 +42,11 @@ unsafe fn size_of_callers<T: Versioned>(from: *const T) -> Outcome<usize> {
         let what = format!("{name}.struct_size is {size}; set it to sizeof({name})");
         return Err(Failure::new(KINGLET_ERR_ABI, what));
     }
+    if !size.is_multiple_of(mem::align_of::<T>()) {
+        // It would cut a field in two, and half a pointer points anywhere.
+        let what = format!("{name}.struct_size is {size}, which no version has; set it to sizeof({name})");
+        return Err(Failure::new(KINGLET_ERR_ABI, what));
+    }
     if size > LONGEST_STRUCT {
         let what = format!("{name}.struct_size is {size}, which no version has; fill the struct with zeros first");
         return Err(Failure::new(KINGLET_ERR_ABI, what));
@@ -324,7 +329,7 @@ mod tests {
         // SAFETY: the struct has at least the size it says.
         unsafe { write(&mut all, &value) }.unwrap();
         assert_eq!(all, New { struct_size: 8, flags: 9, seed: 1 });
-        for size in [0, 4, 1 << 20] {
+        for size in [0, 4, 9, 12, 1 << 20] {
             let mut bad = New { struct_size: size, flags: 0, seed: 0 };
             // SAFETY: refused before anything behind the size is touched.
             assert_eq!(unsafe { write(&mut bad, &value) }.unwrap_err().code, KINGLET_ERR_ABI);

@@ -1,83 +1,14 @@
 //! Families: keys and tensors that decide what is computed, and what is refused. That it is computed right, the parity tests
 //! hold against llama.cpp.
 
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+mod common;
 
-use kinglet_engine::gguf::{Gguf, Value, Writer};
+use common::{Temporary, Tensor};
+use kinglet_engine::gguf::Value;
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::{Session, SessionOptions};
 use kinglet_engine::tape::Spec;
 use kinglet_models::families;
-use kinglet_models::tiny::{TinyConfig, write_tiny};
-
-/// A tensor to be written: name, type, shape, bytes.
-type Tensor = (String, DType, Vec<u64>, Vec<u8>);
-
-/// A file that goes away.
-struct Temporary(PathBuf);
-
-impl Temporary {
-    fn new() -> Temporary {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("kinglet-families-{}-{}.gguf", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        Temporary(std::env::temp_dir().join(name))
-    }
-
-    fn tiny(config: &TinyConfig) -> Temporary {
-        let file = Temporary::new();
-        write_tiny(&file.0, config).unwrap();
-        file
-    }
-
-    /// The same file with keys added (or removed, where there is no value) and tensors changed.
-    fn changed(&self, keys: &[(&str, Option<Value>)], tensors: impl Fn(&mut Vec<Tensor>)) -> Temporary {
-        let gguf = Gguf::open(&self.0).unwrap();
-        let mut writer = Writer::new();
-        for (key, value) in gguf.metadata().iter() {
-            writer.set(key, value.clone());
-        }
-        for (key, value) in keys {
-            match value {
-                Some(value) => drop(writer.set(key, value.clone())),
-                None => drop(writer.metadata_mut().remove(key)),
-            }
-        }
-        let mut all: Vec<Tensor> =
-            gguf.tensors().iter().map(|t| (t.name.clone(), t.dtype, t.shape.clone(), gguf.data(t).to_vec())).collect();
-        tensors(&mut all);
-        for (name, dtype, shape, _) in &all {
-            writer.tensor(name, *dtype, shape).unwrap();
-        }
-        let to = Temporary::new();
-        let mut file = writer.create(&to.0).unwrap();
-        for (name, .., bytes) in &all {
-            file.write(name, bytes).unwrap();
-        }
-        file.finish().unwrap();
-        to
-    }
-
-    fn spec(&self) -> kinglet_engine::Result<Spec> {
-        families::spec(&Gguf::open(&self.0).unwrap())
-    }
-
-    /// Logits of the last position after each of `chunks` tokens.
-    fn logits(&self, chunks: &[usize]) -> Vec<Vec<f32>> {
-        let model = kinglet_models::open(&self.0).unwrap();
-        let options = SessionOptions { context: 64, threads: 2, kv_type: DType::F32, ..SessionOptions::default() };
-        let mut session = Session::new(&model, &options).unwrap();
-        let mut tokens = (0..).map(|i: u32| i * 37 % 250);
-        let mut feed = |n: &usize| session.feed(&tokens.by_ref().take(*n).collect::<Vec<u32>>()).unwrap().to_vec();
-        chunks.iter().map(&mut feed).collect()
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
+use kinglet_models::tiny::TinyConfig;
 
 fn distance(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)

@@ -143,4 +143,5 @@ def main():
     print(out["made_with"], out["lora"]["loss"], out["dora"]["loss"])
 
 
-main()
+if __name__ == "__main__":
+    main()

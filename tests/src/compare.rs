@@ -41,6 +41,16 @@ pub fn divergence(reference: &[f32], ours: &[f32]) -> f64 {
     p.iter().zip(&q).map(|(p, q)| if *p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - q) }).sum()
 }
 
+/// How far `ours` are from `reference`, as a share of how far those are from their mean.
+pub fn distance(ours: &[f32], reference: &[f32]) -> f64 {
+    assert_eq!(ours.len(), reference.len());
+    let sum = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
+        ours.iter().zip(reference).map(|(a, b)| f(f64::from(*a), f64::from(*b))).sum()
+    };
+    let mean = sum(&|_, b| b) / reference.len() as f64;
+    (sum(&|a, b| (a - b).powi(2)) / sum(&|_, b| (b - mean).powi(2))).sqrt()
+}
+
 /// A lead of the most probable token over the second, in logits, below which rounding may decide.
 pub const UNDECIDED: f32 = 0.1;
 

@@ -7,6 +7,7 @@
 //! * [`oracle`]: llama.cpp behind a safe interface.
 //! * [`compare`]: distances between two engines' logits.
 //! * [`data`]: models, texts, random numbers.
+//! * [`disk`]: disks that are full.
 //! * [`prompts`]: what the engines are asked.
 //! * [`process`]: the `kinglet` program, as a user runs it.
 //! * [`mod@reference`]: a decoder in double precision.
@@ -15,6 +16,7 @@
 
 pub mod compare;
 pub mod data;
+pub mod disk;
 #[cfg(feature = "oracle")]
 pub mod oracle;
 pub mod process;

@@ -58,19 +58,43 @@ pub struct Output {
     pub stderr: String,
 }
 
+impl Output {
+    fn of(output: std::process::Output) -> Output {
+        Output {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).expect("output is UTF-8"),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
 /// Runs `kinglet` with `arguments` and no input.
 pub fn kinglet(arguments: &[&str]) -> Output {
-    let output = Command::new(program())
-        .args(arguments)
-        .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
-        .output()
-        .expect("the program starts");
-    Output {
-        code: output.status.code(),
-        stdout: String::from_utf8(output.stdout).expect("output is UTF-8"),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    run(Command::new(program()).args(arguments))
+}
+
+/// Runs a command without input.
+pub fn run(command: &mut Command) -> Output {
+    Output::of(command.env_remove("RUST_LOG").stdin(Stdio::null()).output().expect("the program starts"))
+}
+
+/// As [`kinglet`], with the most memory that was resident, in bytes. Reads /proc: Linux.
+pub fn with_peak(arguments: &[&str]) -> (Output, u64) {
+    let mut command = Command::new(program());
+    command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().expect("the program starts");
+    let status = format!("/proc/{}/status", child.id());
+    let waiting = std::thread::spawn(move || child.wait_with_output().expect("the program ends"));
+    let mut peak = 0;
+    while !waiting.is_finished() {
+        // The system keeps the maximum; only what is taken in the last milliseconds may be missed.
+        let status = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        peak = peak.max(kilobytes.unwrap_or(0) * 1024);
+        std::thread::sleep(std::time::Duration::from_millis(5));
     }
+    (Output::of(waiting.join().expect("the program was waited for")), peak)
 }
 
 /// Starts `kinglet` with `arguments` and no input, and lets it run; what it prints is lost.

@@ -7,6 +7,7 @@ use kinglet_engine::adapter::{Adapter, BaseId, LowRank};
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Model, Session, SessionOptions};
 use kinglet_models::tiny::{TinyConfig, write_tiny};
+use kinglet_tests::compare::distance;
 use kinglet_tests::data::{Random, Scratch};
 use kinglet_tests::oracle::{self, ContextOptions};
 
@@ -30,14 +31,6 @@ fn adapter(model: &Model, rank: usize, rslora: bool, embedding: bool, seed: u64)
     }
     let base = Some(BaseId::of(model.gguf()).expect("the model has an architecture"));
     Adapter { name: "random".into(), rank, alpha: rank as f32 * 0.75, rslora, entries, base }
-}
-
-fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
-    let sum = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
-        ours.iter().zip(theirs).map(|(a, b)| f(f64::from(*a), f64::from(*b))).sum()
-    };
-    let mean = sum(&|_, b| b) / theirs.len() as f64;
-    (sum(&|a, b| (a - b).powi(2)) / sum(&|_, b| (b - mean).powi(2))).sqrt()
 }
 
 fn parity(arch: &str, embedding: bool, tolerance: f64) {

@@ -81,11 +81,18 @@ impl MetricsWriter {
     /// Appends a line.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]; nothing is left of the line then, so that another may follow.
     pub fn write(&mut self, metrics: &StepMetrics) -> Result<()> {
         let mut line = serde_json::to_string(metrics).map_err(|error| Error::argument(format!("metrics: {error}")))?;
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path))
+        let mut append = || -> std::io::Result<()> {
+            let before = self.file.stream_position()?;
+            self.file.write_all(line.as_bytes()).inspect_err(|_| {
+                // On a full disk a part of it was written. That this fails too leaves a part, which readers stop at.
+                let _ = self.file.set_len(before).and_then(|()| self.file.seek(SeekFrom::Start(before)));
+            })
+        };
+        append().map_err(Error::io(&self.path))
     }
 }
 

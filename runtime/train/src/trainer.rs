@@ -177,6 +177,8 @@ pub struct Trainer {
     /// The first parameters, where the loss needs a reference.
     reference: Vec<f32>,
     state: State,
+    /// A step whose checkpoint is due and could not be written yet.
+    unsaved: Option<StepMetrics>,
 }
 
 impl Trainer {
@@ -303,6 +305,7 @@ impl Trainer {
             preflight,
             params,
             state,
+            unsaved: None,
         };
         if let Some(checkpoint) = checkpoint {
             let state = trainer.read(&checkpoint)?;
@@ -358,10 +361,14 @@ impl Trainer {
     /// Takes one step. The first call also measures the model as it is.
     ///
     /// # Errors
-    /// [`Error::Cancelled`]; a loss that stays absurd after rollbacks; [`Error::Io`]. The step has not happened then.
+    /// [`Error::Cancelled`]; a loss that stays absurd after rollbacks; [`Error::Io`]. The step has not happened then, or is
+    /// not done: the next call finishes it.
     pub fn advance(&mut self, cancel: &AtomicBool) -> Result<Progress> {
         if let Some(line) = self.state.pending.clone() {
             return self.settle(line, cancel);
+        }
+        if let Some(line) = self.unsaved.clone() {
+            return self.keep(line);
         }
         if self.state.stopped {
             return Ok(Progress::Done(Ending::EarlyStop));
@@ -443,25 +450,38 @@ impl Trainer {
         let step = self.state.step;
         let last = step == self.schedule.steps;
         let due = |every: u64| last || (every > 0 && step.is_multiple_of(every));
-        if due(self.state.config.eval_every) {
+        if due(self.state.config.eval_every) && line.val_loss.is_none() {
             line.val_loss = self.validate(cancel)?;
+            // Once, should the rest fail.
+            self.state.pending = Some(line.clone());
         }
         self.metrics.write(&line)?;
         self.state.pending = None;
         if due(self.state.config.checkpoint_every) || self.state.stopped {
-            self.save()?;
+            return self.keep(line);
         }
+        Ok(Progress::Stepped(line))
+    }
+
+    /// Ends a step with a checkpoint.
+    fn keep(&mut self, line: StepMetrics) -> Result<Progress> {
+        self.unsaved = Some(line.clone());
+        self.save()?;
+        self.unsaved = None;
         Ok(Progress::Stepped(line))
     }
 
     /// The validation loss; keeps the parameters where they are the best so far.
     fn validate(&mut self, cancel: &AtomicBool) -> Result<Option<f64>> {
         let Some(outcome) = self.validation_loss(cancel)? else { return Ok(None) };
-        self.state.validation = Some(outcome.loss);
-        let progress = self.state.early_stop.observe(self.state.step, outcome.loss);
+        // A loss counts once what it asks for is on the disk.
+        let mut early_stop = self.state.early_stop.clone();
+        let progress = early_stop.observe(self.state.step, outcome.loss);
         if progress.improved && self.state.config.early_stop.is_some() {
             file::replace(self.options.output.join(BEST), &encode_tensors(&self.tensors(), &[])?)?;
         }
+        self.state.early_stop = early_stop;
+        self.state.validation = Some(outcome.loss);
         self.state.stopped = progress.stop;
         Ok(Some(outcome.loss))
     }

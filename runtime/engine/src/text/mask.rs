@@ -79,7 +79,9 @@ impl ChatTemplate {
         let from = self.render(before, tools, false).ok().filter(|plain| with.starts_with(plain.as_str()));
         let from = from.map_or(0, |plain| plain.len());
         let content = message.content.trim();
-        match with[from..end].rfind(content).filter(|_| !content.is_empty()) {
+        // A template that leaves the message out ends before it begins.
+        let rendered = with.get(from..end).unwrap_or_default();
+        match rendered.rfind(content).filter(|_| !content.is_empty()) {
             Some(at) => Ok((from + at, end)),
             None => Err(unstable(index, "does not follow the generation prompt, and its content is not found either")),
         }

@@ -244,6 +244,10 @@ fn masks_cover_what_the_assistant_said() {
     let unstable = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}";
     let error = ChatTemplate::new(unstable, &tokenizer).unwrap().render_masked(&conversation(), None).unwrap_err();
     assert!(error.to_string().contains("message 2"), "{error}");
+    // Nor has one that leaves the assistant out, behind an end with white space after it.
+    let deaf = "{% for m in messages if m.role == 'user' %}{{ m.content }}<eos>\n\n{% endfor %}";
+    let error = ChatTemplate::new(deaf, &tokenizer).unwrap().render_masked(&conversation(), None).unwrap_err();
+    assert!(error.to_string().contains("message 2"), "{error}");
 }
 
 #[test]
