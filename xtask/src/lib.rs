@@ -160,7 +160,10 @@ pub fn npm(built: &Path, out: &Path, work: &Path) -> Result<PathBuf> {
     };
     copy(&built.join("libkinglet.so"), &sources.join(format!("native/linux-{arch}/libkinglet.so.1")))?;
     licences(&sources)?;
-    run(Command::new("npm").args(["pack", "--silent", "--ignore-scripts"]).current_dir(&sources))?;
+    // With a cache of its own: another npm at the same time may be tidying the user's.
+    let cache = work.join("npm-cache");
+    let flags = ["pack", "--loglevel", "error", "--ignore-scripts", "--cache"];
+    run(Command::new("npm").args(flags).arg(cache).current_dir(&sources))?;
     deliver(&sources, "tgz", out)
 }
 
