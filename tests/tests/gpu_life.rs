@@ -4,7 +4,7 @@ use kinglet_engine::Error;
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Device, Session, SessionOptions};
 use kinglet_models::tiny::{TinyConfig, write_tiny};
-use kinglet_tests::data::{Scratch, tiny};
+use kinglet_tests::data::{Scratch, heavy, tiny};
 use kinglet_tests::process::program;
 
 use crate::gpu::{options, tokens, whole};
@@ -36,11 +36,15 @@ fn gpu_lost_device_is_an_error_and_the_chat_goes_on() {
     }
 }
 
-/// A device without room gives an error that names it and the remedy: a process that may hold little is one.
+/// A device without room gives an error that names it and the remedy: a process that may hold little is one. With
+/// KINGLET_HEAVY only, for a compiler within a software driver may find no room first, and ends the process.
 #[test]
 fn gpu_without_memory_is_an_error() {
+    if !heavy() {
+        return;
+    }
     let scratch = Scratch::new("gpu-memory");
-    let config = TinyConfig { width: 1_024, ffn: 8_192, dtype: DType::F32, ..TinyConfig::new("llama").with_bpe() };
+    let config = TinyConfig { width: 512, ffn: 4_096, dtype: DType::F32, ..TinyConfig::new("llama").with_bpe() };
     let path = scratch.path("large.gguf");
     write_tiny(&path, &config).expect("a file");
     let run = |limit: &str| {
@@ -52,7 +56,7 @@ fn gpu_without_memory_is_an_error() {
     let (code, errors) = run("unlimited");
     assert_eq!(code, Some(0), "{errors}");
     let mut refused = 0;
-    for limit in ["400000", "600000", "800000", "1000000"] {
+    for limit in ["250000", "350000", "450000", "600000"] {
         let (code, errors) = run(limit);
         // A driver that finds no room for itself is no driver.
         let told = ["bytes but", "device is lost", "there is no GPU", "refuses to open", "Cannot allocate"];
