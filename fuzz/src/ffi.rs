@@ -165,7 +165,7 @@ fn model_options(input: &mut Input<'_>) -> Padded<kinglet_model_options> {
     };
     out.value.memory_budget = match input.byte() {
         0..=239 => BUDGET,
-        _ => (input.number() as u64).min(BUDGET).max(1),
+        _ => (input.number() as u64).clamp(1, BUDGET),
     };
     out
 }
@@ -488,7 +488,7 @@ impl Objects {
                 }
                 35 => return self.trainer(input),
                 36 => {
-                    let callback: kinglet_log_callback = if input.byte() % 2 == 0 { Some(log) } else { None };
+                    let callback: kinglet_log_callback = if input.byte().is_multiple_of(2) { Some(log) } else { None };
                     kinglet_set_log(callback, null_mut(), input.number() as i32, err)
                 }
                 37 => {

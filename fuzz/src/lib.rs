@@ -29,8 +29,11 @@ pub use model::model;
 pub use template::template;
 pub use tokenizer::tokenizer;
 
+/// What takes the bytes of an input.
+pub type Target = fn(&[u8]);
+
 /// All targets by name, which is that of their corpus too.
-pub const TARGETS: [(&str, fn(&[u8])); 6] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("gguf", gguf),
     ("model", model),
     ("tokenizer", tokenizer),

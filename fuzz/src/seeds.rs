@@ -168,7 +168,7 @@ pub fn all() -> Vec<(&'static str, String, Vec<u8>)> {
         }
     }
     for dtype in [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::MXFP4, DType::BF16] {
-        seeds.push(("model", format!("{dtype}").to_lowercase(), bytes(&small("llama", dtype))));
+        seeds.push(("model", dtype.to_string().to_lowercase(), bytes(&small("llama", dtype))));
     }
     seeds.push(("gguf", "base".into(), base()));
     seeds.push(("gguf", "words".into(), words()));
