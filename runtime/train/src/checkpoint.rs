@@ -233,6 +233,7 @@ impl Checkpoints {
     /// # Errors
     /// [`Error::Io`] where the folder cannot be read. That it does not exist is no error.
     pub fn latest(&self) -> Result<(Option<Checkpoint>, Vec<Error>)> {
+        self.adopt_temporary();
         let mut skipped = Vec::new();
         for step in self.steps()?.into_iter().rev() {
             match self.load(step) {
@@ -248,25 +249,22 @@ impl Checkpoints {
     /// # Errors
     /// [`Error::Io`] and [`Error::Format`] that name the file that is missing or damaged.
     pub fn load(&self, step: u64) -> Result<Checkpoint> {
-        let path = self.path(step);
-        let read = |name: &str| {
-            let file = path.join(name);
-            fs::read(&file).map_err(Error::io(file))
-        };
-        let manifest: Manifest =
-            serde_json::from_slice(&read(MANIFEST)?).map_err(|error| damaged(&path, MANIFEST, &error.to_string()))?;
-        if manifest.step != step {
-            return Err(damaged(&path, MANIFEST, &format!("it is the manifest of step {}", manifest.step)));
-        }
-        let mut files = BTreeMap::new();
-        for (name, entry) in manifest.files {
-            let bytes = read(&name)?;
-            if Entry::of(&bytes) != entry {
-                return Err(damaged(&path, &name, "its length or SHA-256 is not what the manifest says"));
+        load(self.path(step), step)
+    }
+
+    /// Gives a checkpoint its name that is whole but for that: whoever replaced one of the same step was stopped in between.
+    fn adopt_temporary(&self) {
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let step = name.to_str().and_then(|name| name.strip_prefix(TEMPORARY)).and_then(|step| step.parse().ok());
+            if let Some(step) = step
+                && !self.path(step).exists()
+                && load(entry.path(), step).is_ok()
+            {
+                // If it cannot be renamed, it is no checkpoint, as before.
+                let _ = fs::rename(entry.path(), self.path(step));
             }
-            files.insert(name, bytes);
         }
-        Ok(Checkpoint { step, path, files })
     }
 
     /// The steps that there are checkpoints of, ascending; whether they are whole is not looked at.
@@ -307,6 +305,28 @@ impl Checkpoints {
             }
         }
     }
+}
+
+/// The checkpoint of `step` in the folder `path`.
+fn load(path: PathBuf, step: u64) -> Result<Checkpoint> {
+    let read = |name: &str| {
+        let file = path.join(name);
+        fs::read(&file).map_err(Error::io(file))
+    };
+    let manifest: Manifest =
+        serde_json::from_slice(&read(MANIFEST)?).map_err(|error| damaged(&path, MANIFEST, &error.to_string()))?;
+    if manifest.step != step {
+        return Err(damaged(&path, MANIFEST, &format!("it is the manifest of step {}", manifest.step)));
+    }
+    let mut files = BTreeMap::new();
+    for (name, entry) in manifest.files {
+        let bytes = read(&name)?;
+        if Entry::of(&bytes) != entry {
+            return Err(damaged(&path, &name, "its length or SHA-256 is not what the manifest says"));
+        }
+        files.insert(name, bytes);
+    }
+    Ok(Checkpoint { step, path, files })
 }
 
 fn damaged(path: &Path, name: &str, what: &str) -> Error {

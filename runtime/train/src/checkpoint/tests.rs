@@ -120,6 +120,17 @@ fn ignores_what_a_killed_writer_left() {
     assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 2);
 }
 
+/// A writer killed after it removed the checkpoint it was about to replace, and before it named the new one.
+#[test]
+fn finds_what_lacks_only_its_name() {
+    let folder = Folder::new("nameless");
+    let checkpoints = Checkpoints::new(&folder.0, 1);
+    let path = save(&checkpoints, 3).unwrap();
+    fs::rename(&path, folder.0.join(format!("{TEMPORARY}00000003"))).unwrap();
+    assert_is(&checkpoints.latest().unwrap().0.unwrap(), 3);
+    assert_eq!(checkpoints.steps().unwrap(), [3]);
+}
+
 /// A disk with room for so many more bytes.
 #[test]
 fn a_full_disk_keeps_what_was_there() {
