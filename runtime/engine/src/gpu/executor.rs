@@ -427,7 +427,7 @@ impl Executor {
         let recording = &p.recordings[recording];
         if self.timings.on {
             replay_timed(&self.device, recording, rows, &mut self.timings)?;
-            self.device.queue.submit([self.encode(&[], recording, &rows, copies)]);
+            self.device.queue.submit([self.encode(&[], recording, rows, copies)]);
         } else if decoding.is_none() {
             let (begun, mut before) = (Instant::now(), None);
             let parts = recording.dispatches.chunks(self.part);
@@ -437,7 +437,7 @@ impl Executor {
                     return Err(Error::Cancelled);
                 }
                 let copies = if i == last { copies } else { Copies::default() };
-                let submission = self.device.queue.submit([self.encode(part, recording, &rows, copies)]);
+                let submission = self.device.queue.submit([self.encode(part, recording, rows, copies)]);
                 // The device has one part to do while the next is made ready.
                 if let Some(before) = before.replace(submission) {
                     self.device.wait_for(Some(before))?;
@@ -449,7 +449,7 @@ impl Executor {
         } else {
             let key = (program, decoding, batch.outputs.len(), batch.tokens.len(), recording.generation);
             let ready = self.ready.take().filter(|ready| ready.key == key).map(|ready| ready.commands);
-            let encode = || self.encode(&recording.dispatches, recording, &rows, copies);
+            let encode = || self.encode(&recording.dispatches, recording, rows, copies);
             self.device.queue.submit([ready.unwrap_or_else(encode)]);
             // The next token's commands are most likely the same: they are made while the device is busy.
             self.ready = Some(Ready { key, commands: encode() });
