@@ -57,7 +57,8 @@ fn adapter(model: &Model, kind: Kind) -> Adapter {
     let mut entries = BTreeMap::new();
     for t in model.gguf().tensors() {
         let map = t.name.starts_with("blk.") && t.shape.len() == 2;
-        if !map && !(kind == Kind::Ends && ["token_embd.weight", "output.weight"].contains(&t.name.as_str())) {
+        let end = kind == Kind::Ends && ["token_embd.weight", "output.weight"].contains(&t.name.as_str());
+        if !map && !end {
             continue;
         }
         let rank = if kind == Kind::Ranks && t.name == "blk.1.ffn_up.weight" { 6 } else { usual };
