@@ -12,7 +12,7 @@ use kinglet_engine::quant::DType;
 use kinglet_engine::session::{
     Arithmetic, Device, Engine, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions,
 };
-use kinglet_engine::tape::LoraSpec;
+use kinglet_engine::tape::{LoraSpec, Param};
 use kinglet_models::tiny::TinyConfig;
 use kinglet_tests::compare::{argmax, divergence};
 use kinglet_tests::data::{self, Random, Scratch, alone, heavy, maps, tiny};
@@ -268,7 +268,12 @@ fn compare_learners(name: &str, model: &Model, mut learned: Learner, adapters: (
     let (wanted_scores, wanted) = gradients(model, &mut exact);
     let (scores, ours) = gradients(model, &mut learned);
     assert!(distance(&scores, &wanted_scores) < most, "{name}: cross-entropies");
-    for p in exact.params() {
+    assert_near(name, exact.params(), &ours, &wanted, most);
+}
+
+/// The gradient of every matrix, in its norm.
+fn assert_near(name: &str, params: &[Param], ours: &[f32], wanted: &[f32], most: f32) {
+    for p in params {
         let (ours, wanted) = (&ours[p.offset..p.end()], &wanted[p.offset..p.end()]);
         let norm = wanted.iter().map(|v| v * v).sum::<f32>().sqrt();
         let apart = ours.iter().zip(wanted).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
@@ -333,12 +338,7 @@ fn gpu_gradients_of_smollm2_are_the_cpus() {
     let (wanted_scores, wanted, params) = run(Device::Cpu);
     let (scores, ours, _) = run(Device::Open(whole()));
     assert!(distance(&scores, &wanted_scores) < 1e-3);
-    for p in &params {
-        let (ours, wanted) = (&ours[p.offset..p.end()], &wanted[p.offset..p.end()]);
-        let norm = wanted.iter().map(|v| v * v).sum::<f32>().sqrt();
-        let apart = ours.iter().zip(wanted).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
-        assert!(apart < 1e-3 * norm, "{}: {apart} of {norm}", p.name);
-    }
+    assert_near("smollm2", &params, &ours, &wanted, 1e-3);
 }
 
 /// A hundred steps of a tiny model: the curve of its losses is the CPU's.

@@ -321,6 +321,23 @@ impl Device {
         self.buffer(bytes, U::STORAGE | U::COPY_DST | U::COPY_SRC, what)
     }
 
+    /// A buffer that results are read back through.
+    pub(super) fn staging(&self, bytes: u64) -> Result<wgpu::Buffer> {
+        self.buffer(bytes, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST, "results")
+    }
+
+    /// The buffer of dispatches' descriptions, whole slots.
+    pub(super) fn descriptions(&self, slots: &[u8]) -> Result<wgpu::Buffer> {
+        let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+        let uniforms = self.buffer(slots.len() as u64, usage, "descriptions of dispatches")?;
+        self.queue.write_buffer(&uniforms, 0, slots);
+        Ok(uniforms)
+    }
+
+    pub(super) fn encoder(&self) -> wgpu::CommandEncoder {
+        self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
+    }
+
     /// The pipeline of a kernel, built at its first use.
     pub(super) fn pipeline(&self, kernel: &Kernel) -> Result<wgpu::ComputePipeline> {
         if let Some(pipeline) = lock(&self.pipelines).get(kernel) {

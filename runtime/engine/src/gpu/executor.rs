@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::adapters::{self, Correction, Placed};
 use super::device::{Device, DeviceKind, SLOT};
-use super::forward::{self, CHUNK};
+use super::forward::{self, CHUNK, DECODED};
 use super::kv::{KvCache, PAGE, Pool};
 use super::record::{Binds, Decoding, Dispatch, PackedRows, Recorder, Scratch};
 use super::weights::Uploaded;
@@ -20,8 +20,6 @@ use crate::tape::{
 };
 use crate::{Error, Result, random};
 
-/// Most rows that are decoded together by the kernels for it.
-const DECODED: usize = 8;
 /// From this position on a head's attention is computed in parts, and in how many.
 const LONG: (usize, u32) = (1_024, 8);
 /// Dispatches per submission of a run that is no decoding, until it is known how long they take.
@@ -241,7 +239,7 @@ impl Executor {
             params: device.storage(params, "trained parameters")?,
             gradients: device.storage(params * u64::from(slices), "gradients")?,
             slices,
-            staging: staging(device, SLOT)?,
+            staging: device.staging(SLOT)?,
             generation: 0,
             frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
             words: Vec::new(),
@@ -354,9 +352,7 @@ impl Executor {
                 );
                 recorder.record()?;
                 let (dispatches, slots, binds) = (recorder.dispatches, recorder.slots, recorder.binds);
-                let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
-                let uniforms = self.device.buffer(slots.len() as u64, usage, "descriptions of dispatches")?;
-                self.device.queue.write_buffer(&uniforms, 0, &slots);
+                let uniforms = self.device.descriptions(&slots)?;
                 let recording =
                     Recording { decoding, dispatches, uniforms, binds, groups: Vec::new(), generation: u64::MAX };
                 let recordings = &mut self.programs[program].recordings;
@@ -419,7 +415,7 @@ impl Executor {
         let read_gradients = purpose == Purpose::Learn && !within.goes_on;
         let gradient_bytes = if read_gradients { 4 * p.tape.param_count() as u64 } else { 0 };
         if self.staging.size() < bytes + gradient_bytes {
-            self.staging = staging(&self.device, bytes + gradient_bytes)?;
+            self.staging = self.device.staging(bytes + gradient_bytes)?;
             self.ready = None;
         }
         let p = &self.programs[program];
@@ -493,7 +489,7 @@ impl Executor {
         rows: impl Fn(Rows) -> usize,
         copies: Copies,
     ) -> wgpu::CommandBuffer {
-        let mut encoder = encoder(&self.device);
+        let mut encoder = self.device.encoder();
         if !part.is_empty() {
             replay(&mut encoder, recording, part, rows, None);
         }
@@ -566,7 +562,7 @@ impl Executor {
         if let Some(l) = batch.learning.as_ref().filter(|l| !l.within.begun) {
             self.device.queue.write_buffer(&self.params, 0, bytemuck::cast_slice(l.params));
             if purpose == Purpose::Learn {
-                let mut encoder = encoder(&self.device);
+                let mut encoder = self.device.encoder();
                 encoder.clear_buffer(&self.gradients, 0, None);
                 self.device.queue.submit([encoder.finish()]);
             }
@@ -607,14 +603,6 @@ fn slices(device: &Device, bytes: u64) -> u32 {
         DeviceKind::Software => 2,
         _ => (device.binding_bytes / bytes.max(1)).clamp(1, 8) as u32,
     }
-}
-
-fn staging(device: &Device, bytes: u64) -> Result<wgpu::Buffer> {
-    device.buffer(bytes, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST, "results")
-}
-
-fn encoder(device: &Device) -> wgpu::CommandEncoder {
-    device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
 }
 
 /// Encodes `part` of a recording as one pass.
@@ -659,10 +647,10 @@ fn replay_timed(
     let bytes = 16 * TIMED as u64;
     let resolved =
         device.buffer(bytes, wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC, "timestamps")?;
-    let mapped = staging(device, bytes)?;
+    let mapped = device.staging(bytes)?;
     let period = f64::from(device.queue.get_timestamp_period());
     for part in recording.dispatches.chunks(TIMED) {
-        let mut commands = encoder(device);
+        let mut commands = device.encoder();
         for (i, dispatch) in part.iter().enumerate() {
             let writes = wgpu::ComputePassTimestampWrites {
                 query_set: &queries,

@@ -15,6 +15,8 @@ use crate::tape::{Attention, Epilogue, Gate, KvSource, Linear, Op, Part, Rope, R
 
 /// Rows of a tile.
 pub(super) const TILE: u32 = 64;
+/// Most rows that are decoded together by the kernels for it.
+pub(super) const DECODED: usize = 8;
 /// Packed rows come in multiples of it: the rows of the largest tile.
 pub(super) const PACKED_ROWS: usize = 128;
 /// Workgroups of the largest tile that keep a large card busy.
@@ -345,7 +347,7 @@ impl Recorder<'_> {
     /// Logits; those of a piece of the head are columns of them.
     fn head(&mut self, x: Value, weight: WeightId, out: Value, norm: Option<(Value, WeightId)>) -> Result<()> {
         let cap = self.spec.logit_softcap.unwrap_or(0.0);
-        if self.decoding.is_some() || self.row_limit(Rows::Outputs) <= 8 {
+        if self.decoding.is_some() || self.row_limit(Rows::Outputs) <= DECODED {
             // Every piece norms for itself.
             for piece in self.uploaded.pieces(weight).to_vec() {
                 self.matvec(x, norm, &[(Part { weight, bias: None, out }, piece)], None, NONE, cap)?;

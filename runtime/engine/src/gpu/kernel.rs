@@ -217,6 +217,9 @@ impl Kernel {
                 if !fours && !matches!(self, Kernel::LoraOuter { .. }) {
                     add(include_str!("shaders/matmul_store.wgsl"));
                 }
+                if matches!(self, Kernel::LoraNarrow { .. }) {
+                    add(include_str!("shaders/lora_narrow_sum.wgsl"));
+                }
                 add(match (self, fours) {
                     (Kernel::LoraNarrow { .. }, false) => include_str!("shaders/lora_narrow.wgsl"),
                     (Kernel::LoraNarrow { .. }, true) => include_str!("shaders/lora_narrow_fours.wgsl"),

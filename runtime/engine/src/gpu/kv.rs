@@ -5,9 +5,9 @@
 //! a sequence share them until one writes, and what a dropped sequence held is free for others. The buffers double when
 //! pages run out.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use super::device::Device;
+use super::device::{Device, lock};
 use crate::Result;
 use crate::tape::Spec;
 
@@ -38,10 +38,6 @@ impl Drop for Page {
     fn drop(&mut self) {
         lock(&self.free).push(self.index);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Pool {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytemuck::Zeroable;
 
-use super::device::{Device, SLOT};
+use super::device::{Device, SLOT, lock};
 use super::forward::{PACKED_ROWS, TILE};
 use super::kernel::{Kernel, Tile};
 use super::record::{MatmulOp, NONE};
@@ -90,15 +90,12 @@ fn agree(device: &Arc<Device>, dtype: DType, turned: bool, candidates: [Candidat
         dispatches.push((device.pipeline(&c.kernel)?, grid));
     }
     slots.resize(slots.len().next_multiple_of(SLOT as usize), 0);
-    let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
-    let uniforms = device.buffer(slots.len() as u64, usage, "a trial")?;
-    device.queue.write_buffer(&uniforms, 0, &slots);
+    let uniforms = device.descriptions(&slots)?;
     let group = device.bind(&uniforms, [&run, &run, &weights, &arena, &cache, &run, &gradients, &packed]);
 
     let bytes = u64::from(4 * 3 * ROWS * columns);
-    let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-    let staging = device.buffer(bytes, usage, "a trial")?;
-    let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    let staging = device.staging(bytes)?;
+    let mut encoder = device.encoder();
     {
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         for (i, (pipeline, [x, y, z])) in dispatches.iter().enumerate() {
@@ -134,7 +131,7 @@ impl Device {
         if !self.abilities.cooperative {
             return false;
         }
-        let known = super::device::lock(&self.trials).get(&(dtype, turned)).copied();
+        let known = lock(&self.trials).get(&(dtype, turned)).copied();
         known.unwrap_or_else(|| {
             let candidate = |tile: Tile| Candidate {
                 kernel: Kernel::Cooperative { dtype, turned, tile },
@@ -147,7 +144,7 @@ impl Device {
                 log::warn!("{} multiplies {dtype} without cooperative matrices: {why}", self.info().name);
             }
             let good = verdict.unwrap_or(false);
-            super::device::lock(&self.trials).insert((dtype, turned), good);
+            lock(&self.trials).insert((dtype, turned), good);
             good
         })
     }

@@ -1,9 +1,5 @@
 // A trained matrix with few rows: `out[m][j] = scale·Σₖ x[m][k]·P[j][k]`, with TURNED `P[k][j]`. Eight rows of x a workgroup,
 // 32 invocations to each, which go along k side by side; eight columns at a time.
-const COLUMNS = 8u;
-// A column's sums, eight apart in banks.
-const STRIDE = 264u;
-var<workgroup> partial: array<f32, COLUMNS * STRIDE>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
@@ -27,8 +23,5 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if t >= 64u { return; }
     let row = t / 8u;
     let column = first + t % 8u;
-    var sum = 0.0;
-    // Each begins elsewhere, so that no two wait for one bank.
-    for (var l = 0u; l < 32u; l++) { sum += partial[(t % 8u) * STRIDE + row * 32u + ((l + t) & 31u)]; }
-    if group.z * 8u + row < rows && column < op.columns { store(group.z * 8u + row, column, sum); }
+    if group.z * 8u + row < rows && column < op.columns { store(group.z * 8u + row, column, narrow_sum(t)); }
 }

@@ -1,7 +1,4 @@
 // `lora_narrow.wgsl` for ranks that are multiples of eight: everything is read by four.
-const COLUMNS = 8u;
-const STRIDE = 264u;
-var<workgroup> partial: array<f32, COLUMNS * STRIDE>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
@@ -35,11 +32,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     if t >= 64u { return; }
     let row = group.z * 8u + t / 8u;
-    var sum = 0.0;
-    // Each begins elsewhere, so that no two wait for one bank.
-    for (var l = 0u; l < 32u; l++) { sum += partial[(t % 8u) * STRIDE + t / 8u * 32u + ((l + t) & 31u)]; }
     if row < rows {
         let at = op.out + row * op.out_stride + first + t % 8u;
-        arena[at >> 2u][at & 3u] = sum * op.scale;
+        arena[at >> 2u][at & 3u] = narrow_sum(t) * op.scale;
     }
 }
