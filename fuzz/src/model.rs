@@ -59,7 +59,7 @@ fn learn(model: &Model, tokens: &[u32]) {
         outputs: (0..count as u32).collect(),
         targets: tokens[1..].to_vec(),
         weights: vec![1.0; count],
-        dropout_seed: 0,
+        ..LearnBatch::default()
     };
     let mut gradients = vec![0.0; params.len()];
     if let Ok(scores) = learner.learn(&batch, &params, &mut gradients, &AtomicBool::new(false)) {

@@ -27,7 +27,7 @@ fn batch(tokens: &[u32], length: usize) -> LearnBatch {
         lengths: vec![length; tokens.len() / length],
         tokens: tokens.to_vec(),
         outputs,
-        dropout_seed: 0,
+        ..LearnBatch::default()
     }
 }
 

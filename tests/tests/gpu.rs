@@ -10,7 +10,7 @@ use kinglet_engine::adapter::{Adapter, BaseId, LowRank};
 use kinglet_engine::gpu::{self, Limits};
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{
-    Arithmetic, Device, Engine, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions,
+    Arithmetic, Device, Engine, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions, SoftBatch,
 };
 use kinglet_engine::tape::{LoraSpec, Param};
 use kinglet_models::tiny::TinyConfig;
@@ -243,13 +243,23 @@ fn gradients(model: &Model, learner: &mut Learner) -> (Vec<f32>, Vec<f32>) {
     let lengths = vec![70, 1, 66, 23];
     let rows: usize = lengths.iter().sum();
     let outputs: Vec<u32> = (0..rows as u32).filter(|row| row % 3 != 1).collect();
+    // Every fourth target is a distribution.
+    let (mut soft, vocab) = (SoftBatch::default(), model.spec().vocab as u32);
+    for i in 0..outputs.len() as u32 {
+        match i % 4 {
+            0 => soft.push(&[i, vocab / 2 + i, vocab - 1 - i], &[0.5, 0.3, 0.2]),
+            _ => soft.push(&[], &[]),
+        }
+    }
     let batch = LearnBatch {
         tokens: tokens(model, 12, rows),
         lengths,
         targets: tokens(model, 13, outputs.len()),
+        soft,
         weights: outputs.iter().map(|_| random.unit() - 0.25).collect(),
         outputs,
         dropout_seed: 5,
+        ..LearnBatch::default()
     };
     let mut gradients = vec![0.0; params.len()];
     let never = AtomicBool::new(false);
@@ -329,7 +339,7 @@ fn gpu_gradients_of_smollm2_are_the_cpus() {
             outputs: (0..47).collect(),
             targets: tokens(&model, 21, 48).split_off(1),
             weights: vec![1.0 / 47.0; 47],
-            dropout_seed: 0,
+            ..LearnBatch::default()
         };
         let mut gradients = vec![0.0; params.len()];
         let scores = learner.learn(&batch, &params, &mut gradients, &AtomicBool::new(false)).expect("a step").to_vec();
@@ -367,7 +377,7 @@ fn gpu_learns_as_the_cpu_over_a_hundred_steps() {
                 targets: ids[1..].to_vec(),
                 tokens: ids,
                 weights: vec![1.0 / 31.0; 31],
-                dropout_seed: 0,
+                ..LearnBatch::default()
             };
             gradients.fill(0.0);
             let scores = learner.learn(&batch, &params, &mut gradients, &never).expect("a step");

@@ -48,7 +48,8 @@ fn batch(model: &Model, lengths: &[usize], seed: u64) -> LearnBatch {
     let outputs: Vec<u32> = (0..rows as u32).filter(|row| row % 3 != 1).collect();
     let targets = outputs.iter().map(|_| token()).collect();
     let weights = outputs.iter().map(|_| random.unit() - 0.25).collect();
-    LearnBatch { tokens, lengths: lengths.to_vec(), outputs, targets, weights, dropout_seed: seed }
+    let lengths = lengths.to_vec();
+    LearnBatch { tokens, lengths, outputs, targets, weights, dropout_seed: seed, ..LearnBatch::default() }
 }
 
 /// Parameters at which every gradient counts.
@@ -130,14 +131,18 @@ fn check_switches(name: &str, config: &TinyConfig, change: impl Fn(&mut Spec)) {
 
 fn check_switches_with(name: &str, config: &TinyConfig, change: impl Fn(&mut Spec), lora: impl Fn(&Model) -> LoraSpec) {
     let scratch = Scratch::new(name);
+    let model = changed(&scratch, config, change);
+    let lora = lora(&model);
+    println!("{}: {:.1e}", config.arch, check_adapters(&model, &[12, 1, 6], lora));
+}
+
+fn changed(scratch: &Scratch, config: &TinyConfig, change: impl Fn(&mut Spec)) -> Model {
     let path = scratch.path("tiny.gguf");
     write_tiny(&path, config).expect("a tiny model");
     let gguf = Gguf::open(&path).expect("the file opens");
     let mut spec = families::spec(&gguf).expect("a description");
     change(&mut spec);
-    let model = Model::new(Arc::new(gguf), spec).expect("the model opens");
-    let lora = lora(&model);
-    println!("{}: {:.1e}", config.arch, check_adapters(&model, &[12, 1, 6], lora));
+    Model::new(Arc::new(gguf), spec).expect("the model opens")
 }
 
 /// What no family combines in this way, one after the other in every layer and for all heads.
@@ -284,6 +289,53 @@ fn adapters_of_some_maps() {
 }
 
 /// All weights: norms, biases, head norms, embeddings whose tokens repeat, heads tied and not, several chunks of them.
+/// The cross-entropy is linear in its targets, so a distribution has the mean of the gradients of its tokens.
+#[test]
+fn distributions_as_targets() {
+    let config = TinyConfig { vocab: 2_300, ..TinyConfig::new("llama") };
+    for cap in [None, Some(3.0)] {
+        let scratch = Scratch::new("distributions");
+        let model = changed(&scratch, &config, |spec| spec.logit_softcap = cap);
+        let mut learner = Learner::new(&model, &options(lora(&model, 3))).unwrap();
+        let params = start(&learner, 5);
+        let hard = batch(&model, &[9, 20], 3);
+        let (mut random, vocab) = (Random::new(8), model.spec().vocab);
+        const SHARES: [f32; 3] = [0.5, 0.3, 0.2];
+        let mut soft = hard.clone();
+        let mut singles: Vec<LearnBatch> = SHARES.iter().map(|_| hard.clone()).collect();
+        for (i, target) in hard.targets.iter().enumerate() {
+            // Every fourth row keeps its single target.
+            if i % 4 == 3 {
+                soft.soft.push(&[], &[]);
+                continue;
+            }
+            let tokens = [*target, random.below(vocab / 2) as u32, (vocab / 2 + random.below(vocab / 2)) as u32];
+            soft.soft.push(&tokens, &SHARES);
+            singles.iter_mut().zip(tokens).for_each(|(single, token)| single.targets[i] = token);
+        }
+        let (scores, gradients) = learn(&mut learner, &soft, &params);
+        let (mut wanted_scores, mut wanted) = (vec![0.0; scores.len()], vec![0.0; gradients.len()]);
+        for (single, share) in singles.iter().zip(SHARES) {
+            let (scores, gradients) = learn(&mut learner, single, &params);
+            wanted_scores.iter_mut().zip(scores).for_each(|(sum, s)| *sum += share * s);
+            wanted.iter_mut().zip(gradients).for_each(|(sum, g)| *sum += share * g);
+        }
+        assert!(relative(&scores, &wanted_scores) < 1e-6 && relative(&gradients, &wanted) < 1e-5, "{cap:?}");
+
+        let refused = |change: fn(&mut LearnBatch)| {
+            let mut wrong = soft.clone();
+            change(&mut wrong);
+            let mut gradients = vec![0.0; params.len()];
+            let mut learner = Learner::new(&model, &options(lora(&model, 3))).unwrap();
+            learner.learn(&wrong, &params, &mut gradients, &AtomicBool::new(false)).unwrap_err().to_string()
+        };
+        assert!(refused(|b| b.soft.shares[1] = 0.7).contains("add up to 1"));
+        assert!(refused(|b| b.soft.tokens[0] = 1 << 20).contains("outside the vocabulary"));
+        assert!(refused(|b| b.soft.starts.truncate(4)).contains("needs a start"));
+        assert!(refused(|b| b.soft.starts[1] = 99_999).contains("must rise"));
+    }
+}
+
 #[test]
 fn all_weights() {
     let scratch = Scratch::new("gradient-all");

@@ -68,7 +68,7 @@ fn train_within(
             tokens: tokens.to_vec(),
             lengths: vec![LENGTH; SEQUENCES],
             outputs,
-            dropout_seed: 0,
+            ..LearnBatch::default()
         };
         let mut gradients = vec![0.0; params.len()];
         let scores = learner.learn(&batch, &params, &mut gradients, &AtomicBool::new(false)).expect("a step");

@@ -68,7 +68,7 @@ fn check(kind: &str) {
         weights: vec![1.0 / count as f32; count],
         lengths: vec![tokens.len()],
         tokens,
-        dropout_seed: 0,
+        ..LearnBatch::default()
     };
     let mut gradients = vec![0.0; params.len()];
     let scores = learner.learn(&batch, &params, &mut gradients, &AtomicBool::new(false)).expect("a step");

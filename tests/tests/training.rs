@@ -143,7 +143,7 @@ fn adapters_of_stacked_matrices_are_in_the_files() {
             targets: tokens[1..].to_vec(),
             weights: vec![1.0; 31],
             tokens: tokens.clone(),
-            dropout_seed: 0,
+            ..LearnBatch::default()
         };
         let params = trainer.params().to_vec();
         let go = AtomicBool::new(false);

@@ -183,7 +183,7 @@ fn run(args: &Args, learner: &mut Learner, tokens: &[u32]) -> anyhow::Result<Run
             tokens: tokens.to_vec(),
             lengths: vec![args.seq; args.batch],
             outputs,
-            dropout_seed: 0,
+            ..LearnBatch::default()
         };
         let start = Instant::now();
         gradients.fill(0.0);

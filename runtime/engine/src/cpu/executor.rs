@@ -18,7 +18,8 @@ use super::patch::{Correction, Patches};
 use super::pool::{Pool, Team};
 use crate::quant::DType;
 use crate::tape::{
-    Batch, Frequencies, Op, Plan, PlanLimits, Purpose, Spec, Tape, Timing, Timings, Trained, Value, Weights, decoder,
+    Batch, Frequencies, Op, Plan, PlanLimits, Purpose, SoftTargets, Spec, Tape, Timing, Timings, Trained, Value,
+    Weights, decoder,
 };
 use crate::{Error, Result};
 
@@ -233,6 +234,7 @@ pub(super) struct Context<'a> {
     pub gradients: *mut f32,
     /// Factor on the gradient of each output row's cross-entropy.
     pub row_weights: &'a [f32],
+    pub soft_targets: SoftTargets<'a>,
     pub dropout_seed: u64,
     pub tokens: &'a [u32],
     pub outputs: &'a [u32],
@@ -375,9 +377,9 @@ impl Executor {
             Some(kv) => kv,
             None => KvLayout::new(&self.spec, DType::F32)?,
         };
-        let (params, gradients, row_weights, dropout_seed) = match &mut batch.learning {
-            None => (std::ptr::null(), std::ptr::null_mut(), [].as_slice(), 0),
-            Some(l) => (l.params.as_ptr(), l.gradients.as_mut_ptr(), l.row_weights, l.dropout_seed),
+        let (params, gradients, row_weights, soft_targets, dropout_seed) = match &mut batch.learning {
+            None => (std::ptr::null(), std::ptr::null_mut(), [].as_slice(), SoftTargets::default(), 0),
+            Some(l) => (l.params.as_ptr(), l.gradients.as_mut_ptr(), l.row_weights, l.soft_targets, l.dropout_seed),
         };
         let context = Context {
             isa: self.isa,
@@ -390,6 +392,7 @@ impl Executor {
             params,
             gradients,
             row_weights,
+            soft_targets,
             dropout_seed,
             tokens: batch.tokens,
             outputs: batch.outputs,

@@ -7,7 +7,8 @@
 //!
 //!   −ln p = M + ln S − z_target,   dx = g · (Σᵥ e^(zᵥ − M)·Wᵥ / S − W_target),
 //!
-//! with S the sum of the exponentials. So the logits, a quarter of a small model's forward pass, are computed once only.
+//! with S the sum of the exponentials. A target that is a distribution puts its mean over z and W in place of those of the one
+//! token. So the logits, a quarter of a small model's forward pass, are computed once only.
 //! Three phases a chunk: logits, divided by rows of the head; exponentials, divided by rows of the batch; the gradient.
 
 use super::executor::{Arithmetic, Context, Scratch, VOCAB_CHUNK};
@@ -25,8 +26,24 @@ struct Row {
     max: f32,
     /// Σ e^(z − max).
     sum: f32,
-    /// The logit of the target, once its chunk has been seen.
-    target: f32,
+}
+
+/// What a row's target consists of: one token, or several with their shares.
+struct Wanted {
+    token: usize,
+    share: f32,
+    /// Its logit, once its chunk has been seen.
+    logit: f32,
+}
+
+/// The targets of an output row.
+fn wanted(c: &Context<'_>, row: usize) -> Vec<Wanted> {
+    let (tokens, shares) = match c.soft_targets.of(row) {
+        ([], _) => (&c.targets[row..row + 1], [1.0].as_slice()),
+        soft => soft,
+    };
+    let one = |(token, share): (&u32, &f32)| Wanted { token: *token as usize, share: *share, logit: 0.0 };
+    tokens.iter().zip(shares).map(one).collect()
 }
 
 /// Executes this thread's part: cross-entropies to the first of the outputs, gradients to the second.
@@ -53,6 +70,7 @@ pub(super) unsafe fn cross_entropy_grad(
         (c.linear_input(x, team), states, probabilities)
     };
     let mine = team.share(rows, 1);
+    let mut targets: Vec<Vec<Wanted>> = mine.clone().map(|row| wanted(c, row)).collect();
     let mut capped = Vec::new();
     for start in (0..vocab).step_by(VOCAB_CHUNK) {
         let chunk = start..(start + VOCAB_CHUNK).min(vocab);
@@ -61,16 +79,15 @@ pub(super) unsafe fn cross_entropy_grad(
             c.linear_rows(weight, start, columns, &x, &probabilities, false, &mut scratch.linear);
         }
         team.wait();
-        for row in mine.clone() {
+        for (row, targets) in mine.clone().zip(&mut targets) {
             // SAFETY: the chunk's logits are complete; this thread's rows of everything.
             unsafe {
                 let z = probabilities.columns_mut(row, 0..chunk.len());
-                let target = (c.targets[row] as usize).checked_sub(start);
                 let state = &mut *states.add(row);
                 if start == 0 {
-                    *state = Row { max: f32::NEG_INFINITY, sum: 0.0, target: 0.0 };
+                    *state = Row { max: f32::NEG_INFINITY, sum: 0.0 };
                 }
-                if let Some(shrink) = soften(c, z, target, state, &mut capped).filter(|_| start > 0) {
+                if let Some(shrink) = soften(c, z, start, targets, state, &mut capped).filter(|_| start > 0) {
                     vector::scale(c.isa, shrink, dx.row_mut(row));
                 }
             }
@@ -90,33 +107,37 @@ pub(super) unsafe fn cross_entropy_grad(
         team.wait();
     }
     let mut target_weights = vec![0.0; dx.width];
-    for row in mine {
+    for (row, targets) in mine.zip(&targets) {
         // SAFETY: this thread's rows.
         unsafe {
             let (state, dx, g) = (*states.add(row), dx.row_mut(row), c.row_weights[row]);
-            nll.row_mut(row)[0] = (f64::from(state.max) + f64::from(state.sum).ln() - f64::from(state.target)) as f32;
-            let target = c.targets[row] as usize;
-            let (dtype, bytes) = c.weight_rows(weight, target..target + 1);
-            // The sizes were checked when the weights were resolved.
-            if let Err(e) = quant::dequantize(dtype, bytes, &mut target_weights) {
-                unreachable!("{}: {e}", c.weights.get(weight).name);
-            }
-            let mut slope = [g];
-            if let Some(cap) = c.tape.spec.logit_softcap {
-                activation::softcap_backward(c.isa, &[state.target], cap, &mut slope);
-            }
+            let logit: f64 = targets.iter().map(|t| f64::from(t.share) * f64::from(t.logit)).sum();
+            nll.row_mut(row)[0] = (f64::from(state.max) + f64::from(state.sum).ln() - logit) as f32;
             vector::scale(c.isa, g / state.sum, dx);
-            vector::axpy(c.isa, -slope[0], &target_weights, dx);
+            for target in targets {
+                let (dtype, bytes) = c.weight_rows(weight, target.token..target.token + 1);
+                // The sizes were checked when the weights were resolved.
+                if let Err(e) = quant::dequantize(dtype, bytes, &mut target_weights) {
+                    unreachable!("{}: {e}", c.weights.get(weight).name);
+                }
+                let mut slope = [g * target.share];
+                if let Some(cap) = c.tape.spec.logit_softcap {
+                    activation::softcap_backward(c.isa, &[target.logit], cap, &mut slope);
+                }
+                vector::axpy(c.isa, -slope[0], &target_weights, dx);
+            }
         }
     }
 }
 
 /// Turns a chunk of a row's logits into what its weights are multiplied with, but for the factor g / S: e^(z − M), times the
-/// slope of the soft cap where there is one. Gives the factor on everything before, when M has grown.
+/// slope of the soft cap where there is one. Gives the factor on everything before, when M has grown. The chunk begins with
+/// token `start`.
 fn soften(
     c: &Context<'_>,
     z: &mut [f32],
-    target: Option<usize>,
+    start: usize,
+    targets: &mut [Wanted],
     state: &mut Row,
     capped: &mut Vec<f32>,
 ) -> Option<f32> {
@@ -126,8 +147,10 @@ fn soften(
         capped.clear();
         capped.extend_from_slice(z);
     }
-    if let Some(z) = target.and_then(|t| z.get(t)) {
-        state.target = *z;
+    for target in targets {
+        if let Some(z) = target.token.checked_sub(start).and_then(|t| z.get(t)) {
+            target.logit = *z;
+        }
     }
     let max = vector::max(c.isa, z);
     let mut shrink = None;

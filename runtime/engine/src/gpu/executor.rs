@@ -16,7 +16,8 @@ use super::record::{Binds, Decoding, Dispatch, PackedRows, Recorder, Scratch};
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
-    Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, Spec, Tape, Timing, Timings, Trained, Weights, decoder,
+    Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, SoftTargets, Spec, Tape, Timing, Timings, Trained, Weights,
+    decoder,
 };
 use crate::{Error, Result, random};
 
@@ -28,6 +29,8 @@ const FIRST_PART: usize = 32;
 const PART_TIME: Duration = Duration::from_millis(100);
 /// Words before the records of a run.
 const HEADER: usize = 8;
+/// Words of the record of an output row.
+const OUTPUT_WORDS: usize = 5;
 
 /// How an executor is set up.
 #[derive(Clone, Debug)]
@@ -513,7 +516,7 @@ impl Executor {
         let (rows, outputs) = (batch.tokens.len(), batch.outputs.len());
         let rope_row: usize = self.frequencies.iter().map(|f| 2 * f.pairs()).sum();
         let outputs_at = HEADER + 4 * rows;
-        let rope_at = outputs_at + 3 * outputs;
+        let rope_at = outputs_at + OUTPUT_WORDS * outputs;
         let pages_at = rope_at + rows * rope_row;
         let words = &mut self.words;
         words.clear();
@@ -537,9 +540,15 @@ impl Executor {
             pages += (before + end - first).div_ceil(PAGE);
         }
         let weights = batch.learning.as_ref().map_or([].as_slice(), |l| l.row_weights);
+        // Learning has no pages: the entries of soft targets are in their place.
+        let mut soft_at = pages_at;
+        let soft = batch.learning.as_ref().map_or(SoftTargets::default(), |l| l.soft_targets);
         for (s, output) in batch.outputs.iter().enumerate() {
             let target = batch.targets.get(s).copied().unwrap_or(0);
+            let (tokens, _) = soft.of(s);
             words.extend([*output, target, weights.get(s).copied().unwrap_or(0.0).to_bits()]);
+            words.extend([soft_at as u32, tokens.len() as u32]);
+            soft_at += 2 * tokens.len();
         }
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for position in positions {
@@ -552,6 +561,10 @@ impl Executor {
         }
         for i in 0..batch.segments.count() {
             words.extend(batch.segments.cache(i).into_iter().flat_map(|cache| cache.pages()));
+        }
+        for s in 0..outputs {
+            let (tokens, shares) = soft.of(s);
+            words.extend(tokens.iter().zip(shares).flat_map(|(token, share)| [*token, share.to_bits()]));
         }
         let bytes = 4 * words.len() as u64;
         if bytes > self.run.size() {

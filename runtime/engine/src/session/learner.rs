@@ -3,12 +3,15 @@
 //! A learner holds the learning tape of one model and computes with parameters that the caller owns: a flat vector of
 //! f32 in which [`Learner::params`] places the matrices. It knows no optimizer, no data and no schedule.
 
+use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
 use super::backend::{Backend, Device};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions};
-use crate::tape::{Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, Timing, Trained, Within, adapted_norm};
+use crate::tape::{
+    Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, SoftTargets, Timing, Trained, Within, adapted_norm,
+};
 use crate::{Error, Result, quant};
 
 /// How a learner is set up.
@@ -52,9 +55,44 @@ pub struct LearnBatch {
     pub targets: Vec<u32>,
     /// Factor on the gradient of each of their cross-entropies.
     pub weights: Vec<f32>,
+    /// Those of them whose target is a distribution, for learning adapters of the layers.
+    pub soft: SoftBatch,
     /// Decides which of the adapters' inputs fall where they have dropout: a hash of the training's seed and of the number
     /// of the run, say. The same seed gives the same gradients.
     pub dropout_seed: u64,
+}
+
+/// The memory behind [`SoftTargets`], in which its fields are explained.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SoftBatch {
+    /// Where the entries of each output row begin, and the end; empty where none has any.
+    pub starts: Vec<u32>,
+    /// Tokens.
+    pub tokens: Vec<u32>,
+    /// Their shares.
+    pub shares: Vec<f32>,
+}
+
+impl SoftBatch {
+    /// Adds an output row.
+    pub fn push(&mut self, tokens: &[u32], shares: &[f32]) {
+        if self.starts.is_empty() {
+            self.starts.push(0);
+        }
+        self.tokens.extend_from_slice(tokens);
+        self.shares.extend_from_slice(shares);
+        self.starts.push(self.tokens.len() as u32);
+    }
+
+    /// Those of some output rows.
+    fn of(&self, outputs: Range<usize>) -> SoftTargets<'_> {
+        let starts = match self.starts.is_empty() {
+            true => &[],
+            // What is missing is found out by the check of the run.
+            false => self.starts.get(outputs.start..=outputs.end).unwrap_or(&self.starts),
+        };
+        SoftTargets { starts, tokens: &self.tokens, shares: &self.shares }
+    }
 }
 
 /// See the module's text.
@@ -236,7 +274,8 @@ impl Learner {
                     params,
                     gradients,
                     within: Within { begun: first_sequence > 0, goes_on: sequence < batch.lengths.len() },
-                    row_weights: batch.weights.get(outputs).unwrap_or_default(),
+                    row_weights: batch.weights.get(outputs.clone()).unwrap_or_default(),
+                    soft_targets: batch.soft.of(outputs),
                     dropout_seed: batch.dropout_seed.wrapping_add((first_sequence as u64).wrapping_mul(SEED_STEP)),
                 }),
             };

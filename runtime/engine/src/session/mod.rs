@@ -39,7 +39,7 @@ pub use devices::{DeviceSummary, devices};
 pub use engine::{Engine, Sequence, SessionOptions};
 pub use estimate::Estimate;
 pub use generate::Generation;
-pub use learner::{LearnBatch, Learner, LearnerOptions};
+pub use learner::{LearnBatch, Learner, LearnerOptions, SoftBatch};
 pub use model::Model;
 pub use prefix::PrefixCache;
 pub use session::{CancelHandle, Session};

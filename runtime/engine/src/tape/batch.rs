@@ -60,6 +60,79 @@ pub struct Within {
     pub goes_on: bool,
 }
 
+/// Targets of output rows that are distributions over the vocabulary instead of single tokens, most of whose shares are
+/// zero: those of a model that is imitated, say. The cross-entropy is linear in them, `Σ share·(−ln p(token))`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SoftTargets<'a> {
+    /// Where each output row's entries begin, and behind the last one the end; empty where no row has a distribution. A row
+    /// without entries has its token as target.
+    pub starts: &'a [u32],
+    /// The tokens, each at most once a row.
+    pub tokens: &'a [u32],
+    /// Their shares; those of a row add up to 1.
+    pub shares: &'a [f32],
+}
+
+impl<'a> SoftTargets<'a> {
+    /// Most tokens of a row: what a workgroup of a GPU takes at once.
+    pub const MOST: usize = 64;
+
+    /// Tokens and shares of an output row; empty where it has a single target.
+    pub fn of(&self, row: usize) -> (&'a [u32], &'a [f32]) {
+        let range = match self.starts.get(row..row + 2) {
+            Some([start, end]) => *start as usize..*end as usize,
+            _ => 0..0,
+        };
+        let part = |range: std::ops::Range<usize>| Some((self.tokens.get(range.clone())?, self.shares.get(range)?));
+        part(range).unwrap_or_default()
+    }
+
+    /// Whether all rows have single targets.
+    pub fn is_empty(&self) -> bool {
+        self.starts.is_empty()
+    }
+
+    fn check(&self, rows: usize, vocab: usize) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let wrong = |what: &str| Err(Error::argument(format!("distributions as targets: {what}")));
+        if self.starts.len() != rows + 1 || self.tokens.len() != self.shares.len() {
+            return wrong("every output row needs a start, the last one an end, and every token a share");
+        }
+        if !self.starts.is_sorted() || self.starts.last().is_some_and(|end| *end as usize > self.tokens.len()) {
+            return wrong("starts must rise and end within the tokens");
+        }
+        if let Some(token) = self.tokens.iter().find(|t| **t as usize >= vocab) {
+            return wrong(&format!("token {token} is outside the vocabulary of {vocab}"));
+        }
+        for row in 0..rows {
+            let (tokens, shares) = self.of(row);
+            if tokens.len() > SoftTargets::MOST {
+                return wrong(&format!(
+                    "output row {row} has {} tokens, at most {} are allowed",
+                    tokens.len(),
+                    SoftTargets::MOST
+                ));
+            }
+            if let Some(twice) =
+                tokens.iter().enumerate().find_map(|(i, token)| tokens[..i].contains(token).then_some(token))
+            {
+                return wrong(&format!("output row {row} has token {twice} twice"));
+            }
+            let sum: f32 = shares.iter().sum();
+            if !tokens.is_empty()
+                && (shares.iter().any(|share| *share < 0.0) || (sum - 1.0).abs() > 1e-3 || !sum.is_finite())
+            {
+                return wrong(&format!(
+                    "the shares of output row {row} must be at least 0 and add up to 1, not to {sum}"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Trained parameters of a run.
 #[derive(Debug)]
 pub struct Learning<'a> {
@@ -72,6 +145,8 @@ pub struct Learning<'a> {
     pub within: Within,
     /// Factor on the gradient of each output row's cross-entropy, for [`Purpose::Learn`].
     pub row_weights: &'a [f32],
+    /// Targets that are distributions, for [`Purpose::Learn`] where the head does not learn.
+    pub soft_targets: SoftTargets<'a>,
     /// Decides which of the adapters' inputs fall, for [`Purpose::Learn`]; another for each run of a training.
     pub dropout_seed: u64,
 }
@@ -120,9 +195,17 @@ fn check_learning<C>(batch: &mut Batch<'_, C>, tape: &Tape, purpose: Purpose) ->
         return Err(Error::argument("sequences have a cache when generating and none when learning"));
     }
     let rows = if purpose == Purpose::Learn { batch.outputs.len() } else { 0 };
+    if let Some(l) = &batch.learning {
+        l.soft_targets.check(batch.outputs.len(), tape.spec.vocab)?;
+    }
     match &batch.learning {
         None if !learning => Ok(()),
         Some(l) if l.params.len() == params && l.row_weights.len() >= rows => match l.gradients.len() {
+            _ if !l.soft_targets.is_empty() && (purpose != Purpose::Learn || tape.learns_head()) => {
+                Err(Error::Unsupported(
+                    "distributions as targets where the head learns, or nothing does; leave the head out".into(),
+                ))
+            }
             n if n == params || purpose != Purpose::Learn => Ok(()),
             n => Err(Error::argument(format!("{n} gradients for {params} parameters"))),
         },

@@ -20,7 +20,7 @@ mod spec;
 mod timing;
 mod weights;
 
-pub use batch::{Batch, Learning, Segments, Within};
+pub use batch::{Batch, Learning, Segments, SoftTargets, Within};
 pub use builder::{Builder, LoraSpec, Trained};
 pub use decoder::Purpose;
 pub use dora::{adapted_norm, magnitude_ratio};

@@ -361,7 +361,8 @@ pub enum Op {
         out: Value,
     },
     /// Cross-entropy and its gradient in one: `out` as in [`Op::CrossEntropy`], and `dx[s] = dz[s]·W` with
-    /// `dz[s] = g[s]·(softmax(z) − onehot(target s))`, `g` being the run's weight of the row. Where the head is trained,
+    /// `dz[s] = g[s]·(softmax(z) − onehot(target s))`, `g` being the run's weight of the row. A target may be a distribution
+    /// in place of the one token ([`SoftTargets`](super::SoftTargets)), unless the head is trained. Where it is,
     /// `dW += dzᵀ·x`; with an adapter `e = scale·dz·B` and `dB += scale·dzᵀ·h`.
     CrossEntropyGrad {
         /// `[S, width]`.
@@ -581,6 +582,11 @@ impl Tape {
     /// Length of the flat vector of trained parameters.
     pub fn param_count(&self) -> usize {
         self.params.last().map_or(0, Param::end)
+    }
+
+    /// Whether the output layer learns, by itself or with an adapter.
+    pub fn learns_head(&self) -> bool {
+        self.trains_weights || self.ops.iter().any(|op| matches!(op, Op::CrossEntropyGrad { lora: Some(_), .. }))
     }
 
     /// Shape of a value.

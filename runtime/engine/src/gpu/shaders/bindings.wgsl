@@ -4,8 +4,9 @@
 //   0 rows of the run (T)   1 rows whose result is wanted (S)   2 the number 1
 //   3 first output record   4 first word of the rotation table  5 its words per row   6, 7 seed of the dropout
 // from word 8 on a record per row: token, position, first page of its sequence (a word of `run`) or its sequence's first
-// row in learning, the row behind its sequence's last. A record per output: row, target, weight. Then the rotation table
-// (cosines, sines) and the lists of pages.
+// row in learning, the row behind its sequence's last. A record per output: row, target, weight, and first word and number of
+// the pairs (token, share) where the target is a distribution. Then the rotation table (cosines, sines), and the lists of
+// pages or those pairs.
 @group(0) @binding(0) var<uniform> op: Op;
 @group(0) @binding(1) var<storage, read> run: array<u32>;
 @group(0) @binding(2) var<storage, read> constants: array<ELEMENT>;
@@ -27,9 +28,9 @@ fn row_record(row: u32) -> Row {
     return Row(run[at], run[at + 1u], run[at + 2u], run[at + 3u]);
 }
 
-struct Output { row: u32, target_token: u32, weight: f32 }
+struct Output { row: u32, target_token: u32, weight: f32, soft: u32, soft_count: u32 }
 
 fn output_record(s: u32) -> Output {
-    let at = run[3] + s * 3u;
-    return Output(run[at], run[at + 1u], bitcast<f32>(run[at + 2u]));
+    let at = run[3] + s * 5u;
+    return Output(run[at], run[at + 1u], bitcast<f32>(run[at + 2u]), run[at + 3u], run[at + 4u]);
 }
