@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use kinglet_engine::session::{CancelHandle, Model};
 use kinglet_train::config::TrainConfig;
-use kinglet_train::data;
 use kinglet_train::metrics::StepMetrics;
 use kinglet_train::trainer::{Progress, Trainer, TrainerOptions};
+use kinglet_train::{data, keep};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -87,6 +87,8 @@ struct Paths {
     data: Files,
     #[serde(default)]
     validation: Files,
+    #[serde(default)]
+    keep: Keep,
     output: PathBuf,
     #[serde(default)]
     title: String,
@@ -95,7 +97,7 @@ struct Paths {
     probe: Option<PathBuf>,
 }
 
-const PATHS: [&str; 6] = ["data", "validation", "output", "title", "resume", "probe"];
+const PATHS: [&str; 7] = ["data", "validation", "keep", "output", "title", "resume", "probe"];
 
 /// One file or several.
 #[derive(Deserialize)]
@@ -103,6 +105,21 @@ const PATHS: [&str; 6] = ["data", "validation", "output", "title", "resume", "pr
 enum Files {
     One(PathBuf),
     Many(Vec<PathBuf>),
+}
+
+/// Texts on which the model is to stay as it is.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Keep {
+    /// So many that it writes itself.
+    Own(usize),
+    Files(Files),
+}
+
+impl Default for Keep {
+    fn default() -> Keep {
+        Keep::Files(Files::default())
+    }
 }
 
 impl Default for Files {
@@ -130,7 +147,18 @@ fn create(model: &Model, settings: &Settings, json: &str) -> Outcome<Trainer> {
     let config: TrainConfig = serde_json::from_value(Value::Object(fields)).map_err(wrong)?;
     config.validate()?;
     let probe = paths.probe.map(|path| std::fs::read_to_string(&path).map_err(kinglet_engine::Error::io(&path)));
-    let data = data::load(&paths.data.into_paths(), &paths.validation.into_paths(), model, &config)?;
+    let (cancel, where_) =
+        (AtomicBool::new(false), keep::Options { threads: settings.threads, device: settings.device.clone() });
+    let kept = match paths.keep {
+        Keep::Own(0) => Vec::new(),
+        Keep::Own(count) => {
+            vec![keep::own_texts(model, &paths.output, count, config.seed, &where_, &cancel, |_| {})?]
+        }
+        Keep::Files(files) => files.into_paths(),
+    };
+    let files = data::Files { data: &paths.data.into_paths(), validation: &paths.validation.into_paths(), keep: &kept };
+    let mut data = data::load(files, model, &config)?;
+    data.predict(model, &where_, &cancel, |_, _| {})?;
     let options = TrainerOptions {
         output: paths.output,
         title: paths.title,

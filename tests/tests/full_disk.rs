@@ -119,7 +119,7 @@ fn a_step_that_found_no_room_is_finished_later() {
     };
     let trainer = |output: &Path| {
         let options = TrainerOptions { output: output.into(), threads: 1, ..TrainerOptions::default() };
-        let examples = data::load(&[&data], &[], &model, &config).expect("data");
+        let examples = data::load([&data].as_slice().into(), &model, &config).expect("data");
         Trainer::new(&model, &config, examples, options).expect("a trainer")
     };
     let disk = Disk::new(&scratch, "disk", 1024 * PAGE);

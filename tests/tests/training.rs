@@ -65,7 +65,7 @@ impl Bench {
             probe: Some("A wren is a small brown bird.".into()),
             ..TrainerOptions::default()
         };
-        Trainer::new(&self.model, config, data::load(&[data], &[], &self.model, config)?, options)
+        Trainer::new(&self.model, config, data::load([data].as_slice().into(), &self.model, config)?, options)
     }
 
     /// All steps and the end.
@@ -197,7 +197,7 @@ fn the_number_of_threads_changes_nothing() {
     let (config, data) = (config(), write_pairs(&bench.scratch));
     let (lines, _) = bench.train(&config, &data, "one");
     let options = TrainerOptions { output: bench.scratch.path("two"), threads: 2, ..TrainerOptions::default() };
-    let examples = data::load(&[&data], &[], &bench.model, &config).expect("data");
+    let examples = data::load([&data].as_slice().into(), &bench.model, &config).expect("data");
     complete(&mut Trainer::new(&bench.model, &config, examples, options).expect("a trainer")).expect("finished");
     let two = metrics::read(&bench.scratch.path("two/metrics.jsonl")).expect("metrics");
     assert_eq!(timeless(two), timeless(lines));
@@ -323,7 +323,7 @@ fn what_does_not_fit_is_refused() {
         memory_budget: Some(100_000),
         ..TrainerOptions::default()
     };
-    let examples = data::load(&[&data], &[], &bench.model, &config).expect("data");
+    let examples = data::load([&data].as_slice().into(), &bench.model, &config).expect("data");
     assert!(matches!(Trainer::new(&bench.model, &config, examples, options), Err(Error::Memory { .. })));
 }
 

@@ -18,7 +18,14 @@ use crate::{Error, Result, random};
 /// `examples` side by side, each of their trained tokens with weight 1.
 pub fn collate<'e>(examples: impl IntoIterator<Item = &'e Example>) -> LearnBatch {
     let mut batch = LearnBatch::default();
+    let examples: Vec<&Example> = examples.into_iter().collect();
+    let soft = examples.iter().any(|example| example.prediction.is_some());
     for example in examples {
+        match &example.prediction {
+            Some(prediction) => batch.soft.append(&prediction.targets),
+            None if soft => (0..example.trained_tokens()).for_each(|_| batch.soft.push(&[], &[])),
+            None => {}
+        }
         let first = batch.tokens.len() as u32;
         batch.lengths.push(example.tokens.len());
         batch.tokens.extend_from_slice(&example.tokens);
@@ -215,7 +222,7 @@ mod tests {
 
     #[test]
     fn targets_stay_within_their_document() {
-        let some = Example { tokens: vec![20, 21, 22], trained: vec![true, false, true] };
+        let some = Example::new(vec![20, 21, 22], vec![true, false, true]);
         let batch = collate([&Example::plain(vec![10, 11]), &some, &Example::plain(vec![30])]);
         assert_eq!(batch.tokens, [10, 11, 20, 21, 22, 30]);
         assert_eq!(batch.lengths, [2, 3, 1]);

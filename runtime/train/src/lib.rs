@@ -10,6 +10,7 @@
 //! | [`preference`] | DPO and its relatives, KTO, ORPO, SimPO: losses and gradients by log-probability |
 //! | [`trainer`] | [`Trainer`](trainer::Trainer): the loop that joins all of this, pulled step by step |
 //! | `objective` | a batch under a loss: one run, or scores first and then the gradient |
+//! | [`keep`] | texts on which the model stays as it was, and what it predicts in them |
 //! | [`probe`] | whether the model forgets what it knew |
 //! | [`product`] | what a training leaves: adapter files, or a model |
 //! | [`guard`] | when to roll back and when to stop |
@@ -25,6 +26,7 @@ pub mod config;
 pub mod data;
 pub mod guard;
 pub mod init;
+pub mod keep;
 pub mod metrics;
 mod objective;
 pub mod optimizer;

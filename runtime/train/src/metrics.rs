@@ -31,6 +31,9 @@ pub struct StepMetrics {
     /// Loss on the validation data after the step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val_loss: Option<f64>,
+    /// Divergence from the untrained model in the step's texts that are to stay as they were, in nats per token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_kl: Option<f64>,
     /// Share of pairs whose chosen answer is preferred, for losses on preferences.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reward_accuracy: Option<f64>,

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::batch::collate;
 use crate::data::{Dataset, Example, Examples, PairExample, RatedExample};
 use crate::preference::{Loss, PairScores, RatedScores, kto, kto_distance};
-use crate::{Result, random};
+use crate::{Error, Result, random};
 
 /// Which of the two sets of a [`Dataset`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +32,8 @@ pub(crate) struct Outcome {
     pub tokens: usize,
     /// Of losses on preferences: the share of pairs (or of answers, for KTO) that are judged right, and the mean margin.
     pub preference: Option<(f64, f64)>,
+    /// Where texts on which the model is to stay as it was were among the examples: the divergence per token of them.
+    pub keep_kl: Option<f64>,
 }
 
 /// Sums on the way to an [`Outcome`].
@@ -43,6 +45,9 @@ struct Sums {
     tokens: usize,
     right: usize,
     margin: f64,
+    /// The divergence in texts that are kept, and their trained tokens.
+    kl: f64,
+    kept: usize,
 }
 
 /// A model and where it stands.
@@ -58,6 +63,8 @@ pub(crate) struct Policy<'a> {
 #[derive(Debug)]
 pub(crate) struct Objective {
     loss: Loss,
+    /// Weight of the divergence in examples on which the model is to stay as it was.
+    keep_weight: f64,
     train: Examples,
     validation: Examples,
     /// The reference's scores by set and number: of a pair's two answers, or of an answer.
@@ -65,8 +72,27 @@ pub(crate) struct Objective {
 }
 
 impl Objective {
-    pub fn new(loss: Loss, data: Dataset) -> Objective {
-        Objective { loss, train: data.train, validation: data.validation, reference: HashMap::new() }
+    /// # Errors
+    /// Texts to stay the same on that were not predicted, or under a loss on preferences.
+    pub fn new(loss: Loss, keep_weight: f64, data: Dataset) -> Result<Objective> {
+        let Dataset { mut train, validation, keep, .. } = data;
+        if keep.iter().any(|example| example.prediction.is_none()) {
+            return Err(Error::argument(
+                "texts on which the model is to stay as it is need its predictions; Dataset::predict makes them",
+            ));
+        }
+        match &mut train {
+            Examples::Plain(train) => train.extend(keep),
+            _ if keep.is_empty() => {}
+            _ => {
+                return Err(Error::Unsupported(
+                    "texts on which the model is to stay as it is beside a loss on preferences, which has a reference of \
+                     its own; leave them out"
+                        .into(),
+                ));
+            }
+        }
+        Ok(Objective { loss, keep_weight, train, validation, reference: HashMap::new() })
     }
 
     fn set(&self, set: Set) -> &Examples {
@@ -169,7 +195,8 @@ impl Objective {
     fn outcome(&self, sums: Sums) -> Outcome {
         let items = sums.items.max(1) as f64;
         let preference = (self.loss != Loss::CrossEntropy).then_some((sums.right as f64 / items, sums.margin / items));
-        Outcome { loss: sums.loss / items, tokens: sums.tokens, preference }
+        let keep_kl = (sums.kept > 0).then_some(sums.kl / sums.kept.max(1) as f64);
+        Outcome { loss: (sums.loss + self.keep_weight * sums.kl) / items, tokens: sums.tokens, preference, keep_kl }
     }
 
     /// Adds a batch to `sums` and, where `gradients` are given with what their mean is taken of and a seed, to those.
@@ -185,14 +212,28 @@ impl Objective {
             return Ok(());
         }
         sums.items += self.items(set, batch);
-        let Objective { loss, train, validation, reference } = self;
+        let Objective { loss, keep_weight, train, validation, reference } = self;
         let examples = if set == Set::Train { train } else { validation };
         match examples {
             Examples::Plain(all) => {
-                let run = collate(batch.iter().map(|i| &all[*i]));
+                let mut run = collate(batch.iter().map(|i| &all[*i]));
                 sums.tokens += run.tokens.len();
-                let scores = policy.run(run, gradients)?;
-                sums.loss += scores.iter().map(|score| f64::from(*score)).sum::<f64>();
+                let mut weights = run.weights.iter_mut();
+                for example in batch.iter().map(|i| &all[*i]) {
+                    let weight = if example.prediction.is_some() { *keep_weight as f32 } else { 1.0 };
+                    weights.by_ref().take(example.trained_tokens()).for_each(|w| *w = weight);
+                }
+                let mut scores = policy.run(run, gradients)?.iter().map(|score| f64::from(*score));
+                for example in batch.iter().map(|i| &all[*i]) {
+                    let sum: f64 = scores.by_ref().take(example.trained_tokens()).sum();
+                    match &example.prediction {
+                        None => sums.loss += sum,
+                        Some(prediction) => {
+                            sums.kl += sum - prediction.entropies.iter().map(|e| f64::from(*e)).sum::<f64>();
+                            sums.kept += example.trained_tokens();
+                        }
+                    }
+                }
                 Ok(())
             }
             Examples::Pairs(all) => pairs(policy, loss, all, (set, batch), reference, gradients, sums),
@@ -345,5 +386,5 @@ fn mismatched(prompt: &RatedExample, answer: &RatedExample, limit: usize) -> Exa
     trained.extend_from_slice(&answer.example.trained[back..]);
     tokens.truncate(limit);
     trained.truncate(limit);
-    Example { tokens, trained }
+    Example::new(tokens, trained)
 }

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::batch::{Cursor, Loader, LoaderOptions, Packing};
 use crate::checkpoint::{Checkpoint, Checkpoints, Tensor, Values, decode_tensors, encode_tensors};
-use crate::config::TrainConfig;
+use crate::config::{Target, TrainConfig};
 use crate::data::{Dataset, Encoder, Summary};
 use crate::guard::{EarlyStop, LossGuard, Verdict};
 use crate::init::golden_init;
@@ -76,6 +76,8 @@ pub struct Preflight {
     pub data: Summary,
     /// Examples among them that are kept for validation.
     pub validation: usize,
+    /// Examples beside them on which the model is to stay as it is.
+    pub keep: usize,
     /// Bytes resident at the peak, the mapped file included.
     pub memory: u64,
     /// The mapped file, which is part of `memory`.
@@ -201,7 +203,17 @@ impl Trainer {
         if config.early_stop.is_some() && validation == 0 {
             return Err(Error::argument("early stopping needs data to validate on; set val_fraction or give a file"));
         }
-        let objective = Objective::new(config.loss, data);
+        if !data.keep.is_empty() && (config.full || config.targets.contains(&Target::Head)) {
+            return Err(Error::Unsupported(
+                "texts on which the model is to stay as it is where the output layer learns; leave out the head, or train \
+                 an adapter"
+                    .into(),
+            ));
+        }
+        let kept = data.keep.len();
+        let predictions =
+            data.keep.iter().filter_map(|example| example.prediction.as_ref()).map(|p| p.bytes()).sum::<u64>();
+        let objective = Objective::new(config.loss, config.keep_weight, data)?;
         let lengths = objective.lengths(Set::Train);
         let probe = Probe::new(&Encoder::new(model, config.seq, config.truncation)?, options.probe.as_deref())?;
         let packing = if config.loss == Loss::CrossEntropy { config.packing } else { Packing::None };
@@ -236,7 +248,7 @@ impl Trainer {
         let state_bytes = if config.state_8bit { 2 } else { 8 };
         let held = if config.loss.needs_reference() { 4 } else { 0 };
         // Parameters and moments once in use and twice on their way into a checkpoint.
-        let beside = (count * (state_bytes + held) + 2 * count * (4 + state_bytes)) as u64;
+        let beside = (count * (state_bytes + held) + 2 * count * (4 + state_bytes)) as u64 + predictions;
         learner_options.memory_budget = options.memory_budget.map(|budget| budget.saturating_sub(beside));
         let learner = Learner::new(model, &learner_options)?;
 
@@ -266,6 +278,7 @@ impl Trainer {
             steps,
             data: summary,
             validation,
+            keep: kept,
             memory: estimate.resident() + beside,
             weights: estimate.weights,
             tokens,
@@ -438,6 +451,7 @@ impl Trainer {
             grad_norm: norm,
             tokens_per_second: outcome.tokens as f64 / seconds.max(1e-9),
             val_loss: None,
+            keep_kl: outcome.keep_kl,
             reward_accuracy: outcome.preference.map(|p| p.0),
             reward_margin: outcome.preference.map(|p| p.1),
         };

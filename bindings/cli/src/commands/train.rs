@@ -6,11 +6,13 @@ use crate::{models, output, progress};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use kinglet_engine::Error;
+use kinglet_engine::session::Model;
 use kinglet_train::config::{Target, TrainConfig};
+use kinglet_train::data::{self, Dataset};
 use kinglet_train::preference::Loss;
 use kinglet_train::schedule::Shape;
 use kinglet_train::trainer::{Ending, Finished, Preflight, Progress, Trainer, TrainerOptions};
-use kinglet_train::{data, metrics::StepMetrics};
+use kinglet_train::{keep, metrics::StepMetrics};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,6 +35,7 @@ Examples:
   kinglet train --model smollm2 --data chats.jsonl --output my-adapter
   kinglet run smollm2 --adapter my-adapter \"A question from my field\"
   kinglet train --model gemma3 --data law.jsonl --rank 16 --seq 512 --epochs 2 --early-stop 3 -o law
+  kinglet train --model smollm2 --data faq.jsonl --epochs 8 --keep 150 -o faq   # forgets less
   kinglet train --model smollm2 --data votes.jsonl --loss dpo --lr 5e-6 -o preferred
   kinglet train --model tiny.gguf --full --data book.txt --lr 1e-3 -o tiny-trained")]
 pub struct Arguments {
@@ -45,6 +48,9 @@ pub struct Arguments {
     /// Files to validate on, in place of a share of the data; may be given again
     #[arg(long, value_name = "FILE", conflicts_with = "val_fraction")]
     validation: Vec<PathBuf>,
+    /// Against forgetting: texts on which the model is to stay as it is, in a file or so many that it writes itself
+    #[arg(long, value_name = "N|FILE")]
+    keep: Option<PathBuf>,
     /// Folder for the result; made where it is missing
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
@@ -153,6 +159,9 @@ struct DescentArgs {
     /// β of the loss, where it has one
     #[arg(long, value_name = "X", requires = "loss")]
     beta: Option<f64>,
+    /// How much a token of --keep counts beside a learned one [default: 1]
+    #[arg(long, value_name = "X", requires = "keep")]
+    keep_weight: Option<f64>,
     /// Steps between validations; 0: only at the end [default: 50]
     #[arg(long, value_name = "N")]
     eval_every: Option<u64>,
@@ -236,6 +245,7 @@ impl Arguments {
         set(&mut c.warmup, &d.warmup);
         set(&mut c.weight_decay, &d.weight_decay);
         set(&mut c.clip, &d.clip);
+        set(&mut c.keep_weight, &d.keep_weight);
         set(&mut c.eval_every, &d.eval_every);
         set(&mut c.checkpoint_every, &d.checkpoint_every);
         c.state_8bit |= d.state_8bit;
@@ -280,7 +290,13 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         None => None,
     };
     let model = models::open(&arguments.model)?;
-    let data = data::load(&arguments.data, &arguments.validation, &model, &config)?;
+    let cancel = Arc::new(AtomicBool::new(false));
+    let stop = cancel.clone();
+    interrupt::listen(move || stop.store(true, Ordering::Relaxed));
+    let data = match load(arguments, global, &model, &config, &cancel) {
+        Err(Error::Cancelled) => return Err(Interrupted.into()),
+        other => other?,
+    };
     let names: Vec<String> =
         arguments.data.iter().map(|p| p.file_name().unwrap_or_default().to_string_lossy().into()).collect();
     let options = TrainerOptions {
@@ -295,9 +311,6 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     let mut trainer = Trainer::new(&model, &config, data, options)?;
     trainer.learner_mut().set_timing(arguments.timing);
     announce(&trainer);
-    let cancel = Arc::new(AtomicBool::new(false));
-    let stop = cancel.clone();
-    interrupt::listen(move || stop.store(true, Ordering::Relaxed));
     let finished = match steps(&mut trainer, &cancel) {
         Err(Error::Cancelled) => {
             let path = trainer.save()?;
@@ -319,11 +332,43 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     }
 }
 
+/// Reads the data; lets the model write and predict what it is to stay the same on.
+fn load(
+    arguments: &Arguments,
+    global: &Global,
+    model: &Model,
+    config: &TrainConfig,
+    cancel: &AtomicBool,
+) -> Result<Dataset, Error> {
+    let runs = keep::Options { threads: global.threads.unwrap_or(0), device: global.backend.clone() };
+    let own = arguments.keep.as_ref().and_then(|keep| keep.to_str()?.parse::<usize>().ok());
+    let kept: Vec<PathBuf> = match (own, &arguments.keep) {
+        (Some(0), _) | (_, None) => Vec::new(),
+        (Some(count), _) => {
+            let bar = progress::steps("texts of the model's own", count as u64);
+            let report = |done| bar.set_position(done as u64);
+            let path = keep::own_texts(model, &arguments.output, count, config.seed, &runs, cancel, report)?;
+            bar.finish_and_clear();
+            vec![path]
+        }
+        (None, Some(file)) => vec![file.clone()],
+    };
+    let files = data::Files { data: &arguments.data, validation: &arguments.validation, keep: &kept };
+    let mut data = data::load(files, model, config)?;
+    let bar = progress::steps("tokens predicted in what is kept", 0);
+    data.predict(model, &runs, cancel, |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    Ok(data)
+}
+
 /// What is known before the first step.
 fn announce(trainer: &Trainer) {
-    let Preflight { parameters, steps, data, validation, memory, weights, .. } = trainer.preflight();
+    let Preflight { parameters, steps, data, validation, keep, memory, weights, .. } = trainer.preflight();
     eprintln!(
-        "{} examples to learn from, {validation} to validate on ({} tokens, {} of them trained{})\n\
+        "{} examples to learn from, {validation} to validate on ({} tokens, {} of them trained{}){}\n\
          {} parameters, {} steps, {} at the peak, {} of them the mapped model",
         data.examples - validation,
         data.tokens,
@@ -331,6 +376,10 @@ fn announce(trainer: &Trainer) {
         match (data.truncated, data.dropped) {
             (0, 0) => String::new(),
             (cut, out) => format!("; {cut} examples were cut, {out} left out"),
+        },
+        match keep {
+            0 => String::new(),
+            kept => format!(", {kept} to stay the same on"),
         },
         output::count(*parameters as u64),
         steps,
@@ -379,9 +428,10 @@ fn steps(trainer: &mut Trainer, cancel: &AtomicBool) -> Result<Finished, Error> 
 }
 
 fn status(line: &StepMetrics) -> String {
-    let StepMetrics { loss, lr, grad_norm, tokens_per_second, .. } = line;
+    let StepMetrics { loss, lr, grad_norm, tokens_per_second, keep_kl, .. } = line;
+    let kept = keep_kl.map_or(String::new(), |kl| format!("  kept within {kl:.4}"));
     let accuracy = line.reward_accuracy.map_or(String::new(), |a| format!("  right {:.0} %", 100.0 * a));
-    format!("loss {loss:.4}{accuracy}  lr {lr:.2e}  gradient {grad_norm:.3}  {tokens_per_second:.0} tokens/s")
+    format!("loss {loss:.4}{kept}{accuracy}  lr {lr:.2e}  gradient {grad_norm:.3}  {tokens_per_second:.0} tokens/s")
 }
 
 fn summary(f: &Finished, model: &str, output: &std::path::Path) -> String {

@@ -453,6 +453,9 @@ fn complete(model: &Model, options: &SessionOptions) -> Result<SessionOptions> {
         v if (1..=max).contains(&v) => Ok(()),
         v => Err(Error::argument(format!("{name} must be between 1 and {max}, not {v}"))),
     };
+    if options.arithmetic == Arithmetic::Wide {
+        return Err(Error::argument("16-bit arithmetic is for learning; a session takes narrow or exact"));
+    }
     range("context", options.context, 1 << 24)?;
     range("chunk", options.chunk, 1 << 14)?;
     range("logit_rows", options.logit_rows, 1 << 14)?;

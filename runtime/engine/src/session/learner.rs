@@ -84,6 +84,14 @@ impl SoftBatch {
         self.starts.push(self.tokens.len() as u32);
     }
 
+    /// Adds all rows of another.
+    pub fn append(&mut self, other: &SoftBatch) {
+        for row in 0..other.starts.len().saturating_sub(1) {
+            let (tokens, shares) = other.of(0..other.starts.len() - 1).of(row);
+            self.push(tokens, shares);
+        }
+    }
+
     /// Those of some output rows.
     fn of(&self, outputs: Range<usize>) -> SoftTargets<'_> {
         let starts = match self.starts.is_empty() {

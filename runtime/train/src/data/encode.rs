@@ -139,7 +139,7 @@ impl<'m> Encoder<'m> {
             let end = common(&self.tokenizer.encode_prompt(&text[..answer.end]), &tokens);
             trained[start.len()..end.max(start.len())].fill(true);
         }
-        Some(Example { tokens, trained })
+        Some(Example::new(tokens, trained))
     }
 
     /// `text` with all from byte `start` trained, and what is before it encoded by itself.
@@ -157,7 +157,8 @@ impl<'m> Encoder<'m> {
             from = common(&tokens, &whole) + 1;
             tokens = whole;
         }
-        Example { trained: (0..tokens.len()).map(|index| index >= from).collect(), tokens }
+        let trained = (0..tokens.len()).map(|index| index >= from).collect();
+        Example::new(tokens, trained)
     }
 
     fn without_template(&self, messages: &[Message], separator: &str) -> Example {

@@ -16,6 +16,7 @@ mod split;
 mod tests;
 
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use kinglet_engine::session::Model;
 use serde::{Deserialize, Serialize};
@@ -25,22 +26,30 @@ pub use record::{Record, Sample, parse, read};
 pub use split::split;
 
 use crate::config::TrainConfig;
+use crate::keep::{self, Prediction};
 use crate::preference::Loss;
 use crate::{Error, Result};
 
 /// A sequence of tokens, and which of them the model is to learn to predict.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Example {
     /// The tokens as the model sees them, BOS included where the model wants it.
     pub tokens: Vec<u32>,
     /// For each token whether it is predicted from those before it. The first never is, whatever stands here.
     pub trained: Vec<bool>,
+    /// What is to be predicted in place of the tokens, where the model is to stay as it was.
+    pub prediction: Option<Box<Prediction>>,
 }
 
 impl Example {
+    /// An example whose tokens are trained where `trained` says so.
+    pub fn new(tokens: Vec<u32>, trained: Vec<bool>) -> Example {
+        Example { tokens, trained, prediction: None }
+    }
+
     /// An example that is trained as a whole.
     pub fn plain(tokens: Vec<u32>) -> Example {
-        Example { trained: vec![true; tokens.len()], tokens }
+        Example::new(tokens.clone(), vec![true; tokens.len()])
     }
 
     /// The number of tokens that are predicted.
@@ -50,7 +59,7 @@ impl Example {
 }
 
 /// Two answers to one prompt; only the answers are marked as trained.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PairExample {
     /// The prompt with the better answer.
     pub chosen: Example,
@@ -59,7 +68,7 @@ pub struct PairExample {
 }
 
 /// An answer that was judged by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RatedExample {
     /// The prompt with the answer, which alone is marked as trained.
     pub example: Example,
@@ -70,7 +79,7 @@ pub struct RatedExample {
 }
 
 /// Encoded data of the kind that the loss needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Examples {
     /// For cross-entropy.
     Plain(Vec<Example>),
@@ -133,28 +142,66 @@ pub struct Dataset {
     pub train: Examples,
     /// To validate on; empty where `val_fraction` is 0 or the data are too few.
     pub validation: Examples,
-    /// What was read.
+    /// On which the model is to stay as it is; [`Dataset::predict`] comes before training.
+    pub keep: Vec<Example>,
+    /// What was read, `keep` apart.
     pub summary: Summary,
 }
 
-/// Reads `files` and encodes them for `model`. What is validated on is read from the files `validation`, or where there are
-/// none, `config.val_fraction` of the records is kept for it.
+impl Dataset {
+    /// Has the model say what it predicts in the texts on which it is to stay as it is; `progress` is told tokens done and
+    /// all.
+    ///
+    /// # Errors
+    /// As [`keep::predict`].
+    pub fn predict(
+        &mut self,
+        model: &Model,
+        options: &keep::Options,
+        cancel: &AtomicBool,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<()> {
+        let all = self.keep.iter().map(|example| example.tokens.len()).sum();
+        keep::predict(model, &mut self.keep, options, cancel, |done| progress(done, all))
+    }
+}
+
+/// The files of a training.
+#[derive(Clone, Copy, Debug)]
+pub struct Files<'a, P> {
+    /// To learn from.
+    pub data: &'a [P],
+    /// To validate on; where there are none, a share of the records of `data`.
+    pub validation: &'a [P],
+    /// On which the model is to stay as it is.
+    pub keep: &'a [P],
+}
+
+impl<'a, P> From<&'a [P]> for Files<'a, P> {
+    /// Files to learn from, of which a share is validated on.
+    fn from(data: &'a [P]) -> Files<'a, P> {
+        Files { data, validation: &[], keep: &[] }
+    }
+}
+
+/// Reads `files` and encodes them for `model`. Where there are none to validate on, `config.val_fraction` of the records is
+/// kept for it.
 ///
 /// A single plain text cannot be split by documents; its end is kept for validation then.
 ///
 /// # Errors
 /// [`Error::Io`] and [`Error::Format`] that name the file and the line; [`Error::Argument`] where nothing is left to
 /// train on.
-pub fn load<P: AsRef<Path>>(files: &[P], validation: &[P], model: &Model, config: &TrainConfig) -> Result<Dataset> {
+pub fn load<P: AsRef<Path>>(files: Files<'_, P>, model: &Model, config: &TrainConfig) -> Result<Dataset> {
     let records = |files: &[P]| -> Result<Vec<Record>> {
         let read = files.iter().map(|file| read(file.as_ref())).collect::<Result<Vec<_>>>()?;
         Ok(read.into_iter().flatten().collect())
     };
-    let (train, apart) = (records(files)?, records(validation)?);
+    let (train, apart) = (records(files.data)?, records(files.validation)?);
     let mut summary = Summary { records: train.len() + apart.len(), ..Summary::default() };
     let encoder = Encoder::new(model, config.seq, config.truncation)?;
     let single = matches!(train.as_slice(), [Record { sample: Sample::Text(_), .. }]);
-    let fraction = if validation.is_empty() { config.val_fraction } else { 0.0 };
+    let fraction = if files.validation.is_empty() { config.val_fraction } else { 0.0 };
     let (train, mut kept) = split(train, if single { 0.0 } else { fraction });
     kept.extend(apart);
     let mut train = encoder.examples(&train, &config.loss, &mut summary)?;
@@ -170,7 +217,11 @@ pub fn load<P: AsRef<Path>>(files: &[P], validation: &[P], model: &Model, config
             summary.records, summary.examples, summary.dropped, config.seq
         )));
     }
-    Ok(Dataset { train, validation, summary })
+    let keep = match encoder.examples(&records(files.keep)?, &Loss::CrossEntropy, &mut Summary::default())? {
+        Examples::Plain(keep) => keep,
+        _ => Vec::new(),
+    };
+    Ok(Dataset { train, validation, keep, summary })
 }
 
 /// The error for a record that does not suit the loss.

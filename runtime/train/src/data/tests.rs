@@ -211,7 +211,7 @@ fn long_examples_are_cut_as_asked() {
     for (truncation, range) in [(Truncation::End, 0..length - 3), (Truncation::Start, 3..length)] {
         let mut summary = Summary::default();
         let cut = encoder(length - 3, truncation).examples(&records, &Loss::CrossEntropy, &mut summary).unwrap();
-        let wanted = Example { tokens: full.tokens[range.clone()].to_vec(), trained: full.trained[range].to_vec() };
+        let wanted = Example::new(full.tokens[range.clone()].to_vec(), full.trained[range].to_vec());
         assert_eq!((summary.truncated, summary.trained), (1, wanted.trained_tokens()));
         assert_eq!(cut, Examples::Plain(vec![wanted]));
     }
