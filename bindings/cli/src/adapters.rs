@@ -1,6 +1,6 @@
 //! Adapters named on the command line: `FILE` or `FILE:SCALE`, where FILE is a GGUF file or a PEFT folder.
 
-use kinglet_engine::session::{Device, Model, ScaledAdapter, Session, SessionOptions};
+use kinglet_engine::session::{Model, ScaledAdapter, Session, SessionOptions};
 use std::sync::Arc;
 
 /// Reads one adapter for `model`.
@@ -10,15 +10,11 @@ pub fn open(argument: &str, model: &Model) -> anyhow::Result<ScaledAdapter> {
 }
 
 /// A session with all of them in force, which it says.
-pub fn session(model: &Model, mut options: SessionOptions, arguments: &[String]) -> anyhow::Result<Session> {
-    if arguments.is_empty() {
-        return Ok(Session::new(model, &options)?);
-    }
-    if matches!(options.device, Device::Auto) {
-        // The GPU has no adapters beside the weights yet.
-        options.device = Device::Cpu;
-    }
+pub fn session(model: &Model, options: SessionOptions, arguments: &[String]) -> anyhow::Result<Session> {
     let mut session = Session::new(model, &options)?;
+    if arguments.is_empty() {
+        return Ok(session);
+    }
     let adapters = arguments.iter().map(|a| open(a, model)).collect::<anyhow::Result<Vec<_>>>()?;
     let report = session.set_adapters(&adapters)?;
     for ((adapter, scale), tensors) in adapters.iter().zip(&report.tensors) {

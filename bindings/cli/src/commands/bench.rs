@@ -10,12 +10,12 @@ mod kernels;
 
 use crate::args::{Global, MODEL_HELP, MemoryArgs, Usage, positive};
 use crate::interrupt::{self, Interrupted};
-use crate::models;
 use crate::output::{self, Table};
+use crate::{adapters, models};
 use clap::{Args, Subcommand};
 use kinglet_engine::cpu::roof;
 use kinglet_engine::gguf::{Gguf, TensorInfo};
-use kinglet_engine::session::{CancelHandle, Engine, SessionOptions};
+use kinglet_engine::session::{CancelHandle, Engine, ScaledAdapter, SessionOptions};
 use kinglet_engine::{Error, cpu::isa::Isa};
 use serde::Serialize;
 use serde_json::json;
@@ -31,6 +31,7 @@ Examples:
   kinglet bench smollm2
   kinglet bench model.gguf -p 512,2048 -n 128 -r 10 --threads 4 --json
   kinglet bench smollm2 -p 0 -n 64 --sequences 8       8 answers at once against one
+  kinglet bench smollm2 --adapter mine                 what an adapter beside the weights costs
   kinglet bench smollm2 -p 512 -n 0 --ops              with the time of each kind of operation
   kinglet bench kernels --types Q4_K,Q8_0              the kernels of linear maps, one by one")]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -51,6 +52,9 @@ pub struct Arguments {
     /// Repetitions of each
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = positive)]
     repetitions: usize,
+    /// Measure with this LoRA adapter as well, in turns; may be given again
+    #[arg(long, value_name = "FILE[:FACTOR]")]
+    adapter: Vec<String>,
     /// Show where the time goes
     #[arg(long)]
     ops: bool,
@@ -140,6 +144,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
 
     let Place { name: place, roofs, traffic } = Place::of(&mut engine, threads)?;
     let (per_token, ops) = cost(model.gguf());
+    let adapters = arguments.adapter.iter().map(|a| adapters::open(a, &model)).collect::<anyhow::Result<Vec<_>>>()?;
+    let sets = if adapters.is_empty() { vec![vec![]] } else { vec![vec![], adapters] };
 
     let mut rows = Vec::new();
     let prompts = arguments.prompts.iter().map(|n| Test { tokens: *n, decode: false, sequences: 1 });
@@ -150,26 +156,21 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         .flat_map(|n| counts.iter().map(|sequences| Test { tokens: *n, decode: true, sequences: *sequences }));
     for test in prompts.chain(generate).filter(|test| test.tokens > 0) {
         eprintln!("{}: {} runs", test.name(), arguments.repetitions);
-        test.run(&mut engine, &cancel)?;
-        engine.take_timings();
-        engine.set_timing(arguments.ops);
-        let samples =
-            (0..arguments.repetitions).map(|_| test.run(&mut engine, &cancel)).collect::<anyhow::Result<Vec<f64>>>()?;
-        if arguments.ops {
-            show_ops(&test.name(), &mut engine);
+        for (adapters, samples) in sets.iter().zip(series(test, &mut engine, &sets, arguments, &cancel)?) {
+            let name = format!("{}{}", test.name(), if adapters.is_empty() { "" } else { " adapted" });
+            let mean = samples.iter().sum::<f64>() / samples.len() as f64;
+            let squares: f64 = samples.iter().map(|s| (s - mean).powi(2)).sum();
+            let deviation = (squares / (samples.len() - 1).max(1) as f64).sqrt();
+            // The weights are read once for all sequences.
+            let read = test.decode.then(|| mean * per_token as f64 / test.sequences as f64);
+            let share = roofs.as_ref().map(|roofs| match read {
+                Some(read) => read / roofs.memory,
+                None => mean * ops as f64 / roofs.int8,
+            });
+            let roof = roofs.as_ref().map(|_| if test.decode { "memory" } else { "int8" });
+            let (tokens, sequences) = (test.tokens, test.sequences);
+            rows.push(Row { test: name, tokens, sequences, mean, deviation, samples, share, roof, read });
         }
-        let mean = samples.iter().sum::<f64>() / samples.len() as f64;
-        let squares: f64 = samples.iter().map(|s| (s - mean).powi(2)).sum();
-        let deviation = (squares / (samples.len() - 1).max(1) as f64).sqrt();
-        // The weights are read once for all sequences.
-        let read = test.decode.then(|| mean * per_token as f64 / test.sequences as f64);
-        let share = roofs.as_ref().map(|roofs| match read {
-            Some(read) => read / roofs.memory,
-            None => mean * ops as f64 / roofs.int8,
-        });
-        let roof = roofs.as_ref().map(|_| if test.decode { "memory" } else { "int8" });
-        let (tokens, sequences) = (test.tokens, test.sequences);
-        rows.push(Row { test: test.name(), tokens, sequences, mean, deviation, samples, share, roof, read });
     }
     if global.json {
         return output::json(&json!({
@@ -216,6 +217,33 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         output::bytes(per_token),
         ops as f64 / 1e9
     ))?)
+}
+
+/// Tokens per second of every repetition, for each set of adapters; the sets take turns, so that a machine that changes its
+/// speed does so for all.
+fn series(
+    test: Test,
+    engine: &mut Engine,
+    sets: &[Vec<ScaledAdapter>],
+    arguments: &Arguments,
+    cancel: &CancelHandle,
+) -> anyhow::Result<Vec<Vec<f64>>> {
+    let mut samples = vec![Vec::with_capacity(arguments.repetitions); sets.len()];
+    for repetition in 0..arguments.repetitions {
+        for (adapters, samples) in sets.iter().zip(&mut samples) {
+            if repetition == 0 || sets.len() > 1 {
+                engine.set_adapters(adapters)?;
+                test.run(engine, cancel)?;
+                engine.take_timings();
+            }
+            engine.set_timing(arguments.ops);
+            samples.push(test.run(engine, cancel)?);
+            if arguments.ops && repetition + 1 == arguments.repetitions {
+                show_ops(&test.name(), engine);
+            }
+        }
+    }
+    Ok(samples)
 }
 
 /// What is measured.

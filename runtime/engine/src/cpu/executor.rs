@@ -434,7 +434,8 @@ impl Executor {
     pub fn patches(&mut self, corrections: Vec<Correction>) -> Result<Patches> {
         let program = self.program(Purpose::Generate)?;
         let tape = &self.programs[program].tape;
-        Patches::new(corrections, tape, &self.weights, self.options.limits.tokens, self.pool.threads())
+        let exact = self.options.arithmetic == Arithmetic::Exact;
+        Patches::new(corrections, tape, &self.weights, self.options.limits.tokens, self.pool.threads(), exact)
     }
 
     /// Puts corrections in force from the next run on, in place of those before; `None` for the base alone.

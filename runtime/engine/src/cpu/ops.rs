@@ -474,12 +474,17 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
             },
             None => c.linear_rows(part.weight, 0, columns.clone(), &x, &y, accumulate, &mut scratch.linear),
         }
+    }
+    if patch.is_some() {
+        // Here and not sooner: threads have different shares of a part, but equal ones of all parts together.
+        team.wait();
+    }
+    for (index, part) in op.parts.iter().enumerate() {
+        let (y, columns) = (c.matrix(part.out), share(index));
         if let Some(patch) = patch {
-            if index == 0 {
-                team.wait();
-            }
+            let gained = matches!(op.epilogue, Epilogue::Add(_));
             // SAFETY: `h` is complete behind the barrier; this thread's columns.
-            unsafe { correct(c, patch, index, columns.clone(), &y, columns.start, gain.is_some()) };
+            unsafe { correct(c, patch, index, columns.clone(), &y, columns.start, gained) };
         }
         if let Some(bias) = part.bias {
             let bias = &c.vector(bias)[columns.clone()];

@@ -7,16 +7,15 @@
 //!
 //! A *gain* `g` makes `y = g ∘ (x·Wᵀ)` of the base's share first, for corrections that rescale rows of `W`.
 //!
-//! Copies are f16 where the base matrix is not f32: a correction of rank 16 is then a few percent of the base's bytes.
+//! Copies are as fine as the base: f32, f16, or 8-bit integers beside quantized weights. A correction of rank 16 is then two to
+//! five per cent of the base's bytes.
 
 use std::ops::Range;
 
-use half::f16;
-
 use super::buffer::Buffer;
 use super::kernels::linear;
-use super::kernels::lora::{Tiles, fits_f16};
-use crate::quant::DType;
+use super::kernels::lora::{Precision, Tiles, fits_f16};
+use crate::quant::{self, DType};
 use crate::tape::{Op, Tape, WeightId, Weights};
 use crate::{Error, Result};
 
@@ -88,7 +87,8 @@ pub struct Patches {
 }
 
 impl Patches {
-    /// Prepares corrections for the ops of `tape`, for runs of at most `tokens` rows on `threads` threads.
+    /// Prepares corrections for the ops of `tape`, for runs of at most `tokens` rows on `threads` threads; `exact` keeps them
+    /// in 32 bits.
     ///
     /// # Errors
     /// A matrix that no op multiplies with, [`Error::Memory`].
@@ -98,6 +98,7 @@ impl Patches {
         weights: &Weights,
         tokens: usize,
         threads: usize,
+        exact: bool,
     ) -> Result<Patches> {
         let mut ops: Vec<Option<Patch>> = Vec::new();
         ops.resize_with(weights.iter().count(), || None);
@@ -119,7 +120,8 @@ impl Patches {
             let found: Vec<Option<Correction>> = parts.iter().map(|w| take(*w)).collect();
             if let (Some(first), true) = (parts.first(), found.iter().any(Option::is_some)) {
                 let info = weights.get(*first);
-                ops[first.0 as usize] = Some(Patch::new(found, info.width, info.dtype != DType::F32));
+                ops[first.0 as usize] =
+                    Some(Patch::new(found, info.width, if exact { Precision::Single } else { precision(info.dtype) }));
             }
         }
         if let Some(left) = corrections.first() {
@@ -164,17 +166,17 @@ impl Patches {
 }
 
 impl Patch {
-    fn new(parts: Vec<Option<Correction>>, inputs: usize, half: bool) -> Patch {
+    fn new(parts: Vec<Option<Correction>>, inputs: usize, precision: Precision) -> Patch {
         let rank = parts.iter().flatten().map(|c| c.rank).sum();
         let all_a: Vec<f32> = parts.iter().flatten().flat_map(|c| c.a.iter().copied()).collect();
         let mut start = 0;
         let mut part = |c: Correction| {
             let hidden = start..start + c.rank;
             start = hidden.end;
-            PartPatch { hidden, tiles: Tiles::new(&c.b, c.rank, half), gain: c.gain }
+            PartPatch { hidden, tiles: Tiles::new(&c.b, c.rank, precision), gain: c.gain }
         };
         let parts = parts.into_iter().map(|c| c.map(&mut part)).collect();
-        Patch { a: Dense::new(&all_a, half), inputs, rank, parts }
+        Patch { a: Dense::new(&all_a, inputs, precision), inputs, rank, parts }
     }
 
     /// The linear map `h = x·Aᵀ` for some of its rows.
@@ -190,13 +192,27 @@ impl Patch {
 }
 
 impl Dense {
-    fn new(values: &[f32], half: bool) -> Dense {
-        match half && fits_f16(values) {
-            true => Dense {
-                dtype: DType::F16,
-                bytes: values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-            },
-            false => Dense { dtype: DType::F32, bytes: values.iter().flat_map(|v| v.to_le_bytes()).collect() },
+    /// Rows of `width` values; as f32 where they are out of f16's range.
+    fn new(values: &[f32], width: usize, precision: Precision) -> Dense {
+        let dtype = match precision {
+            _ if !fits_f16(values) => DType::F32,
+            Precision::Single => DType::F32,
+            Precision::Byte if DType::Q8_0.row_bytes(width).is_some() => DType::Q8_0,
+            Precision::Half | Precision::Byte => DType::F16,
+        };
+        match quant::quantize(dtype, values) {
+            Ok(bytes) => Dense { dtype, bytes },
+            // Whole rows of a type that takes all finite values.
+            Err(e) => unreachable!("a correction as {dtype}: {e}"),
         }
+    }
+}
+
+/// How the copies of a correction of weights of type `dtype` are kept.
+fn precision(dtype: DType) -> Precision {
+    match dtype {
+        DType::F32 => Precision::Single,
+        DType::F16 | DType::BF16 => Precision::Half,
+        _ => Precision::Byte,
     }
 }
