@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use super::executor::{Arithmetic, Context, Scratch, SequenceView, VOCAB_CHUNK};
 use super::isa::Isa;
+use super::kernels::lora::hidden::ROWS;
 use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
 use super::kv::PAGE;
 use super::matrix::Matrix;
@@ -235,10 +236,9 @@ impl<'a> Context<'a> {
         team: &Team<'_>,
         scratch: &mut linear::Scratch,
     ) {
-        let h = self.hidden(patch, x.tokens);
-        let task = patch.first_half(team.share(patch.rank, 4), x, h.out());
-        // The sizes were checked when the patch was made.
-        if let Err(e) = linear::linear(self.isa, &task, scratch) {
+        let (h, rows) = (self.hidden(patch, x.tokens), team.share(patch.rank, ROWS));
+        // SAFETY: `h` holds all tokens; shares are disjoint. The sizes were checked when the patch was made.
+        if let Err(e) = unsafe { patch.first_half(self.isa, rows, x, h.row_ptr(0), scratch) } {
             unreachable!("{e}");
         }
     }

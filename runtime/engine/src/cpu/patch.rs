@@ -13,7 +13,9 @@
 use std::ops::Range;
 
 use super::buffer::Buffer;
+use super::isa::Isa;
 use super::kernels::linear;
+use super::kernels::lora::hidden::{Rows, hidden};
 use super::kernels::lora::{Precision, Tiles, fits_f16};
 use crate::quant::{self, DType};
 use crate::tape::{Op, Tape, WeightId, Weights};
@@ -37,18 +39,19 @@ pub struct Correction {
     pub gain: Option<Vec<f32>>,
 }
 
-/// A dense matrix as the linear kernels read it.
+/// `A`.
 #[derive(Debug)]
-struct Dense {
-    dtype: DType,
-    bytes: Vec<u8>,
+enum FirstHalf {
+    /// As the linear kernels read it.
+    Dense(DType, Vec<u8>),
+    Bytes(Rows),
 }
 
 /// Corrections of the matrices of one op.
 #[derive(Debug)]
 pub(super) struct Patch {
-    a: Dense,
-    pub inputs: usize,
+    a: FirstHalf,
+    inputs: usize,
     /// Rows of `A`: the ranks of all parts.
     pub rank: usize,
     /// By part; `None` for those without a correction.
@@ -143,7 +146,7 @@ impl Patches {
     /// Bytes of all copies and of the memory they are applied in.
     pub fn bytes(&self) -> usize {
         let part = |p: &PartPatch| p.tiles.bytes() + p.gain.as_ref().map_or(0, |g| g.len() * 4);
-        let op = |p: &Patch| p.a.bytes.len() + p.parts.iter().flatten().map(part).sum::<usize>();
+        let op = |p: &Patch| p.a.bytes() + p.parts.iter().flatten().map(part).sum::<usize>();
         let embedding = self.embedding.as_ref().map_or(0, |e| (e.a.len() + e.b.len()) * 4);
         self.ops.iter().flatten().map(op).sum::<usize>() + embedding + self.hidden.len() + self.apart.len()
     }
@@ -176,34 +179,65 @@ impl Patch {
             PartPatch { hidden, tiles: Tiles::new(&c.b, c.rank, precision), gain: c.gain }
         };
         let parts = parts.into_iter().map(|c| c.map(&mut part)).collect();
-        Patch { a: Dense::new(&all_a, inputs, precision), inputs, rank, parts }
+        Patch { a: FirstHalf::new(&all_a, inputs, precision), inputs, rank, parts }
     }
 
-    /// The linear map `h = x·Aᵀ` for some of its rows.
-    pub fn first_half<'a>(
-        &'a self,
+    /// `h = x·Aᵀ` for some of its rows, which begin at a multiple of [`ROWS`](super::kernels::lora::hidden::ROWS), into `[tokens][rank]` at `out`.
+    ///
+    /// # Safety
+    /// `out` is valid for all tokens; this thread alone uses those rows.
+    ///
+    /// # Errors
+    /// None for activations of the map's input.
+    pub unsafe fn first_half(
+        &self,
+        isa: Isa,
         rows: Range<usize>,
-        x: &'a linear::Activations<'a>,
-        out: linear::OutMut,
-    ) -> linear::LinearTask<'a> {
-        let Dense { dtype, bytes } = &self.a;
-        linear::LinearTask { dtype: *dtype, weight: bytes, k: self.inputs, rows, x, out, accumulate: false }
+        x: &linear::Activations<'_>,
+        out: *mut f32,
+        scratch: &mut linear::Scratch,
+    ) -> Result<()> {
+        match &self.a {
+            FirstHalf::Dense(dtype, bytes) => {
+                // SAFETY: by the caller's promise.
+                let out = unsafe { linear::OutMut::new(out, self.rank, x.tokens * self.rank) };
+                let (dtype, k) = (*dtype, self.inputs);
+                let task = linear::LinearTask { dtype, weight: bytes, k, rows, x, out, accumulate: false };
+                linear::linear(isa, &task, scratch)
+            }
+            FirstHalf::Bytes(a) => {
+                let Some(q8) = &x.q8 else {
+                    return Err(Error::argument("the input of an adapter in 8 bits is not there in 8 bits"));
+                };
+                // SAFETY: by the caller's promise.
+                unsafe { hidden(isa, a, q8, rows, out, self.rank) };
+                Ok(())
+            }
+        }
     }
 }
 
-impl Dense {
+impl FirstHalf {
     /// Rows of `width` values; as f32 where they are out of f16's range.
-    fn new(values: &[f32], width: usize, precision: Precision) -> Dense {
+    fn new(values: &[f32], width: usize, precision: Precision) -> FirstHalf {
         let dtype = match precision {
             _ if !fits_f16(values) => DType::F32,
             Precision::Single => DType::F32,
-            Precision::Byte if DType::Q8_0.row_bytes(width).is_some() => DType::Q8_0,
-            Precision::Half | Precision::Byte => DType::F16,
+            // Quantized weights have whole groups.
+            Precision::Byte => return FirstHalf::Bytes(Rows::new(values, width)),
+            Precision::Half => DType::F16,
         };
         match quant::quantize(dtype, values) {
-            Ok(bytes) => Dense { dtype, bytes },
-            // Whole rows of a type that takes all finite values.
+            Ok(bytes) => FirstHalf::Dense(dtype, bytes),
+            // Types that take all finite values.
             Err(e) => unreachable!("a correction as {dtype}: {e}"),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            FirstHalf::Dense(_, bytes) => bytes.len(),
+            FirstHalf::Bytes(rows) => rows.bytes(),
         }
     }
 }

@@ -3,10 +3,12 @@
 //! `B` lies in tiles of 32 columns, `[tile][rank][32]` with zeros behind the last column, so that a thread streams its
 //! columns front to back and a column's sum stays in a register without a horizontal addition. Values are kept as the base's
 //! weights are ([`Precision`]): in decoding each is read once, so their bytes are what a correction costs. (The first half,
-//! `h = x·Aᵀ`, is a linear map like any other.)
+//! `h = x·Aᵀ`, is a linear map like any other, but in 8 bits, where it has a kernel of its own: [`hidden`].)
 //!
 //! The scalar form is the specification: sums start from 0, go up in `j`, are multiplied with the column's scale, where there is
 //! one, and added to `y`. A column's result depends neither on the range of columns it is in nor on the number of rows.
+
+pub mod hidden;
 
 use std::ops::Range;
 
@@ -146,7 +148,9 @@ pub unsafe fn add_low_rank(isa: Isa, task: &LowRankTask<'_>) {
             match &tiles.values {
                 Values::F16(v) => avx2::run(task, v.as_slice(), None),
                 Values::F32(v) => avx2::run(task, v.as_slice(), None),
-                Values::I8(v, scales) if matches!(isa, Isa::Avx512(_)) && task.rows == 1 => avx512::run(task, v, scales),
+                Values::I8(v, scales) if matches!(isa, Isa::Avx512(_)) && task.rows == 1 => {
+                    avx512::run(task, v, scales)
+                }
                 Values::I8(v, scales) => avx2::run(task, v.as_slice(), Some(scales)),
             }
         }

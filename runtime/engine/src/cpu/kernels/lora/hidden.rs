@@ -1,0 +1,209 @@
+//! The first half of a low-rank correction in 8 bits: `h[t][r] = Σₖ x[t][k] · A[r][k]`, with few `r` and many `k`.
+//!
+//! A map of few rows is no matter for the kernels that take a row after the other: reducing a register to one number and
+//! beginning a row anew would be half of their work. So the rows of a tile lie side by side, `[tile][k / 4][8 rows][4]`, each
+//! lane sums one of them, and a tile is read front to back. Its integers count with a scale for each row, and the
+//! activations with theirs for every 32 values.
+//!
+//! The scalar form is the specification, up to the order of sums: the integers of 32 values are summed exactly, the sums as
+//! f32. A row's result depends neither on the range of rows it is in nor on the number of tokens.
+
+use std::ops::Range;
+
+use crate::cpu::isa::Isa;
+use crate::cpu::kernels::linear::{GROUP, Q8};
+
+/// Rows of a tile.
+pub const ROWS: usize = 8;
+/// Values of a row that lie together.
+const DEPTH: usize = 4;
+/// What makes the integers unsigned, as the instructions want one factor to be.
+const OFFSET: u8 = 128;
+
+/// `A` in tiles.
+#[derive(Clone, Debug)]
+pub struct Rows {
+    rows: usize,
+    k: usize,
+    values: Vec<u8>,
+    /// Of each row, zero for those behind the last.
+    scales: Vec<f32>,
+}
+
+impl Rows {
+    /// From `a`, `[rows][k]`, `k` being a multiple of 32.
+    pub fn new(a: &[f32], k: usize) -> Rows {
+        assert!(k > 0 && k.is_multiple_of(GROUP) && a.len().is_multiple_of(k), "{} values in rows of {k}", a.len());
+        let rows = a.len() / k;
+        let padded = rows.div_ceil(ROWS) * ROWS;
+        let (mut values, mut scales) = (vec![OFFSET; padded * k], vec![0.0; padded]);
+        for (r, row) in a.chunks_exact(k).enumerate() {
+            let scale = row.iter().fold(0.0f32, |most, v| most.max(v.abs())) / 127.0;
+            scales[r] = scale;
+            for (i, v) in row.iter().enumerate().filter(|_| scale > 0.0) {
+                let at = ((r / ROWS * (k / DEPTH) + i / DEPTH) * ROWS + r % ROWS) * DEPTH + i % DEPTH;
+                values[at] = ((v / scale).round() as i8 as u8).wrapping_add(OFFSET);
+            }
+        }
+        Rows { rows, k, values, scales }
+    }
+
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        self.values.len() + self.scales.len() * 4
+    }
+
+    fn tile(&self, index: usize) -> &[u8] {
+        &self.values[index * ROWS * self.k..][..ROWS * self.k]
+    }
+}
+
+/// Writes `h[t][rows]` of every token to `out + t · stride`, which is row 0 of token `t`.
+///
+/// # Safety
+/// `out` must be valid for writes of those rows of every token, and nobody else may use them meanwhile.
+///
+/// # Panics
+/// When the sizes do not fit, or `rows` begins within a tile: a mistake of the program.
+pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *mut f32, stride: usize) {
+    let layout = x.layout();
+    assert!(rows.start % ROWS == 0 && rows.end <= a.rows && layout.k == a.k && rows.end <= stride);
+    for t in 0..layout.tokens {
+        let q = &x.values()[t * a.k..][..a.k];
+        let d = &x.scales()[t * layout.groups..][..a.k / GROUP];
+        let sums = &x.sums()[t * layout.groups..][..a.k / GROUP];
+        // What the offset has added to every row.
+        let excess = f32::from(OFFSET) * sums.iter().sum::<f32>();
+        for first in rows.clone().step_by(ROWS) {
+            let tile = a.tile(first / ROWS);
+            let sums = match isa {
+                // SAFETY: the token proves the features; sizes were checked.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512(_) => unsafe { x86::with_vnni(tile, q, d) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2(_) => unsafe { x86::with_avx2(tile, q, d) },
+                _ => scalar(tile, q, d),
+            };
+            let count = ROWS.min(rows.end - first);
+            for (r, sum) in sums.into_iter().enumerate().take(count) {
+                // SAFETY: by the caller's promise.
+                unsafe { *out.add(t * stride + first + r) = a.scales[first + r] * (sum - excess) };
+            }
+        }
+    }
+}
+
+/// Sums of a tile's rows, the offset included.
+fn scalar(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+    let mut sums = [0.0; ROWS];
+    for ((tile, q), d) in tile.chunks_exact(GROUP * ROWS).zip(q.chunks_exact(GROUP)).zip(d) {
+        for (r, sum) in sums.iter_mut().enumerate() {
+            let value = |i: usize| i32::from(tile[(i / DEPTH * ROWS + r) * DEPTH + i % DEPTH]);
+            *sum += d * q.iter().enumerate().map(|(i, q)| value(i) * i32::from(*q)).sum::<i32>() as f32;
+        }
+    }
+    sums
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{DEPTH, GROUP, OFFSET, ROWS};
+    use std::arch::x86_64::*;
+
+    /// Bytes from what is computed to what is asked for: a tile is read once, and is short for what prefetches by itself.
+    const AHEAD: usize = 2_048;
+    const STEP: usize = ROWS * DEPTH;
+
+    /// Both kernels: `dot` adds the products of 8 rows' four values with four of the activations, given as one word.
+    macro_rules! tile {
+        ($tile:ident, $q:ident, $d:ident, $dot:expr) => {{
+            let mut sum = _mm256_setzero_ps();
+            for ((tile, q), d) in $tile.chunks_exact(GROUP * ROWS).zip($q.chunks_exact(GROUP)).zip($d) {
+                let mut acc = _mm256_setzero_si256();
+                for j in 0..GROUP / DEPTH {
+                    // SAFETY: chunks of that size; a hint may point anywhere.
+                    unsafe {
+                        let a = tile.as_ptr().add(j * STEP);
+                        if j % 2 == 0 {
+                            _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(AHEAD).cast());
+                        }
+                        let q = _mm256_set1_epi32(q.as_ptr().add(j * DEPTH).cast::<i32>().read_unaligned());
+                        acc = $dot(acc, _mm256_loadu_si256(a.cast()), q);
+                    }
+                }
+                sum = _mm256_fmadd_ps(_mm256_set1_ps(*d), _mm256_cvtepi32_ps(acc), sum);
+            }
+            let mut sums = [0.0; ROWS];
+            // SAFETY: eight floats.
+            unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), sum) };
+            sums
+        }};
+    }
+
+    /// # Safety
+    /// The features; whole groups, with a scale each.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+    pub(super) unsafe fn with_vnni(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+        tile!(tile, q, d, |acc, a, q| _mm256_dpbusd_epi32(acc, a, q))
+    }
+
+    /// # Safety
+    /// As [`with_vnni`].
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn with_avx2(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+        let (offset, ones) = (_mm256_set1_epi8(OFFSET as i8), _mm256_set1_epi16(1));
+        let dot = |acc, a, q| {
+            // The sign of q goes to a: pairs then stay within 16 bits (2·127·127), and what the offset adds is put back by
+            // a product of its own.
+            let signed = _mm256_sign_epi8(_mm256_xor_si256(a, offset), q);
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(q), signed);
+            let excess = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(128));
+            _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), excess))
+        };
+        tile!(tile, q, d, dot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::kernels::linear::{Q8Mut, activation_bytes, quantize_rows};
+
+    #[test]
+    fn every_instruction_set_meets_the_product_in_double_precision() {
+        for (rows, k, tokens) in [(1, 32, 1), (16, 576, 1), (7, 96, 3), (48, 1536, 2), (20, 4864, 1)] {
+            let value = |seed: u64, i: usize| crate::random::uniform(seed, i as u64) as f32 * 2.0 - 1.0;
+            let a: Vec<f32> = (0..rows * k).map(|i| value(1, i)).collect();
+            let x: Vec<f32> = (0..tokens * k).map(|i| value(2, i) * 3.0 + 0.5).collect();
+            let mut buffer = vec![0u64; activation_bytes(tokens, k).div_ceil(8)];
+            // SAFETY: as large as asked for, and used by this thread alone.
+            let to = unsafe { Q8Mut::new(buffer.as_mut_ptr().cast(), tokens, k) };
+            quantize_rows(Isa::Scalar, &x, k, 0..tokens, &to).unwrap();
+            let q8 = Q8::new(bytemuck::cast_slice(&buffer), tokens, k).unwrap();
+            let packed = Rows::new(&a, k);
+            let mut first: Option<Vec<f32>> = None;
+            for isa in Isa::available() {
+                let mut h = vec![f32::NAN; tokens * (rows + 3)];
+                let cut = rows / 2 / ROWS * ROWS;
+                for part in [0..cut, cut..rows] {
+                    // SAFETY: the rows of all tokens, this thread's alone.
+                    unsafe { hidden(isa, &packed, &q8, part, h.as_mut_ptr(), rows + 3) };
+                }
+                for t in 0..tokens {
+                    for r in 0..rows {
+                        let exact: f64 = (0..k).map(|i| f64::from(x[t * k + i]) * f64::from(a[r * k + i])).sum();
+                        let got = f64::from(h[t * (rows + 3) + r]);
+                        // Both factors are rounded to 8 bits, at random.
+                        assert!((got - exact).abs() < 0.05 * (k as f64).sqrt(), "{isa:?} {k} {t} {r}: {got} {exact}");
+                    }
+                    assert!(h[t * (rows + 3) + rows..][..3].iter().all(|v| v.is_nan()));
+                }
+                let h: Vec<f32> = h.into_iter().filter(|v| !v.is_nan()).collect();
+                let same = first.get_or_insert_with(|| h.clone());
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() < 2e-4 * (k as f32).sqrt();
+                assert!(h.iter().zip(same.iter()).all(near), "{isa:?}: {h:?} {same:?}");
+            }
+        }
+    }
+}
