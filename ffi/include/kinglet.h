@@ -424,7 +424,8 @@ typedef struct kinglet_train_report {
      output       the folder for everything it writes; made where it is missing
      validation   files to validate on, in place of a share (val_fraction, 0.1) of the data
      keep         against forgetting: a number of texts that the model writes itself, or files, on which it is to stay as it
-                  is: the divergence from the untrained model is part of the loss, keep_weight (1) times
+                  is: the divergence from the untrained model is part of the loss, keep_weight (1) times, on
+                  keep_share (0.5) tokens of them for each of the data
      resume       true: go on from the last checkpoint in output, bit by bit as if nothing had happened
      title        the heading of output/report.html
      probe        a text whose perplexity before and after shows what was forgotten

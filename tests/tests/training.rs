@@ -14,15 +14,17 @@ use kinglet_tests::data::Scratch;
 use kinglet_tests::process::{kinglet, start};
 use kinglet_train::batch::Packing;
 use kinglet_train::config::{Target, TrainConfig};
-use kinglet_train::data;
 use kinglet_train::metrics::{self, StepMetrics};
 use kinglet_train::preference::Loss;
 use kinglet_train::trainer::{Ending, Finished, Progress, Trainer, TrainerOptions};
+use kinglet_train::{data, keep};
 
 /// A tiny model and some questions and answers.
 struct Bench {
     scratch: Scratch,
     model: Model,
+    /// Texts on which the model is to stay as it is.
+    keep: Vec<PathBuf>,
 }
 
 fn write_model(arch: &str, scratch: &Scratch) -> PathBuf {
@@ -53,7 +55,17 @@ impl Bench {
     fn of(arch: &str, name: &str) -> Bench {
         let scratch = Scratch::new(name);
         let model = kinglet_models::open(write_model(arch, &scratch)).expect("the model opens");
-        Bench { scratch, model }
+        Bench { scratch, model, keep: Vec::new() }
+    }
+
+    /// With texts that the model writes itself.
+    fn keeping(name: &str, texts: usize) -> Bench {
+        let mut bench = Bench::new(name);
+        let out = bench.scratch.path("own");
+        let options = keep::Options { threads: 1, ..keep::Options::default() };
+        let path = keep::own_texts(&bench.model, &out, texts, 3, &options, &AtomicBool::new(false), |_| {});
+        bench.keep = vec![path.expect("texts")];
+        bench
     }
 
     fn trainer(&self, config: &TrainConfig, data: &Path, output: &str, resume: bool) -> Result<Trainer, Error> {
@@ -65,7 +77,11 @@ impl Bench {
             probe: Some("A wren is a small brown bird.".into()),
             ..TrainerOptions::default()
         };
-        Trainer::new(&self.model, config, data::load([data].as_slice().into(), &self.model, config)?, options)
+        let (data, go) = ([data.to_path_buf()], AtomicBool::new(false));
+        let files = data::Files { data: &data, validation: &[], keep: &self.keep };
+        let mut data = data::load(files, &self.model, config)?;
+        data.predict(&self.model, &keep::Options { threads: 1, ..keep::Options::default() }, &go, |_, _| {})?;
+        Trainer::new(&self.model, config, data, options)
     }
 
     /// All steps and the end.
@@ -166,7 +182,11 @@ fn adapters_of_stacked_matrices_are_in_the_files() {
 /// Interrupted at every place where it can be, a run gives the same numbers and the same file.
 #[test]
 fn a_resumed_run_is_the_run() {
-    let bench = Bench::new("resumes");
+    resumes(&Bench::new("resumes"));
+    resumes(&Bench::keeping("resumes-keeping", 6));
+}
+
+fn resumes(bench: &Bench) {
     let (config, data) = (config(), write_pairs(&bench.scratch));
     let (lines, finished) = bench.train(&config, &data, "whole");
     let (go, stop) = (AtomicBool::new(false), AtomicBool::new(true));
@@ -189,6 +209,43 @@ fn a_resumed_run_is_the_run() {
     assert_eq!((again.forgetting, again.validation), (finished.forgetting, finished.validation));
     let adapter = |folder: &str| std::fs::read(bench.scratch.path(folder).join("adapter.gguf")).expect("an adapter");
     assert_eq!(adapter("parts"), adapter("whole"));
+}
+
+#[test]
+fn a_model_stays_as_it_was_where_it_is_told() {
+    let bench = Bench::keeping("keeps", 40);
+    let texts = std::fs::read_to_string(&bench.keep[0]).expect("texts");
+    assert!(texts.lines().count() > 20 && texts.contains("\"completion\"") && texts.contains("\"text\""), "{texts}");
+    let data = write_pairs(&bench.scratch);
+    let [free, kept] = [0.0, 3.0].map(|keep_weight| {
+        let config = TrainConfig {
+            steps: Some(60),
+            keep_weight,
+            keep_share: 1.0,
+            accumulation: 1,
+            state_8bit: false,
+            ..config()
+        };
+        let (lines, finished) = bench.train(&config, &data, &format!("weight-{keep_weight}"));
+        let all: Vec<f64> = lines.iter().filter_map(|line| line.keep_kl).collect();
+        // The untrained model is the one it is compared with: nothing but the rounding of its 8-bit activations.
+        assert!(all[0].abs() < 0.02, "{}", all[0]);
+        let [before, after] = finished.validation.expect("validation data");
+        assert!(after < 0.8 * before, "{keep_weight}: validation {before} to {after}");
+        all[all.len() - 10..].iter().sum::<f64>() / 10.0
+    });
+    assert!(kept < 0.3 * free && free > 0.1, "{free} nats a token apart without, {kept} with");
+
+    let preference = TrainConfig { loss: Loss::dpo(), early_stop: None, ..config() };
+    let pairs = bench.scratch.path("preferences.jsonl");
+    std::fs::write(&pairs, r#"{"prompt": "1 is", "chosen": " odd", "rejected": " even"}"#).expect("a file");
+    let refused = |config: &TrainConfig, data: &Path| {
+        bench.trainer(config, data, "refused", false).err().expect("a refusal").to_string()
+    };
+    assert!(refused(&preference, &pairs).contains("reference"));
+    let head = TrainConfig { targets: vec![Target::Q, Target::Head], ..config() };
+    assert!(refused(&head, &data).contains("output layer"));
+    assert!(refused(&TrainConfig { full: true, ..config() }, &data).contains("output layer"));
 }
 
 #[test]

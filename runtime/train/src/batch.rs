@@ -105,7 +105,7 @@ pub struct Cursor {
 }
 
 /// How a [`Loader`] makes batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LoaderOptions {
     /// Rows of a batch; the last of an epoch may have fewer.
     pub batch: usize,
@@ -117,6 +117,10 @@ pub struct LoaderOptions {
     pub shuffle: bool,
     /// What the orders follow from.
     pub seed: u64,
+    /// So many examples, the last, of which an epoch has only some, in turns.
+    pub in_turns: usize,
+    /// Their tokens in an epoch beside one of the others.
+    pub share: f64,
 }
 
 /// Endless batches of a set of examples, which it knows by their number and length only.
@@ -153,7 +157,17 @@ impl Loader {
 
     /// The rows of an epoch.
     fn plan(&self, epoch: u64) -> Vec<Vec<usize>> {
-        let mut order: Vec<usize> = (0..self.lengths.len()).collect();
+        let always = self.lengths.len().saturating_sub(self.options.in_turns);
+        let mut order: Vec<usize> = (0..always).collect();
+        let (lengths, in_turns) = self.lengths.split_at(always);
+        if !in_turns.is_empty() {
+            let sum = |lengths: &[usize]| lengths.iter().sum::<usize>() as f64;
+            // As many in every epoch, so that each comes as often as any other.
+            let count = (self.options.share * sum(lengths) * in_turns.len() as f64 / sum(in_turns)).ceil() as usize;
+            let count = if self.options.share > 0.0 { count.clamp(1, in_turns.len()) } else { 0 };
+            let first = (epoch as u128 * count as u128 % in_turns.len() as u128) as usize;
+            order.extend((first..first + count).map(|i| always + i % in_turns.len()));
+        }
         let seed = |what: &str| random::splitmix64(random::stream(what, self.options.seed), epoch);
         if self.options.shuffle {
             random::shuffle(&mut order, seed("data.examples"));
@@ -217,7 +231,7 @@ mod tests {
     }
 
     fn options(packing: Packing) -> LoaderOptions {
-        LoaderOptions { batch: 3, seq: 24, packing, shuffle: true, seed: 9 }
+        LoaderOptions { batch: 3, seq: 24, packing, shuffle: true, seed: 9, in_turns: 0, share: 0.0 }
     }
 
     #[test]
@@ -247,6 +261,24 @@ mod tests {
                 assert!(seen.into_iter().eq(0..50), "{packing:?}");
             }
         }
+    }
+
+    #[test]
+    fn some_examples_come_in_turns() {
+        let options = LoaderOptions { in_turns: 20, share: 0.25, ..options(Packing::BestFit) };
+        let mut loader = Loader::new(vec![10; 60], options).unwrap();
+        let mut seen = vec![0; 60];
+        for epoch in 0..6 {
+            let mut turns = 0;
+            while loader.cursor().epoch == epoch {
+                for example in loader.next_batch() {
+                    seen[example] += 1;
+                    turns += usize::from(example >= 40);
+                }
+            }
+            assert_eq!(turns, 10);
+        }
+        assert!(seen[..40].iter().all(|n| *n == 6) && seen[40..].iter().all(|n| *n == 3), "{seen:?}");
     }
 
     #[test]

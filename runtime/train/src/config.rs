@@ -103,6 +103,9 @@ pub struct TrainConfig {
     /// How much the divergence from the untrained model counts in a token on which it is to stay as it is, beside the loss of a
     /// token that is learned. 0 to 1,000.
     pub keep_weight: f64,
+    /// Tokens on which the model is to stay as it is, in a pass, beside one of the data; passes take turns with the texts, so
+    /// that none is learned by heart. 0 to 100.
+    pub keep_share: f64,
 
     /// All chance follows from it.
     pub seed: u64,
@@ -146,6 +149,7 @@ impl Default for TrainConfig {
             state_8bit: false,
             loss: Loss::CrossEntropy,
             keep_weight: 1.0,
+            keep_share: 0.5,
             seed: 42,
             eval_every: 50,
             checkpoint_every: 50,
@@ -187,6 +191,7 @@ impl TrainConfig {
         check("eps", self.eps, self.eps > 0.0 && self.eps <= 0.1, "above 0 and at most 0.1")?;
         check("clip", self.clip, self.clip >= 0.0 && self.clip.is_finite(), "0 (no limit) or above")?;
         check("keep_weight", self.keep_weight, (0.0..=1e3).contains(&self.keep_weight), "from 0 to 1000")?;
+        check("keep_share", self.keep_share, (0.0..=100.0).contains(&self.keep_share), "from 0 to 100")?;
         check("keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "at least 1")?;
         if let Some(patience) = self.early_stop {
             check("early_stop", patience, patience >= 1, "at least 1 validation, or null")?;

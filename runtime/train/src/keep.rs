@@ -7,7 +7,9 @@
 //!
 //! with p what the untrained model predicts and q what the trained one does: knowledge distillation (Hinton, Vinyals and
 //! Dean 2015, arXiv:1503.02531) from the model as it was, against its own forgetting (Li and Hoiem 2016, arXiv:1606.09282).
-//! A text alone says much less: learned as data it is learned by heart, which is forgetting in another place.
+//! A text alone says much less: learned as data it is learned by heart, which is forgetting in another place. Even the divergence
+//! only holds near the texts it is measured on, so there should be many, and each pass over the data takes some of them in
+//! turn.
 //!
 //! p is computed once, before training, and kept as few tokens a row: the likeliest ones with their probabilities, and of all
 //! others a sample, which stands for them without a bias ([`Shares`]). No texts are at hand? [`write`] has the model write
@@ -19,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kinglet_engine::file;
 use kinglet_engine::sampling::SamplerOptions;
 use kinglet_engine::session::{
-    Arithmetic, Batcher, Device, Engine, GenerateOptions, Model, RequestId, Session, SessionOptions, SoftBatch,
+    Batcher, Device, Engine, GenerateOptions, Model, RequestId, Session, SessionOptions, SoftBatch,
 };
 use kinglet_engine::text::Message;
 use serde_json::json;
@@ -84,8 +86,6 @@ pub fn predict(
             threads: options.threads,
             device: options.device.clone(),
             logit_rows: LOGIT_ROWS,
-            // Training is as good as exact, so that the divergence begins at nothing.
-            arithmetic: Arithmetic::Exact,
             ..SessionOptions::default()
         },
     )?;

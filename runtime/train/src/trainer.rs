@@ -225,6 +225,8 @@ impl Trainer {
                 packing,
                 shuffle: config.shuffle,
                 seed: config.seed,
+                in_turns: kept,
+                share: config.keep_share,
             },
         )?;
         let longest = |lengths: &[usize]| lengths.iter().copied().max().unwrap_or(0);

@@ -35,7 +35,7 @@ Examples:
   kinglet train --model smollm2 --data chats.jsonl --output my-adapter
   kinglet run smollm2 --adapter my-adapter \"A question from my field\"
   kinglet train --model gemma3 --data law.jsonl --rank 16 --seq 512 --epochs 2 --early-stop 3 -o law
-  kinglet train --model smollm2 --data faq.jsonl --epochs 8 --keep 150 -o faq   # forgets less
+  kinglet train --model smollm2 --data faq.jsonl --epochs 6 --keep 900 -o faq   # forgets less
   kinglet train --model smollm2 --data votes.jsonl --loss dpo --lr 5e-6 -o preferred
   kinglet train --model tiny.gguf --full --data book.txt --lr 1e-3 -o tiny-trained")]
 pub struct Arguments {
@@ -159,6 +159,9 @@ struct DescentArgs {
     /// β of the loss, where it has one
     #[arg(long, value_name = "X", requires = "loss")]
     beta: Option<f64>,
+    /// Tokens of --keep in a pass for each of the data; passes take turns with the texts [default: 0.5]
+    #[arg(long, value_name = "X", requires = "keep")]
+    keep_share: Option<f64>,
     /// How much a token of --keep counts beside a learned one [default: 1]
     #[arg(long, value_name = "X", requires = "keep")]
     keep_weight: Option<f64>,
@@ -246,6 +249,7 @@ impl Arguments {
         set(&mut c.weight_decay, &d.weight_decay);
         set(&mut c.clip, &d.clip);
         set(&mut c.keep_weight, &d.keep_weight);
+        set(&mut c.keep_share, &d.keep_share);
         set(&mut c.eval_every, &d.eval_every);
         set(&mut c.checkpoint_every, &d.checkpoint_every);
         c.state_8bit |= d.state_8bit;
