@@ -119,46 +119,50 @@ struct Shares {
     tokens: Vec<u32>,
     shares: Vec<f32>,
     order: Vec<(f32, u32)>,
+    /// e^(z − the largest) of each token.
+    weights: Vec<f32>,
 }
 
 impl Shares {
     /// Takes the distribution of these logits, with `chance` in 0..1 to draw by; gives `−Σ share·ln p`.
     fn take(&mut self, logits: &[f32], chance: f64) -> f32 {
+        let Shares { tokens, shares, order, weights } = self;
+        (tokens.clear(), shares.clear(), order.clear(), weights.clear());
         let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 =
-            logits.chunks(256).map(|part| f64::from(part.iter().map(|z| (z - top).exp()).sum::<f32>())).sum();
+        weights.extend(logits.iter().map(|z| (z - top).exp()));
+        let sum: f64 = weights.chunks(256).map(|part| f64::from(part.iter().sum::<f32>())).sum();
         let log_sum = f64::from(top) + sum.ln();
-        let p = |z: f32| (f64::from(z) - log_sum).exp();
-        let Shares { tokens, shares, order } = self;
-        (tokens.clear(), shares.clear(), order.clear());
         order.extend(logits.iter().copied().zip(0u32..));
         let likeliest = LIKELIEST.min(order.len());
         if likeliest < order.len() {
             order.select_nth_unstable_by(likeliest, |a, b| b.0.total_cmp(&a.0));
         }
-        let mut entropy = 0.0;
-        let mut add = |token: u32, share: f64, z: f32| {
+        order.truncate(likeliest);
+        // In the vocabulary's order, which does not depend on how the selection went.
+        order.sort_unstable_by_key(|(_, token)| *token);
+        let (mut entropy, mut rest) = (0.0, 1.0);
+        let mut add = |token: u32, share: f64| {
             tokens.push(token);
             shares.push(share as f32);
-            entropy -= share * (f64::from(z) - log_sum);
+            entropy -= share * (f64::from(logits[token as usize]) - log_sum);
         };
-        let (likely, others) = order.split_at_mut(likeliest);
-        // In the vocabulary's order, which does not depend on how the selection went.
-        likely.sort_unstable_by_key(|(_, token)| *token);
-        likely.iter().for_each(|(z, token)| add(*token, p(*z), *z));
-        others.sort_unstable_by_key(|(_, token)| *token);
-        let rest: f64 = others.iter().map(|(z, _)| p(*z)).sum();
-        let step = rest / DRAWS as f64;
-        let (mut passed, mut next) = (0.0, chance * step);
-        for (z, token) in others.iter() {
-            passed += p(*z);
-            let mut draws = 0;
-            while next < passed && draws < DRAWS {
+        for (_, token) in order.iter() {
+            // Taken, the others are drawn from.
+            let weight = std::mem::take(&mut weights[*token as usize]);
+            add(*token, f64::from(weight) / sum);
+            rest -= f64::from(weight) / sum;
+        }
+        let step = rest.max(0.0) / DRAWS as f64;
+        let (mut passed, mut next, mut drawn) = (0.0, chance * step, 0);
+        for (weight, token) in weights.iter().zip(0u32..).take_while(|_| step > 0.0) {
+            passed += f64::from(*weight) / sum;
+            let before = drawn;
+            while next < passed && drawn < DRAWS {
                 next += step;
-                draws += 1;
+                drawn += 1;
             }
-            if draws > 0 {
-                add(*token, step * f64::from(draws as u32), *z);
+            if drawn > before {
+                add(token, step * (drawn - before) as f64);
             }
         }
         // Rounding may have left a draw out.

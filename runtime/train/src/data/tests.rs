@@ -269,15 +269,15 @@ fn loads_and_splits() {
     let line =
         |i: u32| json!({ "question": format!("What about {i}?"), "answer": format!("hello {i}") }).to_string() + "\n";
     let (a, b) = (write("a.jsonl", (0..60).map(line).collect()), write("b.jsonl", (60..100).map(line).collect()));
-    let data = load(&[&a, &b], &[], &MODEL, &config).unwrap();
+    let data = load([&a, &b].as_slice().into(), &MODEL, &config).unwrap();
     assert_eq!((data.summary.records, data.train.len() + data.validation.len()), (100, 100));
     assert!((8..35).contains(&data.validation.len()), "{}", data.validation.len());
     let text = write("c.txt", "hello and the user ".repeat(400));
-    let data = load(&[&text], &[], &MODEL, &config).unwrap();
+    let data = load([&text].as_slice().into(), &MODEL, &config).unwrap();
     assert!(
         data.validation.len() * 4 == data.train.len() || data.validation.len().abs_diff(data.summary.examples / 5) <= 1
     );
-    let message = load(&[&write("d.jsonl", String::new())], &[], &MODEL, &config).unwrap_err().to_string();
+    let message = load([&write("d.jsonl", String::new())].as_slice().into(), &MODEL, &config).unwrap_err().to_string();
     assert!(message.contains("nothing to train on"), "{message}");
     std::fs::remove_dir_all(&folder).unwrap();
 }

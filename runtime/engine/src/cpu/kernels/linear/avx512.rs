@@ -7,7 +7,7 @@
 
 use super::avx2::tile::unpack as unpack_tile;
 use super::avx2::unpack::{self, Block, Sixteen};
-use super::tile::Tile;
+use super::tile::{Ahead, Tile};
 use super::{LinearTask, Q8, Scratch, TileMemory, XRow};
 use crate::cpu::isa::Avx512;
 use std::arch::x86_64::*;
@@ -277,22 +277,29 @@ impl<B: Block> Tile for Avx512Tile<B> {
     const UNIT_BYTES: usize = B::BYTES;
 
     #[inline(always)]
-    unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory) {
+    unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory, ahead: &mut Ahead<'_>) {
         // SAFETY: the caller's contract.
-        unsafe { unpack_tile::<B, ROWS, true>(units, groups, tile) }
+        unsafe { unpack_tile::<B, ROWS, true>(units, groups, tile, ahead) }
     }
 
     #[inline(always)]
-    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: *mut f32, first: bool) {
+    unsafe fn multiply(
+        tile: &TileMemory,
+        groups: usize,
+        x: &[XRow],
+        sums: *mut f32,
+        first: bool,
+        ahead: &mut Ahead<'_>,
+    ) {
         // SAFETY: the caller's contract.
         unsafe {
             match *x {
-                [a, b, c, d, e, f] => micro::<B, 6>(tile, groups, &[a, b, c, d, e, f], sums, first),
-                [a, b, c, d, e] => micro::<B, 5>(tile, groups, &[a, b, c, d, e], sums, first),
-                [a, b, c, d] => micro::<B, 4>(tile, groups, &[a, b, c, d], sums, first),
-                [a, b, c] => micro::<B, 3>(tile, groups, &[a, b, c], sums, first),
-                [a, b] => micro::<B, 2>(tile, groups, &[a, b], sums, first),
-                [a] => micro::<B, 1>(tile, groups, &[a], sums, first),
+                [a, b, c, d, e, f] => micro::<B, 6>(tile, groups, &[a, b, c, d, e, f], sums, first, ahead),
+                [a, b, c, d, e] => micro::<B, 5>(tile, groups, &[a, b, c, d, e], sums, first, ahead),
+                [a, b, c, d] => micro::<B, 4>(tile, groups, &[a, b, c, d], sums, first, ahead),
+                [a, b, c] => micro::<B, 3>(tile, groups, &[a, b, c], sums, first, ahead),
+                [a, b] => micro::<B, 2>(tile, groups, &[a, b], sums, first, ahead),
+                [a] => micro::<B, 1>(tile, groups, &[a], sums, first, ahead),
                 _ => {}
             }
         }
@@ -304,7 +311,14 @@ impl<B: Block> Tile for Avx512Tile<B> {
 /// # Safety
 /// The caller has the instructions; the tile holds `groups` groups; `x` points at the tokens' first value of the chunk.
 #[inline(always)]
-unsafe fn micro<B: Block, const T: usize>(tile: &TileMemory, groups: usize, x: &[XRow; T], to: *mut f32, first: bool) {
+unsafe fn micro<B: Block, const T: usize>(
+    tile: &TileMemory,
+    groups: usize,
+    x: &[XRow; T],
+    to: *mut f32,
+    first: bool,
+    ahead: &mut Ahead<'_>,
+) {
     let wide = if B::HALVES { 2 } else { 1 };
     // Unseen by the compiler, for the reason given at the AVX2 form.
     let steps = std::hint::black_box(8 / wide);
@@ -326,6 +340,7 @@ unsafe fn micro<B: Block, const T: usize>(tile: &TileMemory, groups: usize, x: &
         }
         let mut w = tile.q.cast_const();
         for at in 0..groups * wide {
+            ahead.step();
             let mut offset = 32 / wide * at;
             let mut sums = [[_mm512_setzero_si512(); 2]; T];
             for _ in 0..steps {

@@ -12,18 +12,57 @@ pub(super) trait Tile {
     /// Bytes of a unit of 256 weights.
     const UNIT_BYTES: usize;
 
-    /// Unpacks `groups` groups of 32 from the `ROWS` unit pointers.
+    /// Unpacks `groups` groups of 32 from the `ROWS` unit pointers, and takes a step of `ahead` for every eight rows of a group.
     ///
     /// # Safety
     /// The pointers are good for that many groups, and the tile is a whole [`Scratch`].
-    unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory);
+    unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory, ahead: &mut Ahead<'_>);
 
     /// Multiplies the tile by the 1 to `TOKENS` tokens `x` and adds to `sums[token][ROWS]`, which it overwrites if
-    /// `first`.
+    /// `first`. Takes a step of `ahead` for every group.
     ///
     /// # Safety
     /// The tile has been unpacked with `groups`; the tokens have as many.
-    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: *mut f32, first: bool);
+    unsafe fn multiply(
+        tile: &TileMemory,
+        groups: usize,
+        x: &[XRow],
+        sums: *mut f32,
+        first: bool,
+        ahead: &mut Ahead<'_>,
+    );
+}
+
+/// Asks for what is unpacked next while this is. Rows are read in steps that no hardware foresees, and with few tokens there is
+/// little else to do; all at once the requests would stand in the way of each other.
+pub(super) struct Ahead<'a> {
+    rows: std::slice::Iter<'a, *const u8>,
+    bytes: usize,
+    /// In the row at hand.
+    row: *const u8,
+    at: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// For `bytes` bytes of each row.
+    fn new(rows: &'a [*const u8], bytes: usize) -> Ahead<'a> {
+        Ahead { rows: rows.iter(), bytes, row: std::ptr::null(), at: bytes }
+    }
+
+    /// Asks for two lines. Formats of up to 5 bits then have asked for all when a tile has been unpacked, and those of 8 when it has
+    /// been multiplied with some tokens as well.
+    #[inline(always)]
+    pub fn step(&mut self) {
+        for _ in 0..2 {
+            if self.at >= self.bytes {
+                let Some(row) = self.rows.next() else { return };
+                // A row may begin within a line.
+                (self.row, self.at) = (row.wrapping_sub(*row as usize % 64), 0);
+            }
+            prefetch(self.row.wrapping_add(self.at));
+            self.at += 64;
+        }
+    }
 }
 
 /// Runs a task.
@@ -37,27 +76,30 @@ pub(super) unsafe fn run<K: Tile>(task: &LinearTask<'_>, scratch: &mut Scratch) 
     let units = task.k.div_ceil(256);
     // Chunks of equal size, as near as whole units allow.
     let chunk = units.div_ceil(units.div_ceil(TILE_CHUNK / 256));
+    let pointers = |r0: usize, u0: usize| -> [*const u8; super::TILE_ROWS_MAX] {
+        // Rows past the end repeat the last one; their results are dropped.
+        let row = |i: usize| (r0 + i.min(K::ROWS - 1)).min(task.rows.end - 1);
+        std::array::from_fn(|i| task.weight.as_ptr().wrapping_add(row(i) * row_bytes + u0 * K::UNIT_BYTES))
+    };
     for t0 in (0..task.x.tokens).step_by(TILE_TOKENS) {
         let tokens = (task.x.tokens - t0).min(TILE_TOKENS);
         for r0 in task.rows.clone().step_by(K::ROWS) {
             let rows = (task.rows.end - r0).min(K::ROWS);
             for u0 in (0..units).step_by(chunk) {
                 let groups = (task.k / 32 - 8 * u0).min(8 * chunk);
-                let mut pointers = [std::ptr::null(); super::TILE_ROWS_MAX];
-                for (i, p) in pointers[..K::ROWS].iter_mut().enumerate() {
-                    // Rows past the end repeat the last one; their results are dropped.
-                    let row = r0 + i.min(rows - 1);
-                    *p = task.weight.as_ptr().wrapping_add(row * row_bytes + u0 * K::UNIT_BYTES);
-                }
+                let next = if u0 + chunk < units { (r0, u0 + chunk) } else { (r0 + K::ROWS, 0) };
+                let upcoming = pointers(next.0, next.1);
+                let upcoming = if next.0 < task.rows.end { &upcoming[..K::ROWS] } else { &[] };
+                let mut ahead = Ahead::new(upcoming, groups * K::UNIT_BYTES / 8 + 63);
                 // SAFETY: pointers at unit `u0` of rows within the matrix, `groups` ends with the row.
-                unsafe { K::unpack(&pointers[..K::ROWS], groups, &tile) };
+                unsafe { K::unpack(&pointers(r0, u0)[..K::ROWS], groups, &tile, &mut ahead) };
                 let mut t = 0;
                 while t < tokens {
                     let n = (tokens - t).min(K::TOKENS);
                     // SAFETY: tokens and groups in range; `sums` holds `TILE_TOKENS` times the widest tile.
                     unsafe {
                         let x: [XRow; 8] = std::array::from_fn(|i| XRow::new(&x, t0 + t + i.min(n - 1), 8 * u0));
-                        K::multiply(&tile, groups, &x[..n], tile.sums.add(t * K::ROWS), u0 == 0);
+                        K::multiply(&tile, groups, &x[..n], tile.sums.add(t * K::ROWS), u0 == 0, &mut ahead);
                     }
                     t += n;
                 }
@@ -76,4 +118,17 @@ pub(super) unsafe fn run<K: Tile>(task: &LinearTask<'_>, scratch: &mut Scratch) 
             }
         }
     }
+}
+
+/// Asks for the line at `p`, which may be any address.
+#[inline(always)]
+fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which does nothing where the address is none.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }

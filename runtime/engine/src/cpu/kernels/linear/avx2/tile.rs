@@ -9,7 +9,7 @@
 // Registers are numbered: `for r in 0..R` says what happens better than zipped iterators do.
 #![allow(clippy::needless_range_loop)]
 
-use super::super::tile::Tile;
+use super::super::tile::{Ahead, Tile};
 use super::super::{TileMemory, XRow};
 use super::unpack::Block;
 use std::arch::x86_64::*;
@@ -27,6 +27,7 @@ pub(crate) unsafe fn unpack<B: Block, const ROWS: usize, const OFFSET: bool>(
     units: &[*const u8],
     groups: usize,
     tile: &TileMemory,
+    ahead: &mut Ahead<'_>,
 ) {
     // SAFETY: by the contract; tile rows are ROWS wide.
     unsafe {
@@ -43,6 +44,7 @@ pub(crate) unsafe fn unpack<B: Block, const ROWS: usize, const OFFSET: bool>(
                             v[i] = _mm256_xor_si256(v[i], flip);
                         }
                     }
+                    ahead.step();
                     let v = transpose(v);
                     let to = tile.q.add(((8 * unit + g) * 8 * ROWS + 8 * h) * 4);
                     for i in 0..8 {
@@ -121,6 +123,7 @@ pub(crate) unsafe fn micro<B: Block, const T: usize>(
     groups: usize,
     x: &[XRow; T],
     acc: &mut [[__m256; 2]; T],
+    ahead: &mut Ahead<'_>,
 ) {
     let wide = if B::HALVES { 2 } else { 1 };
     let steps = 8 / wide;
@@ -133,6 +136,7 @@ pub(crate) unsafe fn micro<B: Block, const T: usize>(
         // The bytes of token `t` in the step at `offset`, in every lane.
         let bytes = |t: usize, offset: usize| _mm256_set1_epi32(x[t].q.add(offset).cast::<i32>().read_unaligned());
         for at in 0..groups * wide {
+            ahead.step();
             let g = at / wide;
             let mut offset = 32 / wide * at;
             let mut sums = [[_mm256_setzero_si256(); 2]; T];
@@ -214,20 +218,27 @@ impl<B: Block> Tile for Avx2Tile<B> {
     const UNIT_BYTES: usize = B::BYTES;
 
     #[inline(always)]
-    unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory) {
+    unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory, ahead: &mut Ahead<'_>) {
         // SAFETY: the caller's contract.
-        unsafe { unpack::<B, ROWS, false>(units, groups, tile) }
+        unsafe { unpack::<B, ROWS, false>(units, groups, tile, ahead) }
     }
 
     #[inline(always)]
-    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: *mut f32, first: bool) {
+    unsafe fn multiply(
+        tile: &TileMemory,
+        groups: usize,
+        x: &[XRow],
+        sums: *mut f32,
+        first: bool,
+        ahead: &mut Ahead<'_>,
+    ) {
         // SAFETY: the caller's contract.
         unsafe {
             match *x {
-                [a, b, c, d] => add::<B, 4>(tile, groups, &[a, b, c, d], sums, first),
-                [a, b, c] => add::<B, 3>(tile, groups, &[a, b, c], sums, first),
-                [a, b] => add::<B, 2>(tile, groups, &[a, b], sums, first),
-                [a] => add::<B, 1>(tile, groups, &[a], sums, first),
+                [a, b, c, d] => add::<B, 4>(tile, groups, &[a, b, c, d], sums, first, ahead),
+                [a, b, c] => add::<B, 3>(tile, groups, &[a, b, c], sums, first, ahead),
+                [a, b] => add::<B, 2>(tile, groups, &[a, b], sums, first, ahead),
+                [a] => add::<B, 1>(tile, groups, &[a], sums, first, ahead),
                 _ => {}
             }
         }
@@ -236,7 +247,14 @@ impl<B: Block> Tile for Avx2Tile<B> {
 
 /// `micro` on sums in memory.
 #[inline(always)]
-unsafe fn add<B: Block, const T: usize>(tile: &TileMemory, groups: usize, x: &[XRow; T], sums: *mut f32, first: bool) {
+unsafe fn add<B: Block, const T: usize>(
+    tile: &TileMemory,
+    groups: usize,
+    x: &[XRow; T],
+    sums: *mut f32,
+    first: bool,
+    ahead: &mut Ahead<'_>,
+) {
     // SAFETY: by `Tile::multiply`'s contract.
     unsafe {
         let mut acc = [[_mm256_setzero_ps(); 2]; T];
@@ -250,7 +268,7 @@ unsafe fn add<B: Block, const T: usize>(tile: &TileMemory, groups: usize, x: &[X
         if !B::SIGNED {
             minima::<B, T>(tile, groups, x, &mut acc);
         }
-        micro::<B, T>(tile, groups, x, &mut acc);
+        micro::<B, T>(tile, groups, x, &mut acc, ahead);
         for t in 0..T {
             for h in 0..2 {
                 _mm256_store_ps(sums.add(ROWS * t + 8 * h), acc[t][h]);
