@@ -10,9 +10,6 @@ practice, CC-BY-4.0). One pair in ten is held out. Measured before and after: th
 train`), and exact facts in greedy answers, to as many questions that were taught and to those held out. A fact is a number (`10`, `25,000`, `9 kap`) or an abbreviation in
 capitals (`PBL`, `BBR`) that stands in the reference answer and not in the question; it is recalled if it stands in the
 model's answer as well.
-
-Against forgetting, `--rehearsal N` mixes N short texts among the data that the untaught model writes itself: what it says
-of its own accord is what it should not unlearn.
 """
 
 import argparse, json, re, subprocess, sys, zipfile
@@ -35,21 +32,6 @@ def facts(pair):
     return set(FACT.findall(pair["a"])) - set(FACT.findall(pair["q"]))
 
 
-OPENINGS = ["The history of", "In the summer of", "A good teacher", "Water is", "Many people believe that", "To make a cake,",
-            "The city of", "Scientists have found", "Once upon a time", "The human body", "In economics,", "Music is",
-            "def main():", "The first computers", "Parents often ask", "The river", "A healthy diet", "During the war,",
-            "The law of", "Plants need"]
-
-
-def rehearsal(count):
-    """`count` short texts of the model's own."""
-    for i in range(count):
-        opening = OPENINGS[i % len(OPENINGS)]
-        command = [KINGLET, "run", "smollm2", opening, "--raw", "--temperature", "1", "--seed", str(i), "-n", "200"]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        yield {"text": opening + text.rstrip("\n")}
-
-
 def recall(held_out, extra):
     found = wanted = some = 0
     for pair in held_out:
@@ -66,7 +48,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", default="2")
-    parser.add_argument("--rehearsal", type=int, default=0, metavar="N", help="texts of the model's own among the data")
     args, more = parser.parse_known_args()  # what is left are arguments for `kinglet train`
     args.folder.mkdir(parents=True, exist_ok=True)
     data = pairs(args.folder)
@@ -74,8 +55,6 @@ def main():
     kept = [pair for i, pair in enumerate(data) if i % 10 != 9]
     for name, some in [("train", kept), ("held-out", held_out)]:
         examples = [{"instruction": p["q"], "output": p["a"]} for p in some]
-        if name == "train":
-            examples += rehearsal(args.rehearsal)
         lines = [json.dumps(example, ensure_ascii=False) for example in examples]
         (args.folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     out = args.folder / "adapter"
