@@ -1,6 +1,6 @@
 //! How the shared library is linked: everything it needs is found now (`defs`, which also makes the proofs of `no_panic`
-//! count), its name for the loader is that of the ABI, and its segments suit systems with pages of 16 KiB. What a sanitizer
-//! needs is in the program that loads the library.
+//! count), its name for the loader is that of the ABI, and its segments suit systems with pages of 16 KiB. What crates below
+//! export to C (`llguidance` does) stays inside. What a sanitizer needs is in the program that loads the library.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -11,7 +11,7 @@ fn main() {
         let sanitized = ["CARGO_CFG_SANITIZE", "CARGO_CFG_FUZZING"].iter().any(|cfg| std::env::var_os(cfg).is_some());
         let defs = (!sanitized).then_some("-Wl,-z,defs");
         let soname = format!("-Wl,-soname,{name}");
-        for flag in defs.into_iter().chain([soname.as_str(), "-Wl,-z,max-page-size=16384"]) {
+        for flag in defs.into_iter().chain([soname.as_str(), "-Wl,-z,max-page-size=16384", "-Wl,--exclude-libs,ALL"]) {
             println!("cargo:rustc-cdylib-link-arg={flag}");
         }
     }

@@ -103,6 +103,19 @@ void split_utf8(const kinglet::Model &model) {
     require(text == values.at("emoji_text") && pieces == std::stoi(values.at("emoji_pieces")), "pieces of the emoji");
 }
 
+void structured(const kinglet::Model &model) {
+    kinglet::Session session = model.session();
+    for (int again = 0; again < 5; again++) {
+        kinglet::Generation answer = session.generate(values.at("schema_request"));
+        std::string text;
+        for (const kinglet::Piece &piece : answer) text += piece.text;
+        require(text.front() == '{' && text.back() == '}' && text.find("\"age\"") != std::string::npos, text.c_str());
+        require(answer.event().end_reason == KINGLET_END_OF_TEXT, "the end of the schema is the end");
+        require(answer.message_json().find("{\"role\":\"assistant\",\"content\":\"{") == 0, "the message");
+    }
+    fails("unknown_key_code", [&] { session.generate(values.at("wrong_schema_request")); }, values.at("wrong_schema"));
+}
+
 void errors(const kinglet::Model &model) {
     kinglet::Session session = model.session();
     fails("missing_model_code", [] { kinglet::Model("/no/such/model"); });
@@ -206,6 +219,7 @@ int main(int argc, char **argv) {
     tokens(model);
     answers(model);
     split_utf8(model);
+    structured(model);
     errors(model);
     cancels(model);
     windows(model);

@@ -177,6 +177,9 @@ public:
     iterator begin() { return iterator(this); }
     iterator end() { return iterator(); }
 
+    /* The answer so far as a message in JSON, with calls of tools told from text. */
+    std::string message_json() const { return detail::text(kinglet_generation_message_json, get()); }
+
     kinglet_generation *get() const noexcept { return handle_.get(); }
 
 private:

@@ -76,6 +76,20 @@ async function splitUtf8(model) {
 }
 
 /** @param {kinglet.Model} model */
+async function structured(model) {
+  const session = await model.session();
+  for (let again = 0; again < 5; again++) {
+    const answer = session.generate(request('schema_request'));
+    const text = await answer.read();
+    const { name, age, ...more } = JSON.parse(text);
+    assert(name.length <= 10 && age >= 0 && age <= 99 && Object.keys(more).length === 0, text);
+    assert.equal(answer.end, 'endOfText');
+    assert.deepEqual(answer.message, { role: 'assistant', content: text });
+  }
+  await fails('unknown_key_code', () => session.generate(request('wrong_schema_request')), values.wrong_schema);
+}
+
+/** @param {kinglet.Model} model */
 async function errors(model) {
   const session = await model.session();
   await fails('missing_model_code', () => kinglet.Model.open('/no/such/model'));
@@ -179,6 +193,7 @@ assert(kinglet.estimate(path, { backend: 'cpu' }).total >= (await tiny.session()
 tokens(tiny);
 await answers(tiny);
 await splitUtf8(tiny);
+await structured(tiny);
 await errors(tiny);
 await cancels(tiny);
 await windows(tiny);

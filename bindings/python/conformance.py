@@ -78,6 +78,18 @@ def split_utf8(model):
     assert all(piece in ("", values["emoji_text"]) for piece in pieces), "a character was split"
 
 
+def structured(model):
+    session = model.session()
+    for _ in range(5):
+        answer = session.complete(**request("schema_request"))
+        text = answer.read()
+        person = json.loads(text)
+        assert set(person) == {"name", "age"} and len(person["name"]) <= 5 and 0 <= person["age"] <= 99, text
+        assert answer.end == kinglet.EndReason.END_OF_TEXT
+        assert answer.message == {"role": "assistant", "content": text}
+    fails("unknown_key_code", lambda: session.complete(**request("wrong_schema_request")), values["wrong_schema"])
+
+
 def errors(model):
     session = model.session()
     fails("missing_model_code", lambda: kinglet.Model("/no/such/model"))
@@ -176,6 +188,7 @@ with open_model() as tiny:
     tokens(tiny)
     answers(tiny)
     split_utf8(tiny)
+    structured(tiny)
     errors(tiny)
     cancels(tiny)
     windows(tiny)

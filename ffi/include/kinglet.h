@@ -109,7 +109,7 @@ uint32_t kinglet_abi_version(void);
 const char *kinglet_version(void);
 
 /* How the library was built and what it uses of this processor, as a JSON object: version, abi, target, isa, gpu,
-   checked, families (architectures that can run). */
+   grammar (whether answers can be held to schemas and grammars), checked, families (architectures that can run). */
 kinglet_status kinglet_build_json(char **out, kinglet_error *err);
 
 /* The devices that models can run on, as a JSON array of objects: backend (what kinglet_model_options takes), name,
@@ -343,7 +343,16 @@ typedef struct kinglet_event {
                   it already is not computed again.
      prompt       instead of messages: text to continue, without the chat template; the text of control tokens in it
                   stands for them
-     tools        tools on offer, as the OpenAI API has them, for the chat template
+     tools        tools on offer, as the OpenAI API has them, for the chat template; kinglet_generation_message_json tells
+                  calls from text
+     tool_choice  "auto": the model says whether it calls tools; "required": it calls one or more, with arguments that
+                  fit their schemas; {"type": "function", "function": {"name": ...}}: it calls that one; "none": as
+                  without tools
+     response_format  {"type": "json_object"}: the answer is JSON; {"type": "json_schema", "json_schema": {"schema":
+                  {...}}}: JSON that fits the schema. What of a schema cannot be held is an error that names it
+     grammar      in place of response_format: a grammar, as text, which the answer is held to, in the dialect of Lark
+                  that llguidance reads: start: "yes" | "no"
+                  A library built without the feature grammar holds none of these: KINGLET_ERR_UNSUPPORTED
      template     further variables of the chat template, such as {"enable_thinking": false}
      max_tokens   most tokens to generate
      stop         a text or an array of texts that end the answer and are no part of it
@@ -361,6 +370,11 @@ kinglet_status kinglet_generate(kinglet_session *session, const char *request_js
    Behind the event KINGLET_EVENT_END: KINGLET_DONE. After an error, but for KINGLET_ERR_SUSPENDED, every further call returns
    it again. */
 kinglet_status kinglet_generation_next(kinglet_generation *generation, kinglet_event *event, kinglet_error *err);
+
+/* The answer so far, or the whole behind its end, as a JSON object: role, content and, where the request has tools and the
+   model called some, tool_calls, as the OpenAI API has them: the arguments are a string of JSON. With the answers of the
+   tools it goes among the messages of the next request. */
+kinglet_status kinglet_generation_message_json(kinglet_generation *generation, char **out, kinglet_error *err);
 
 /* Ends the answer between two operations, wherever it is, reading the prompt included: kinglet_generation_next gives
    KINGLET_EVENT_END. Any thread, signal handlers too. */

@@ -88,7 +88,7 @@ impl From<Error> for Failure {
             Error::Io { .. } => KINGLET_ERR_IO,
             Error::Format { .. } | Error::Template(_) => KINGLET_ERR_FORMAT,
             Error::Unsupported(_) => KINGLET_ERR_UNSUPPORTED,
-            Error::Argument(_) => KINGLET_ERR_ARG,
+            Error::Argument(_) | Error::Grammar(_) => KINGLET_ERR_ARG,
             Error::Memory { .. } => KINGLET_ERR_MEMORY,
             Error::ContextFull { .. } => KINGLET_ERR_CONTEXT_FULL,
             Error::Cancelled => KINGLET_ERR_CANCELLED,

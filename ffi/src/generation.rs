@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use kinglet_engine::Error;
 use kinglet_engine::session::{EndReason, GenerateOptions};
+use kinglet_engine::text::{Message, ToolParser};
+use serde_json::Value;
 
 use crate::args::{self, Versioned};
 use crate::fence::{
@@ -18,7 +20,7 @@ use crate::fence::{
     kinglet_status, unusable,
 };
 use crate::gate::suspended;
-use crate::request;
+use crate::request::{self, Asked};
 use crate::session::kinglet_session;
 use crate::slot::Slot;
 
@@ -115,6 +117,9 @@ struct State {
     text: Vec<u8>,
     token: i32,
     counts: Counts,
+    /// The whole answer so far, and what tells calls of tools in it.
+    answer: String,
+    calls: Option<ToolParser>,
 }
 
 /// Counts and times so far.
@@ -135,7 +140,7 @@ impl kinglet_generation {
     fn start(session: Arc<kinglet_session>, json: &str) -> Outcome<kinglet_generation> {
         let mut slot = enter(&session.slot, "session")?;
         let window = slot.idle()?.options().context;
-        let (tokens, options) = request::read(json, &session.model)?;
+        let Asked { prompt: tokens, options, calls } = request::read(json, &session.model)?;
         match tokens.len() {
             0 => return Err(Failure::argument("the prompt has no tokens")),
             asked if asked > window => return Err(Error::ContextFull { window, used: 0, asked }.into()),
@@ -146,7 +151,8 @@ impl kinglet_generation {
         session.cancel.reset();
         drop(slot);
         let counts = Counts { prompt: tokens.len(), reused, prefilled: reused, ..Counts::default() };
-        let state = State { phase: Phase::Prompt { tokens, options }, text: Vec::new(), token: 0, counts };
+        let phase = Phase::Prompt { tokens, options };
+        let state = State { phase, text: Vec::new(), token: 0, counts, answer: String::new(), calls };
         Ok(kinglet_generation {
             session,
             state: Mutex::new(state),
@@ -181,6 +187,20 @@ impl kinglet_generation {
         let Phase::Ended(reason) = state.phase else { return Ok(None) };
         state.phase = Phase::Done;
         Ok(Some(kinglet_event { end_reason: number(reason), ..state.event(KINGLET_EVENT_END) }))
+    }
+
+    /// The answer so far as a message.
+    fn message(&self) -> Outcome<Value> {
+        let state = enter(&self.state, "generation")?;
+        let message = match &state.calls {
+            Some(calls) => calls.clone().message(&state.answer),
+            None => Message::new("assistant", state.answer.as_str()),
+        };
+        let mut json = serde_json::to_value(&message)?;
+        if message.content.is_empty() && !message.tool_calls.is_empty() {
+            json["content"] = Value::Null;
+        }
+        Ok(json)
     }
 
     /// Ends the generation's hold on the session.
@@ -264,6 +284,7 @@ impl State {
         self.text.clear();
         let token = generation.next()?.map(|piece| {
             self.text.extend_from_slice(piece.text.as_bytes());
+            self.answer.push_str(piece.text);
             piece.token
         });
         let stats = generation.stats();
@@ -364,6 +385,27 @@ pub unsafe extern "C" fn kinglet_generation_next(
                     Ok(KINGLET_OK)
                 }
             }
+        })
+    }
+}
+
+/// The answer so far as a message of the OpenAI API, calls of tools told from text.
+///
+/// # Safety
+/// As the header says.
+#[unsafe(no_mangle)]
+#[cfg_attr(kinglet_prove, no_panic::no_panic)]
+pub unsafe extern "C" fn kinglet_generation_message_json(
+    generation: *mut kinglet_generation,
+    out: *mut *mut c_char,
+    err: *mut kinglet_error,
+) -> kinglet_status {
+    // SAFETY: the pointers are the caller's.
+    unsafe {
+        fence(err, || {
+            args::place(out, "text")?;
+            let message = args::handle(generation.cast_const(), "generation")?.message()?;
+            args::give_json(out, &message)
         })
     }
 }

@@ -45,6 +45,7 @@ pub unsafe extern "C" fn kinglet_build_json(out: *mut *mut c_char, err: *mut kin
                 "target": format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
                 "isa": Isa::detect().name(),
                 "gpu": cfg!(feature = "gpu"),
+                "grammar": cfg!(feature = "grammar"),
                 "checked": cfg!(debug_assertions),
                 "families": kinglet_models::families::known(),
             });

@@ -1,8 +1,9 @@
 //! The JSON of `kinglet_generate`, read strictly: an unknown key is an error that names it.
 
+use kinglet_engine::grammar::GrammarSource;
 use kinglet_engine::sampling::{DRY_BREAKERS, SamplerOptions};
 use kinglet_engine::session::{GenerateOptions, Model};
-use kinglet_engine::text::{EncodeOptions, Message, RenderOptions};
+use kinglet_engine::text::{EncodeOptions, Message, RenderOptions, Tool, ToolFormat, ToolParser};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -21,6 +22,12 @@ struct Request {
     prompt: Option<String>,
     /// Tools on offer: JSON schemas in the shape of the OpenAI API.
     tools: Option<Value>,
+    /// Whether one of them is called.
+    tool_choice: Option<Value>,
+    /// What the answer is to be: text, JSON, JSON by a schema.
+    response_format: Option<Format>,
+    /// In place of that: a grammar.
+    grammar: Option<String>,
     /// Further variables of the chat template, such as `enable_thinking`.
     template: Option<Map<String, Value>>,
     /// How tokens are chosen: fields of [`SamplerOptions`], and `dry_breakers` as texts.
@@ -52,14 +59,74 @@ impl Default for Stop {
     }
 }
 
-/// The prompt's tokens and the options of the generation.
+/// As the OpenAI API has it.
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+enum Format {
+    Text,
+    JsonObject,
+    JsonSchema { json_schema: JsonSchema },
+}
+
+/// What of a schema's wrapping counts; name, description and strictness are for people and other programs.
+#[derive(Deserialize)]
+struct JsonSchema {
+    schema: Value,
+}
+
+/// Whether a tool is called: a word of the OpenAI API, or the tool by its name.
+enum Choice {
+    Auto,
+    None,
+    Required,
+    Named(String),
+}
+
+impl Choice {
+    fn read(value: Option<&Value>) -> Outcome<Choice> {
+        let name = |value: &Value| value["function"]["name"].as_str().map(String::from);
+        match value {
+            None => Ok(Choice::Auto),
+            Some(value) => match (value.as_str(), name(value)) {
+                (Some("auto"), _) => Ok(Choice::Auto),
+                (Some("none"), _) => Ok(Choice::None),
+                (Some("required"), _) => Ok(Choice::Required),
+                (_, Some(name)) => Ok(Choice::Named(name)),
+                _ => Err(Failure::argument(format!(
+                    "tool_choice is {value}; it must be \"auto\", \"none\", \"required\" or {{\"type\": \"function\", \
+                     \"function\": {{\"name\": ...}}}}"
+                ))),
+            },
+        }
+    }
+}
+
+/// A request that was read.
+pub struct Asked {
+    /// The prompt's tokens.
+    pub prompt: Vec<u32>,
+    pub options: GenerateOptions,
+    /// What tells calls of tools from text, where there are tools.
+    pub calls: Option<ToolParser>,
+}
+
+/// Reads a request for `model`.
 ///
 /// # Errors
-/// JSON that is none, unknown keys, values out of range, messages that the model's template rejects or a model without one.
-pub fn read(json: &str, model: &Model) -> Outcome<(Vec<u32>, GenerateOptions)> {
-    let request: Request =
+/// JSON that is none, unknown keys, values out of range, messages that the model's template rejects or a model without one,
+/// grammars that cannot be held.
+pub fn read(json: &str, model: &Model) -> Outcome<Asked> {
+    let mut request: Request =
         serde_json::from_str(json).map_err(|e| Failure::argument(format!("the request's JSON: {e}")))?;
-    let sampler = sampler(request.sampling.unwrap_or_default(), model)?;
+    let sampler = sampler(request.sampling.take().unwrap_or_default(), model)?;
+    let choice = Choice::read(request.tool_choice.as_ref())?;
+    if matches!(choice, Choice::None) {
+        request.tools = None;
+    }
+    let format = request.tools.as_ref().and(model.chat_template()?).and_then(|template| template.tool_format());
+    let source = source(&request, &choice, format, model)?;
+    let called = request.messages.iter().flatten().filter_map(|message| message.get("tool_calls")?.as_array());
+    let first = 1 + called.map(Vec::len).sum::<usize>();
     let prompt = match (request.messages, request.prompt) {
         (Some(messages), None) => conversation(&messages, request.tools.as_ref(), request.template.as_ref(), model)?,
         (None, Some(text)) => {
@@ -80,9 +147,47 @@ pub fn read(json: &str, model: &Model) -> Outcome<(Vec<u32>, GenerateOptions)> {
         max_tokens: request.max_tokens.unwrap_or(usize::MAX),
         ignore_end: request.ignore_end,
         special: request.special,
+        shown: if format.is_some() { ToolFormat::marks(model.tokenizer()) } else { Vec::new() },
+        grammar: source.map(|source| model.grammar(source)).transpose()?,
         ..GenerateOptions::default()
     };
-    Ok((prompt, options))
+    Ok(Asked { prompt, options, calls: format.map(|format| ToolParser::new(format, first)) })
+}
+
+/// What the answer is to be.
+fn source(
+    request: &Request,
+    choice: &Choice,
+    format: Option<ToolFormat>,
+    model: &Model,
+) -> Outcome<Option<GrammarSource>> {
+    let only = match choice {
+        Choice::Named(name) => Some(Some(name.as_str())),
+        Choice::Required => Some(None),
+        Choice::Auto | Choice::None => None,
+    };
+    let schema = match &request.response_format {
+        None | Some(Format::Text) => None,
+        Some(Format::JsonObject) => Some(r#"{"type": "object"}"#.into()),
+        Some(Format::JsonSchema { json_schema }) => Some(json_schema.schema.to_string()),
+    };
+    match (only, schema, &request.grammar) {
+        (None, None, None) => Ok(None),
+        (None, Some(schema), None) => Ok(Some(GrammarSource::JsonSchema(schema))),
+        (None, None, Some(grammar)) => Ok(Some(GrammarSource::Lark(grammar.clone()))),
+        (Some(only), None, None) => {
+            let Some(tools) = &request.tools else {
+                return Err(Failure::argument("tool_choice asks for a call, but there are no tools"));
+            };
+            let tools = Tool::list(tools)?;
+            let Some(format) = format else {
+                let what = "the model's chat template shows no way to call tools that is known; leave tool_choice out";
+                return Err(Failure::new(KINGLET_ERR_UNSUPPORTED, what));
+            };
+            Ok(Some(GrammarSource::tool_calls(format, model.tokenizer(), &tools, only)?))
+        }
+        _ => Err(Failure::argument("of response_format, grammar and a tool_choice that forces a call one can be held")),
+    }
 }
 
 fn sampler(mut fields: Map<String, Value>, model: &Model) -> Outcome<SamplerOptions> {

@@ -17,6 +17,9 @@ mod header;
 mod lasting;
 #[path = "all/packages.rs"]
 mod packages;
+#[cfg(feature = "grammar")]
+#[path = "all/structured.rs"]
+mod structured;
 #[path = "all/support.rs"]
 mod support;
 #[path = "all/swift.rs"]

@@ -90,6 +90,25 @@ fn a_session_file_goes_on_where_it_was() {
     assert!(output.stderr.contains("no saved session"), "{}", output.stderr);
 }
 
+#[test]
+fn an_answer_by_a_schema_is_json_of_that_schema() {
+    let (path, scratch) = (smollm2(), Scratch::new("cli-schema"));
+    let file = scratch.path("schema.json").to_string_lossy().into_owned();
+    let schema = r#"{"type": "object", "properties": {"river": {"type": "string", "maxLength": 20}, "km": {"type":
+        "integer", "minimum": 1, "maximum": 7000}}, "required": ["river", "km"], "additionalProperties": false}"#;
+    std::fs::write(&file, schema).expect("a file");
+    for schema in [schema, &file] {
+        let printed = stdout(&["run", &path, "Name a river and its length.", "--json-schema", schema, "--seed", "1"]);
+        let json: serde_json::Value = serde_json::from_str(&printed).expect("JSON");
+        assert!(json["river"].as_str().is_some_and(|name| name.chars().count() <= 20), "{printed}");
+        assert!(json["km"].as_i64().is_some_and(|km| (1..=7000).contains(&km)), "{printed}");
+        assert_eq!(json.as_object().expect("an object").len(), 2, "{printed}");
+    }
+    std::fs::write(&file, "start: \"yes\" | \"no\"").expect("a file");
+    let printed = stdout(&["run", &path, "Is water wet?", "--grammar", &file, "--temperature", "0"]);
+    assert!(["yes\n", "no\n"].contains(&printed.as_str()), "{printed:?}");
+}
+
 /// Each with something its message must contain: what is wrong, not only that something is.
 #[test]
 fn mistakes_are_named_and_end_with_an_error() {
@@ -99,13 +118,17 @@ fn mistakes_are_named_and_end_with_an_error() {
     std::fs::write(&garbage, b"this is no model, but it is long enough to look at").expect("a file");
     let path = |p: &std::path::Path| p.to_string_lossy().into_owned();
     let (empty, garbage, absent) = (path(&empty), path(&garbage), path(&scratch.path("absent.gguf")));
-    let cases: [(&[&str], &str); 6] = [
+    let smollm2 = smollm2();
+    let cases: [(&[&str], &str); 9] = [
         (&["run", &absent, "hello"], "absent.gguf"),
         (&["run", &empty, "hello"], "empty.gguf"),
         (&["run", &garbage, "hello"], "garbage.gguf"),
         (&["inspect", &garbage], "garbage.gguf"),
         (&["frobnicate"], "frobnicate"),
         (&["pull", "no-such-model"], "no-such-model"),
+        (&["run", &smollm2, "hello", "--json-schema", r#"{"type": "strnig"}"#], "strnig"),
+        (&["run", &smollm2, "hello", "--grammar", &absent], "absent.gguf"),
+        (&["run", &smollm2, "hello", "--tools", &garbage], "garbage.gguf"),
     ];
     for (arguments, word) in cases {
         let output = kinglet(arguments);

@@ -17,15 +17,16 @@ const CRATES: [(&str, &[&str]); 6] = [
 ];
 
 /// Module of the engine → the modules it may import. `error` may be imported by all.
-const MODULES: [(&str, &[&str]); 14] = [
+const MODULES: [(&str, &[&str]); 15] = [
     ("error", &[]),
+    ("deep", &[]),
     ("file", &[]),
     ("random", &[]),
     ("quant", &[]),
     ("gguf", &["file", "quant"]),
-    ("text", &["gguf", "quant"]),
+    ("text", &["deep", "gguf", "quant"]),
     ("sampling", &["text", "random"]),
-    ("grammar", &["text", "sampling"]),
+    ("grammar", &["deep", "text"]),
     ("tape", &["gguf", "quant", "text", "random"]),
     ("cpu", &["gguf", "quant", "text", "tape", "random"]),
     ("gpu", &["gguf", "quant", "text", "tape", "random"]),

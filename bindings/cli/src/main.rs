@@ -13,6 +13,7 @@ mod models;
 mod output;
 mod progress;
 mod sampling;
+mod structure;
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -72,6 +72,12 @@ export interface Message {
 export interface Request {
   /** Tools on offer, as the OpenAI API has them. */
   tools?: object[];
+  /** Whether one of them is called. */
+  tool_choice?: 'auto' | 'required' | 'none' | { type: 'function'; function: { name: string } };
+  /** What the answer is to be. */
+  response_format?: { type: 'text' | 'json_object' } | { type: 'json_schema'; json_schema: { schema: object } };
+  /** In place of that: a grammar in llguidance's dialect of Lark. */
+  grammar?: string;
   /** Further variables of the chat template. */
   template?: Record<string, unknown>;
   max_tokens?: number;
@@ -211,6 +217,8 @@ export class Generation extends Handle implements AsyncIterableIterator<Piece> {
   [Symbol.asyncIterator](): this;
   /** The rest of the answer. */
   read(): Promise<string>;
+  /** The answer so far as a message, with calls of tools told from text; it may go back into `chat`. */
+  readonly message: Message;
   /** Ends the answer; the pieces end, and `end` is `cancelled`. */
   cancel(): void;
 }

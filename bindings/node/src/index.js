@@ -278,6 +278,10 @@ export class Generation extends Handle {
     return whole;
   }
 
+  get message() {
+    return JSON.parse(text(lib.kinglet_generation_message_json, this.pointer));
+  }
+
   cancel() {
     lib.kinglet_generation_cancel(this.pointer);
   }

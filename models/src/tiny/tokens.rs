@@ -22,8 +22,14 @@ const SPECIAL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 /// Tokens with a meaning.
 pub(super) const COUNT: u32 = 256 + MERGES.len() as u32 + SPECIAL.len() as u32;
 
-const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + \
-                      '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+/// With tools, and calls between the tags that Hermes 2 and its heirs have; without them ChatML as it is.
+const CHATML: &str = "{% if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}\
+                      {{ '<|im_end|>' + '\\n' }}{% endif %}\
+                      {% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}\
+                      {% for call in message['tool_calls'] or [] %}\
+                      {{ '<tool_call>\\n' + call['function'] | tojson + '\\n</tool_call>' }}{% endfor %}\
+                      {{ '<|im_end|>' + '\\n' }}{% endfor %}\
+                      {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
 /// Token types as GGUF numbers them.
 const NORMAL: i32 = 1;

@@ -72,6 +72,10 @@ pub enum Error {
     /// The model's chat template could not be compiled or rendered.
     #[error("chat template: {0}")]
     Template(String),
+    /// A grammar, JSON schema or regular expression for the answer is wrong, not supported or too large; the message says
+    /// which and where.
+    #[error("{0}")]
+    Grammar(String),
 }
 
 impl Error {

@@ -15,16 +15,19 @@
 //! | [`session`] | model, KV cache, prefill and decode, generation | all above |
 //! | [`random`] | numbers that are hashes of a seed and a counter | – |
 //! | [`sampling`] | from logits to a token | `random` |
+//! | [`grammar`] | what an answer may be: JSON schemas, grammars, regular expressions | `text` |
 //!
 //! No architecture is known here by name: a family is a [`tape`] made by `kinglet-models`.
 
 pub mod adapter;
 pub mod cpu;
+mod deep;
 pub mod error;
 pub mod file;
 pub mod gguf;
 #[cfg(feature = "gpu")]
 pub mod gpu;
+pub mod grammar;
 pub mod quant;
 pub mod random;
 pub mod sampling;

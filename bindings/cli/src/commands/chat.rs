@@ -177,7 +177,7 @@ impl Chat<'_> {
         let room = self.options.max_tokens.min(window / 4);
         let mut dropped = 0;
         loop {
-            let ids = conversation_ids(self.session.model(), self.messages)?;
+            let ids = conversation_ids(self.session.model(), self.messages, None)?;
             let first = usize::from(self.system().is_some());
             let turns = self.messages.len().saturating_sub(first);
             if ids.len() + room <= window || turns < 3 {

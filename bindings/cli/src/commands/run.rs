@@ -4,11 +4,12 @@ use super::chat::{self, Saved};
 use crate::args::{Global, MODEL_HELP, SessionArgs, Usage};
 use crate::interrupt::{self, Interrupted};
 use crate::sampling::SamplingArgs;
+use crate::structure::{StructureArgs, Tools};
 use crate::{adapters, models, output};
 use anyhow::{Context, bail};
 use clap::Args;
 use kinglet_engine::session::{Device, EndReason, GenerateOptions, GenerationStats, Model, Session, Speculation};
-use kinglet_engine::text::{EncodeOptions, Message};
+use kinglet_engine::text::{EncodeOptions, Message, Said, ToolFormat, ToolParser};
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -27,7 +28,14 @@ Examples:
   kinglet run gemma3 \"Once upon a time\" --raw -n 100     continue the text, no chat template
   kinglet run smollm2 \"Why?\" --json                      the answer with counts and times
   kinglet run smollm2 \"And why red at dusk?\" --session sky.kinglet   goes on from the last time
-  kinglet run qwen2.5-coder - --speculate lookup < f.rs   for answers that repeat much of the question")]
+  kinglet run qwen2.5-coder - --speculate lookup < f.rs   for answers that repeat much of the question
+
+Answers for programs, which cannot come out otherwise:
+  kinglet run smollm2 \"A person, invented.\" --json-schema '{\"type\": \"object\", \"properties\": {\"name\":
+    {\"type\": \"string\"}, \"age\": {\"type\": \"integer\"}}, \"required\": [\"name\", \"age\"]}'
+  kinglet run smollm2 \"Is water wet?\" --grammar yes-or-no.lark      a file with: start: \"yes\" | \"no\"
+  kinglet run qwen2.5-coder \"Weather in Oslo?\" --tools tools.json --tool-choice required
+    tools.json: [{\"type\": \"function\", \"function\": {\"name\": \"weather\", \"parameters\": {...a schema...}}}]")]
 pub struct Arguments {
     #[arg(help = MODEL_HELP, value_name = "MODEL")]
     model: String,
@@ -68,6 +76,8 @@ pub struct Arguments {
     #[arg(long, value_name = "lookup|MODEL|off", default_value = "off")]
     speculate: String,
     #[command(flatten)]
+    structure: StructureArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
     window: SessionArgs,
@@ -80,8 +90,12 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     if arguments.prompt.is_none() && global.json {
         return Err(Usage("--json needs a PROMPT: a chat is for people".into()).into());
     }
+    if arguments.prompt.is_none() && arguments.structure.has_tools() {
+        return Err(Usage("--tools needs a PROMPT: in a chat nobody answers the calls".into()).into());
+    }
     let prompt = arguments.prompt.as_deref().map(super::text_or_stdin).transpose()?;
     let model = models::open(&arguments.model)?;
+    let tools = arguments.structure.tools(&model)?;
     let options = GenerateOptions {
         sampler: arguments.sampling.options(model.tokenizer(), model.spec().vocab)?,
         max_tokens: arguments.max_tokens.unwrap_or(usize::MAX),
@@ -94,6 +108,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             _ => Speculation::Model,
         },
         shift: arguments.context_shift,
+        grammar: arguments.structure.grammar(&model, tools.as_ref())?,
+        shown: if tools.is_some() { ToolFormat::marks(model.tokenizer()) } else { Vec::new() },
     };
     let mut session_options = arguments.window.memory.options(arguments.window.context, global);
     let cpu_only = arguments.session.is_some() || arguments.context_shift.is_some();
@@ -125,7 +141,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             chat::run(&arguments.model, &mut session, options, &mut saved.messages, arguments.stats)?;
             None
         }
-        Some(prompt) => Some(one_answer(&mut session, prompt, &mut saved, options, arguments, global)?),
+        Some(prompt) => Some(one_answer(&mut session, prompt, &mut saved, options, tools.as_ref(), arguments, global)?),
     };
     if let Some(path) = &arguments.session {
         session.save(path, &serde_json::to_string(&saved)?)?;
@@ -153,13 +169,14 @@ fn prompt_ids(
     model: &Model,
     prompt: Vec<u8>,
     saved: &mut Saved,
+    tools: Option<&Tools>,
     arguments: &Arguments,
 ) -> anyhow::Result<(Vec<u32>, bool)> {
     if !arguments.raw {
         if model.chat_template()?.is_some() {
             let content = String::from_utf8(prompt).context("the prompt is not UTF-8; --raw takes any bytes")?;
             saved.messages.push(Message::new("user", content));
-            return Ok((conversation_ids(model, &saved.messages)?, false));
+            return Ok((conversation_ids(model, &saved.messages, tools)?, false));
         }
         if arguments.system.is_some() {
             bail!(
@@ -177,12 +194,12 @@ fn prompt_ids(
     Ok((model.tokenizer().encode(&saved.text, options), true))
 }
 
-/// The tokens of a conversation up to where the next answer begins.
-pub fn conversation_ids(model: &Model, messages: &[Message]) -> anyhow::Result<Vec<u32>> {
+/// The tokens of a conversation, with tools on offer, up to where the next answer begins.
+pub fn conversation_ids(model: &Model, messages: &[Message], tools: Option<&Tools>) -> anyhow::Result<Vec<u32>> {
     let Some(template) = model.chat_template()? else {
         bail!("this model has no chat template: it is a base model, which continues text; give it a PROMPT with --raw");
     };
-    let text = template.render(messages, None, true)?;
+    let text = template.render(messages, tools.map(|tools| &tools.json), true)?;
     Ok(model.tokenizer().encode_prompt(&text))
 }
 
@@ -191,18 +208,38 @@ fn one_answer(
     prompt: Vec<u8>,
     saved: &mut Saved,
     options: GenerateOptions,
+    tools: Option<&Tools>,
     arguments: &Arguments,
     global: &Global,
 ) -> anyhow::Result<GenerationStats> {
-    let (ids, continues) = prompt_ids(session.model(), prompt, saved, arguments)?;
-    let mut answer = String::new();
-    let stats = generate(session, &ids, options, &mut |text| {
-        answer.push_str(text);
-        if global.json { Ok(()) } else { output::answer(text) }
+    let (ids, continues) = prompt_ids(session.model(), prompt, saved, tools, arguments)?;
+    let calls: usize = saved.messages.iter().map(|message| message.tool_calls.len()).sum();
+    let mut parser = tools.map(|tools| ToolParser::new(tools.format, calls + 1));
+    let mut answer = Message::new("assistant", "");
+    let mut hear = |said: Vec<Said>| -> std::io::Result<()> {
+        for said in said {
+            match said {
+                Said::Text(text) => {
+                    answer.content.push_str(&text);
+                    if !global.json {
+                        output::answer(&text)?;
+                    }
+                }
+                Said::Call(call) => answer.tool_calls.push(call),
+            }
+        }
+        Ok(())
+    };
+    let stats = generate(session, &ids, options, &mut |text| match &mut parser {
+        Some(parser) => hear(parser.push(text)),
+        None => hear(vec![Said::Text(text.into())]),
     })?;
+    if let Some(parser) = &mut parser {
+        hear(parser.finish())?;
+    }
     if global.json {
-        output::json(&json!({
-            "text": answer,
+        let mut result = json!({
+            "text": answer.content,
             "end": stats.end.map(EndReason::name),
             "prompt_tokens": stats.prompt_tokens,
             "reused_tokens": stats.reused_tokens,
@@ -212,17 +249,27 @@ fn one_answer(
             "dropped_tokens": stats.dropped_tokens,
             "prefill_ms": stats.prefill.as_secs_f64() * 1e3,
             "decode_ms": stats.decode.as_secs_f64() * 1e3,
-        }))?;
-    } else if output::to_terminal() || (!arguments.raw && !answer.ends_with('\n')) {
+        });
+        if tools.is_some() {
+            result["tool_calls"] = json!(answer.tool_calls);
+        }
+        output::json(&result)?;
+    } else {
+        let said = !answer.content.is_empty() || answer.tool_calls.is_empty();
         // A raw continuation goes to a pipe byte for byte.
-        output::text("\n")?;
+        if said && (output::to_terminal() || (!arguments.raw && !answer.content.ends_with('\n'))) {
+            output::text("\n")?;
+        }
+        for call in &answer.tool_calls {
+            output::text(&format!("{}\n", json!(call)))?;
+        }
     }
     if arguments.stats || global.verbose > 0 {
         eprintln!("{}", summary(&stats));
     }
     match continues {
-        true => saved.text.push_str(&answer),
-        false => saved.messages.push(Message::new("assistant", answer)),
+        true => saved.text.push_str(&answer.content),
+        false => saved.messages.push(answer),
     }
     Ok(stats)
 }

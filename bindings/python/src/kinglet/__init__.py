@@ -311,7 +311,7 @@ class Session(_Object):
 
     def chat(self, messages: Sequence[Message], **request: Any) -> Generation:
         """Answers a conversation; what the session has read of it is not computed again. ``request`` has the keys of
-        ``kinglet_generate``: ``max_tokens``, ``stop``, ``tools``, ``sampling`` and more."""
+        ``kinglet_generate``: ``max_tokens``, ``stop``, ``tools``, ``response_format``, ``sampling`` and more."""
         return self._generate({"messages": list(messages), **request})
 
     def complete(self, prompt: str, **request: Any) -> Generation:
@@ -409,6 +409,11 @@ class Generation(_Object, Iterator[Piece], AsyncIterator[Piece]):
         if piece is None:
             raise StopAsyncIteration
         return piece
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer so far as a message, with calls of tools told from text; it may go back into ``chat``."""
+        return data(dict, lib.kinglet_generation_message_json, self._pointer)
 
     def _pull(self) -> Piece | None:
         event = self._event

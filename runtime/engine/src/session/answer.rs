@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use super::{Model, Speculation};
+use crate::grammar::{Constraint, Grammar};
 use crate::sampling::{Sampler, SamplerOptions};
-use crate::text::Utf8Stream;
+use crate::text::{Utf8Stream, overlap};
 use crate::{Error, Result};
 
 /// What to generate.
@@ -21,11 +22,16 @@ pub struct GenerateOptions {
     pub ignore_end: bool,
     /// Whether control tokens appear in the text.
     pub special: bool,
+    /// Control tokens that appear in the text in any case, such as [`ToolFormat::marks`](crate::text::ToolFormat::marks).
+    pub shown: Vec<u32>,
     /// Whether to guess tokens ahead and check them together; it changes the time an answer takes, not the answer.
     pub speculation: Speculation,
     /// Where the window is full, keep so many tokens at its start, drop half of those behind them and go on, instead of
     /// ending; see [`Engine::shift`](super::Engine::shift).
     pub shift: Option<usize>,
+    /// What the answer may be, from [`Model::grammar`]. Where only its end may follow, the answer ends, as with
+    /// [`EndReason::EndOfText`].
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for GenerateOptions {
@@ -36,8 +42,10 @@ impl Default for GenerateOptions {
             stop: Vec::new(),
             ignore_end: false,
             special: false,
+            shown: Vec::new(),
             speculation: Speculation::Off,
             shift: None,
+            grammar: None,
         }
     }
 }
@@ -107,6 +115,7 @@ pub struct GenerationStats {
 pub(super) struct Answer {
     options: GenerateOptions,
     pub sampler: Sampler,
+    constraint: Option<Constraint>,
     stream: Utf8Stream,
     /// The last piece, and behind it text that may be the start of a stop text.
     text: String,
@@ -119,7 +128,8 @@ impl Answer {
     /// An answer to `prompt` in a window of so many tokens.
     ///
     /// # Errors
-    /// Sampler parameters out of range, a prompt that is empty or longer than the window.
+    /// Sampler parameters out of range, a prompt that is empty or longer than the window, a grammar for another model or
+    /// one whose end is to be ignored.
     pub fn new(model: &Model, window: usize, prompt: &[u32], options: GenerateOptions) -> Result<Answer> {
         if prompt.is_empty() {
             return Err(Error::argument("the prompt is empty"));
@@ -134,10 +144,20 @@ impl Answer {
                 "of a window of {window} tokens {keep} cannot be kept: nothing would be left to drop"
             )));
         }
+        if let Some(grammar) = &options.grammar {
+            if !model.knows(grammar) {
+                return Err(Error::argument("the grammar was compiled for another model; compile it for this one"));
+            }
+            if options.ignore_end {
+                return Err(Error::argument("an answer under a grammar ends with it: leave ignore_end off"));
+            }
+        }
+        let constraint = options.grammar.as_ref().map(Grammar::start);
         let mut sampler = Sampler::new(&options.sampler, model.spec().vocab)?;
         prompt.iter().for_each(|t| sampler.accept(*t));
         let stats = GenerationStats { prompt_tokens: prompt.len(), ..Default::default() };
-        Ok(Answer { options, sampler, stream: Utf8Stream::default(), text: String::new(), given: 0, stats })
+        let (stream, text) = (Utf8Stream::default(), String::new());
+        Ok(Answer { options, sampler, constraint, stream, text, given: 0, stats })
     }
 
     pub fn options(&self) -> &GenerateOptions {
@@ -161,7 +181,13 @@ impl Answer {
 
     /// Chooses the next token by its logits, which the sampler changes.
     pub fn choose(&mut self, logits: &mut [f32]) -> Result<u32> {
+        if let Some(constraint) = &mut self.constraint {
+            constraint.mask(logits)?;
+        }
         let token = self.sampler.sample(logits)?;
+        if let Some(constraint) = &mut self.constraint {
+            constraint.accept(token)?;
+        }
         self.sampler.accept(token);
         Ok(token)
     }
@@ -174,13 +200,18 @@ impl Answer {
         }
         self.stats.output_tokens += 1;
         self.text.drain(..std::mem::take(&mut self.given));
-        let bytes = tokenizer.token_bytes(token, self.options.special).unwrap_or_default();
+        let special = self.options.special || self.options.shown.contains(&token);
+        let bytes = tokenizer.token_bytes(token, special).unwrap_or_default();
         self.stream.push(bytes, &mut self.text);
         let stops = || self.options.stop.iter().filter(|s| !s.is_empty());
         if let Some(at) = stops().filter_map(|stop| self.text.find(stop)).min() {
             self.text.truncate(at);
             self.stats.end = Some(EndReason::Stop);
             self.given = at;
+        } else if self.constraint.as_ref().is_some_and(Constraint::is_complete) {
+            self.stats.end = Some(EndReason::EndOfText);
+            self.stream.finish(&mut self.text);
+            self.given = self.text.len();
         } else {
             self.given = self.text.len() - stops().map(|stop| overlap(&self.text, stop)).max().unwrap_or(0);
         }
@@ -199,23 +230,5 @@ impl Answer {
         self.stream.finish(&mut self.text);
         self.given = self.text.len();
         (!self.text.is_empty()).then_some(Piece { text: &self.text, token: None })
-    }
-}
-
-/// Length in bytes of the longest end of `text` that is a proper start of `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
-    stop.char_indices().map(|(i, _)| i).skip(1).filter(|n| text.ends_with(&stop[..*n])).max().unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::overlap;
-
-    #[test]
-    fn overlap_finds_the_longest_started_stop_text() {
-        assert_eq!(overlap("abc<|e", "<|end|>"), 3);
-        assert_eq!(overlap("abc", "<|end|>"), 0);
-        assert_eq!(overlap("答", "答案"), 3);
-        assert_eq!(overlap("aab", "abab"), 2);
     }
 }

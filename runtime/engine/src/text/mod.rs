@@ -11,6 +11,7 @@
 //! | `stream` | [`Utf8Stream`]: whole characters from a stream of tokens |
 //! | `message` | [`Message`] and its parts |
 //! | `template`, `python` | [`ChatTemplate`]; what templates expect of Python |
+//! | `tools` | [`ToolParser`]: calls of tools in what a model says |
 //! | `mask` | which parts of a conversation are trained |
 //!
 //! Tokens equal llama.cpp's for every input. The oracle tests compare them; where llama.cpp deviates from the original
@@ -28,6 +29,7 @@ mod template;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
+mod tools;
 mod unicode;
 mod vocab;
 mod words;
@@ -35,6 +37,9 @@ mod words;
 pub use mask::Segment;
 pub use message::{FunctionCall, Message, ToolCall};
 pub use stream::Utf8Stream;
+pub(crate) use stream::overlap;
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{EncodeOptions, Tokenizer};
+pub(crate) use tools::{ARGUMENTS_MARK, CLOSE_TAG, LIST_MARK, OPEN_TAG};
+pub use tools::{Said, Tool, ToolFormat, ToolParser};
 pub use vocab::FillInMiddle;

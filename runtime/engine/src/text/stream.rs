@@ -46,9 +46,22 @@ fn could_grow(bytes: &[u8]) -> bool {
     std::str::from_utf8(bytes).is_err_and(|error| error.valid_up_to() == 0 && error.error_len().is_none())
 }
 
+/// Length in bytes of the longest end of `text` that is a proper start of `mark`.
+pub(crate) fn overlap(text: &str, mark: &str) -> usize {
+    mark.char_indices().map(|(i, _)| i).skip(1).filter(|n| text.ends_with(&mark[..*n])).max().unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn overlap_finds_the_longest_started_mark() {
+        assert_eq!(overlap("abc<|e", "<|end|>"), 3);
+        assert_eq!(overlap("abc", "<|end|>"), 0);
+        assert_eq!(overlap("答", "答案"), 3);
+        assert_eq!(overlap("aab", "abab"), 2);
+    }
 
     #[test]
     fn any_cut_gives_the_same_text() {

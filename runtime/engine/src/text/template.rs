@@ -12,16 +12,13 @@ use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, Value, context};
 
 use super::message::Message;
-use super::{Tokenizer, python};
+use super::{Tokenizer, ToolFormat, python};
+use crate::deep::on_deep_stack;
 use crate::gguf::Gguf;
 use crate::{Error, Result};
 
 /// What one rendering may spend: one unit per instruction, or per 64 bytes made (128 MB).
 const FUEL: u64 = 2_000_000;
-
-/// The stack of the thread that renders. A template can wrap a list in a list as often as its fuel allows, and dropping
-/// such a value recurses: about 110 bytes a level, 300,000 levels at most.
-const STACK: usize = 64 << 20;
 
 /// The longest template source in bytes; real ones have at most some 20,000.
 const LONGEST_SOURCE: usize = 1 << 18;
@@ -46,6 +43,7 @@ pub struct ChatTemplate {
     /// The texts of the tokens that end a generation.
     pub(super) ends: Vec<String>,
     has_tool_use: bool,
+    tool_format: Option<ToolFormat>,
 }
 
 /// What a rendering takes besides the messages.
@@ -109,6 +107,7 @@ impl ChatTemplate {
             eos: tokenizer.eos().map(text).unwrap_or_default(),
             ends: tokenizer.ends_of_generation().iter().map(|&id| text(id)).filter(|text| !text.is_empty()).collect(),
             has_tool_use: false,
+            tool_format: None,
         };
         template.add("chat", source)?;
         Ok(template)
@@ -135,7 +134,13 @@ impl ChatTemplate {
         if source.len() > LONGEST_SOURCE {
             return Err(Error::Template(format!("its source of {} bytes exceeds {LONGEST_SOURCE}", source.len())));
         }
+        self.tool_format = ToolFormat::of_template(source).or(self.tool_format);
         self.environment.add_template_owned(name, without_generation_tags(source)).map_err(template_error)
+    }
+
+    /// How the model writes calls of tools; `None` where its template shows no way that is known.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
     }
 
     /// The prompt for `messages`; with `add_generation_prompt`, up to where the assistant's answer begins.
@@ -169,14 +174,11 @@ impl ChatTemplate {
             eos_token => self.eos.as_str(),
             ..Value::from(Serde(options.variables.unwrap_or(&serde_json::Map::new())))
         };
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
-            let rendering = thread.spawn_scoped(scope, move || {
-                let arguments = arguments;
-                template.render(arguments).map_err(template_error)
-            });
-            let rendering = rendering.map_err(|error| Error::Template(format!("no thread to render it: {error}")))?;
-            rendering.join().unwrap_or_else(|_| Err(Error::Template("the rendering failed unexpectedly".into())))
+        // A template can wrap a list in a list as often as its fuel allows, and dropping such a value recurses: about 110
+        // bytes a level, 300,000 levels at most.
+        on_deep_stack("chat template", Error::Template, || {
+            let arguments = arguments;
+            template.render(arguments).map_err(template_error)
         })
     }
 }
