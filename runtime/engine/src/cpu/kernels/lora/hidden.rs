@@ -67,7 +67,7 @@ impl Rows {
 /// When the sizes do not fit, or `rows` begins within a tile: a mistake of the program.
 pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *mut f32, stride: usize) {
     let layout = x.layout();
-    assert!(rows.start % ROWS == 0 && rows.end <= a.rows && layout.k == a.k && rows.end <= stride);
+    assert!(rows.start.is_multiple_of(ROWS) && rows.end <= a.rows && layout.k == a.k && rows.end <= stride);
     for t in 0..layout.tokens {
         let q = &x.values()[t * a.k..][..a.k];
         let d = &x.scales()[t * layout.groups..][..a.k / GROUP];
