@@ -127,7 +127,10 @@ impl Shares {
     /// Takes the distribution of these logits, with `chance` in 0..1 to draw by; gives `−Σ share·ln p`.
     fn take(&mut self, logits: &[f32], chance: f64) -> f32 {
         let Shares { tokens, shares, order, weights } = self;
-        (tokens.clear(), shares.clear(), order.clear(), weights.clear());
+        tokens.clear();
+        shares.clear();
+        order.clear();
+        weights.clear();
         let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         weights.extend(logits.iter().map(|z| (z - top).exp()));
         let sum: f64 = weights.chunks(256).map(|part| f64::from(part.iter().sum::<f32>())).sum();
