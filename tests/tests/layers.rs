@@ -17,20 +17,21 @@ const CRATES: [(&str, &[&str]); 6] = [
 ];
 
 /// Module of the engine → the modules it may import. `error` may be imported by all.
-const MODULES: [(&str, &[&str]); 14] = [
+const MODULES: [(&str, &[&str]); 15] = [
     ("error", &[]),
+    ("system", &[]),
     ("file", &[]),
     ("random", &[]),
     ("quant", &[]),
-    ("gguf", &["file", "quant"]),
-    ("text", &["gguf", "quant"]),
+    ("gguf", &["file", "quant", "system"]),
+    ("text", &["gguf", "quant", "system"]),
     ("sampling", &["text", "random"]),
     ("grammar", &["text", "sampling"]),
     ("tape", &["gguf", "quant", "text", "random"]),
-    ("cpu", &["gguf", "quant", "text", "tape", "random"]),
+    ("cpu", &["gguf", "quant", "text", "tape", "random", "system"]),
     ("gpu", &["gguf", "quant", "text", "tape", "random"]),
     ("adapter", &["gguf", "quant", "text", "tape"]),
-    ("session", &["file", "gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter"]),
+    ("session", &["file", "gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter", "system"]),
     ("generate", &["gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter", "session"]),
 ];
 

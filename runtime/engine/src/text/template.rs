@@ -3,7 +3,7 @@
 //! It is rendered as transformers renders it, byte for byte: `trim_blocks` and `lstrip_blocks`, Python's string methods
 //! and printing, `tojson` without HTML escapes, `raise_exception`, `strftime_now`, loop controls. A template is a program
 //! from a file: each rendering gets [`FUEL`], which bounds its steps and its memory, and a thread with a deep stack, so a
-//! hostile one ends in an error.
+//! hostile one ends in an error. (Where there are no threads, in a browser, one that nests deep enough ends the instance.)
 //!
 //! Control tokens are plain text in what comes out; encode it with [`EncodeOptions::PROMPT`](super::EncodeOptions).
 
@@ -14,6 +14,7 @@ use minijinja::{Environment, ErrorKind, Value, context};
 use super::message::Message;
 use super::{Tokenizer, python};
 use crate::gguf::Gguf;
+use crate::system;
 use crate::{Error, Result};
 
 /// What one rendering may spend: one unit per instruction, or per 64 bytes made (128 MB).
@@ -99,7 +100,10 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(python::method);
         environment.add_filter("tojson", python::to_json);
         environment.add_filter("string", |value: &Value| python::string(value));
-        environment.add_function("strftime_now", |format: &str| python::strftime_now(format));
+        // Templates ask whether there is such a function, and do without the date where there is none.
+        if system::unix_seconds().is_some() {
+            environment.add_function("strftime_now", |format: &str| python::strftime_now(format));
+        }
         environment.add_function("raise_exception", |message: &str| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_owned()))
         });
@@ -169,6 +173,9 @@ impl ChatTemplate {
             eos_token => self.eos.as_str(),
             ..Value::from(Serde(options.variables.unwrap_or(&serde_json::Map::new())))
         };
+        if !system::THREADS {
+            return template.render(arguments).map_err(template_error);
+        }
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
             let rendering = thread.spawn_scoped(scope, move || {
