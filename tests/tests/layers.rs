@@ -17,21 +17,22 @@ const CRATES: [(&str, &[&str]); 6] = [
 ];
 
 /// Module of the engine → the modules it may import. `error` may be imported by all.
-const MODULES: [(&str, &[&str]); 15] = [
+const MODULES: [(&str, &[&str]); 16] = [
     ("error", &[]),
-    ("deep", &[]),
+    ("system", &[]),
+    ("deep", &["system"]),
     ("file", &[]),
     ("random", &[]),
     ("quant", &[]),
-    ("gguf", &["file", "quant"]),
-    ("text", &["deep", "gguf", "quant"]),
+    ("gguf", &["file", "quant", "system"]),
+    ("text", &["deep", "gguf", "quant", "system"]),
     ("sampling", &["text", "random"]),
     ("grammar", &["deep", "text"]),
     ("tape", &["gguf", "quant", "text", "random"]),
-    ("cpu", &["gguf", "quant", "text", "tape", "random"]),
+    ("cpu", &["gguf", "quant", "text", "tape", "random", "system"]),
     ("gpu", &["gguf", "quant", "text", "tape", "random"]),
     ("adapter", &["gguf", "quant", "text", "tape"]),
-    ("session", &["file", "gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter"]),
+    ("session", &["file", "gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter", "system"]),
     ("generate", &["gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter", "session"]),
 ];
 

@@ -13,6 +13,7 @@
 //! | `gpu` | WGSL kernels and the executor that records a tape for a device (feature `gpu`) | `tape`, `quant` |
 //! | [`adapter`] | LoRA and DoRA: files, checks, merging | `gguf`, `quant` |
 //! | [`session`] | model, KV cache, prefill and decode, generation | all above |
+//! | `system` | threads, pages and clocks, where there are any | – |
 //! | [`random`] | numbers that are hashes of a seed and a counter | – |
 //! | [`sampling`] | from logits to a token | `random` |
 //! | [`grammar`] | what an answer may be: JSON schemas, grammars, regular expressions | `text` |
@@ -32,7 +33,11 @@ pub mod quant;
 pub mod random;
 pub mod sampling;
 pub mod session;
+mod system;
 pub mod tape;
 pub mod text;
+
+#[cfg(all(feature = "gpu", target_family = "wasm"))]
+compile_error!("a browser's GPU answers by promises, which nothing here waits for: build with --no-default-features");
 
 pub use error::{Error, Result};

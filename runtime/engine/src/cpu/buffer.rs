@@ -9,7 +9,7 @@ use std::ptr::NonNull;
 
 use memmap2::MmapMut;
 
-use crate::{Error, Result};
+use crate::{Error, Result, system};
 
 /// Alignment of every buffer, in bytes.
 pub const ALIGN: usize = 64;
@@ -20,6 +20,7 @@ const MAPPED: usize = 1 << 20;
 
 /// From how many bytes on pages of 2 MiB are wished for. Smaller blocks, a chat's, are better off with small pages: most of
 /// them are for long prompts and never touched.
+#[cfg(target_os = "linux")]
 const LARGE: usize = 64 << 20;
 
 /// An owned, zeroed, 64-byte aligned block of memory. Its contents are reached by raw pointer: threads of a team write
@@ -48,7 +49,7 @@ impl Buffer {
             available: 0,
             what: format!("the system refused memory for {what}; close other programs or ask for a smaller context"),
         };
-        if bytes >= MAPPED {
+        if system::PAGES && bytes >= MAPPED {
             let mut map = MmapMut::map_anon(bytes).map_err(|_| refused())?;
             #[cfg(target_os = "linux")]
             if bytes >= LARGE {

@@ -7,7 +7,6 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use super::buffer::Buffer;
 use super::isa::Isa;
@@ -17,6 +16,7 @@ use super::ops;
 use super::patch::{Correction, Patches};
 use super::pool::{Pool, Team};
 use crate::quant::DType;
+use crate::system::Stopwatch;
 use crate::tape::{
     Batch, Frequencies, Op, Plan, PlanLimits, Purpose, SoftTargets, Spec, Tape, Timing, Timings, Trained, Value,
     Weights, decoder,
@@ -476,7 +476,7 @@ fn walk(
         rope_tables(context, team);
         team.wait();
         for (index, op) in context.tape.ops.iter().enumerate() {
-            let started = (timed && team.index == 0).then(Instant::now);
+            let started = (timed && team.index == 0).then(Stopwatch::start);
             if op.is_claimed() {
                 round += 1;
                 if team.index == 0 {

@@ -90,6 +90,16 @@ impl Neon {
     }
 }
 
+impl Neon {
+    /// The tokens for less than this CPU has, up to all of it.
+    fn levels(self) -> Vec<Neon> {
+        let baseline = Neon { dotprod: false, i8mm: false, ..self };
+        let mut levels = vec![baseline, Neon { dotprod: self.dotprod, ..baseline }, self];
+        levels.dedup();
+        levels
+    }
+}
+
 impl Isa {
     /// The best set this CPU has.
     pub fn detect() -> Isa {
@@ -105,10 +115,11 @@ impl Isa {
         Isa::Scalar
     }
 
-    /// Every set this CPU can run, the scalar one first: what the tests iterate over.
+    /// Every set this CPU can run, the scalar one first, NEON with and without what it has beyond the baseline: what the
+    /// tests iterate over.
     pub fn available() -> Vec<Isa> {
         let mut all = vec![Isa::Scalar];
-        all.extend(Neon::detect().map(Isa::Neon));
+        all.extend(Neon::detect().into_iter().flat_map(Neon::levels).map(Isa::Neon));
         all.extend(Avx2::detect().map(Isa::Avx2));
         all.extend(Avx512::detect().map(Isa::Avx512));
         all

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut, MmapOptions};
 
-use crate::{Error, Result};
+use crate::{Error, Result, system};
 
 /// The bytes of one file.
 pub(super) enum Mapping {
@@ -46,8 +46,11 @@ impl Mapping {
         Ok(Mapping::Pages(pages.make_read_only().map_err(Error::io(name))?))
     }
 
-    /// Copies `bytes` into private pages.
+    /// Copies `bytes` into private pages, or to the heap where the system gives none.
     pub(super) fn copy(bytes: &[u8], name: &str) -> Result<Mapping> {
+        if !system::PAGES {
+            return Ok(Mapping::Shared(Arc::new(Words::copy(bytes)?)));
+        }
         let mut pages = anonymous(bytes.len())?;
         pages.copy_from_slice(bytes);
         Ok(Mapping::Pages(pages.make_read_only().map_err(Error::io(name))?))
@@ -83,12 +86,42 @@ fn check_range(file: &File, name: &str, offset: u64, length: u64) -> Result<usiz
     })
 }
 
-fn anonymous(length: usize) -> Result<MmapMut> {
-    let pages = MmapMut::map_anon(length).map_err(|_| Error::Memory {
+fn no_memory(length: usize) -> Error {
+    Error::Memory {
         needed: length as u64,
         available: 0,
-        what: "a private copy of the model; open it without `copy`, which maps the file instead".into(),
-    })?;
+        what: "a private copy of the model; open it without `copy`, which uses the original instead".into(),
+    }
+}
+
+/// Bytes on the heap, aligned to 8.
+struct Words {
+    words: Vec<u64>,
+    length: usize,
+}
+
+impl Words {
+    fn copy(bytes: &[u8]) -> Result<Words> {
+        let length = bytes.len();
+        let mut words = Vec::new();
+        words.try_reserve_exact(length.div_ceil(8)).map_err(|_| no_memory(length))?;
+        words.resize(length.div_ceil(8), 0);
+        let mut copy = Words { words, length };
+        if let Some(to) = bytemuck::cast_slice_mut(&mut copy.words).get_mut(..length) {
+            to.copy_from_slice(bytes);
+        }
+        Ok(copy)
+    }
+}
+
+impl AsRef<[u8]> for Words {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.words).get(..self.length).unwrap_or_default()
+    }
+}
+
+fn anonymous(length: usize) -> Result<MmapMut> {
+    let pages = MmapMut::map_anon(length).map_err(|_| no_memory(length))?;
     #[cfg(unix)]
     advise(|advice| pages.advise(advice), false);
     Ok(pages)

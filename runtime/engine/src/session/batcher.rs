@@ -12,11 +12,12 @@
 //! [`SessionOptions::logit_rows`]: super::SessionOptions::logit_rows
 
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::answer::Answer;
 use super::engine::Wanted;
 use super::{CancelHandle, EndReason, Engine, GenerateOptions, GenerationStats, Sequence, Speculation};
+use crate::system::Stopwatch;
 use crate::{Error, Result};
 
 /// A request's number, unique within its batcher.
@@ -207,7 +208,7 @@ impl Batcher {
 
     /// One run with what each request is to be fed, and a token for those whose pending tokens are through.
     fn run(&mut self, alone: bool, report: &mut impl FnMut(Progress<'_>)) -> Result<()> {
-        let started = Instant::now();
+        let started = Stopwatch::start();
         self.outputs.clear();
         let mut rows = 0;
         let mut feeds = Vec::with_capacity(self.engine.options().logit_rows);

@@ -27,7 +27,7 @@ pub struct DeviceSummary {
 pub fn devices() -> Vec<DeviceSummary> {
     let mut all = vec![DeviceSummary {
         backend: "cpu".into(),
-        name: format!("{} threads", std::thread::available_parallelism().map_or(1, |n| n.get())),
+        name: format!("{} threads", crate::system::cores()),
         kind: "processor",
         api: Isa::detect().name().into(),
         driver: String::new(),

@@ -447,7 +447,7 @@ fn complete(model: &Model, options: &SessionOptions) -> Result<SessionOptions> {
         options.context = model.spec().context;
     }
     if options.threads == 0 {
-        options.threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        options.threads = crate::system::cores();
     }
     let range = |name: &str, value: usize, max: usize| match value {
         v if (1..=max).contains(&v) => Ok(()),

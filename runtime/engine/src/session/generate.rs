@@ -4,11 +4,10 @@
 //! sampled from in order for as long as the guesses prove right. The sampler sees the same logits in the same order as
 //! without, so nothing about the answer changes.
 
-use std::time::Instant;
-
 use super::answer::Answer;
 use super::speculate::Speculator;
 use super::{EndReason, GenerateOptions, GenerationStats, Piece, Session, Speculation};
+use crate::system::Stopwatch;
 use crate::{Error, Result};
 
 /// A running generation. Dropping it stops it; the session keeps what was fed.
@@ -62,7 +61,7 @@ impl<'s> Generation<'s> {
         if self.answer.room() == 0 {
             return Ok(self.answer.end(EndReason::Length));
         }
-        let started = Instant::now();
+        let started = Stopwatch::start();
         let first = self.answer.stats.output_tokens == 0;
         let token = match self.token() {
             Ok(token) => token,

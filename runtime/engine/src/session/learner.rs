@@ -318,7 +318,7 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
         )));
     }
     let threads = match options.threads {
-        0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+        0 => crate::system::cores(),
         n => n,
     };
     Ok(ExecutorOptions {

@@ -5,10 +5,11 @@
 //! character in a prompt is another prompt. Values nest at most [`DEEPEST`] levels, so nothing here overflows the stack.
 
 use std::fmt::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Output, State, Value};
+
+use crate::system;
 
 /// How many levels of lists and maps are printed.
 const DEEPEST: usize = 128;
@@ -272,8 +273,7 @@ fn float(number: f64, [nan, infinity]: [&str; 2]) -> String {
 
 /// The function `strftime_now`; in UTC, as the local time zone is not known here.
 pub(super) fn strftime_now(format: &str) -> String {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    strftime(format, seconds)
+    strftime(format, system::unix_seconds().unwrap_or(0))
 }
 
 /// Python's `strftime` for a time in seconds since 1970, UTC. Directives it does not know stay as they are.

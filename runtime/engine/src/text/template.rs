@@ -3,7 +3,7 @@
 //! It is rendered as transformers renders it, byte for byte: `trim_blocks` and `lstrip_blocks`, Python's string methods
 //! and printing, `tojson` without HTML escapes, `raise_exception`, `strftime_now`, loop controls. A template is a program
 //! from a file: each rendering gets [`FUEL`], which bounds its steps and its memory, and a thread with a deep stack, so a
-//! hostile one ends in an error.
+//! hostile one ends in an error. (Where there are no threads, in a browser, one that nests deep enough ends the instance.)
 //!
 //! Control tokens are plain text in what comes out; encode it with [`EncodeOptions::PROMPT`](super::EncodeOptions).
 
@@ -15,6 +15,7 @@ use super::message::Message;
 use super::{Tokenizer, ToolFormat, python};
 use crate::deep::on_deep_stack;
 use crate::gguf::Gguf;
+use crate::system;
 use crate::{Error, Result};
 
 /// What one rendering may spend: one unit per instruction, or per 64 bytes made (128 MB).
@@ -97,7 +98,10 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(python::method);
         environment.add_filter("tojson", python::to_json);
         environment.add_filter("string", |value: &Value| python::string(value));
-        environment.add_function("strftime_now", |format: &str| python::strftime_now(format));
+        // Templates ask whether there is such a function, and do without the date where there is none.
+        if system::unix_seconds().is_some() {
+            environment.add_function("strftime_now", |format: &str| python::strftime_now(format));
+        }
         environment.add_function("raise_exception", |message: &str| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_owned()))
         });

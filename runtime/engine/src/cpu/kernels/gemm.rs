@@ -9,7 +9,7 @@
 //!
 //! Matrices are rows of a slice, `stride` values apart. The vector form cuts C into register tiles: 6 rows × 16
 //! columns, or 12 × 8 where a rank of 8 leaves no more columns. B is read where it lies when its rows run along C's
-//! columns, and else packed, 16 columns × [`DEPTH`] at a time, on the stack. The same register tile ([`avx2::slab`])
+//! columns, and else packed, 16 columns × `DEPTH` at a time, on the stack. The same register tile ([`avx2::slab`])
 //! multiplies the unpacked weights of `linear` and the blocks of the attention's backward pass.
 //!
 //! A result is summed over p in blocks of fixed size, in order; which tile it falls in does not show, so C may be
@@ -19,12 +19,6 @@ use super::linear::OutMut;
 use super::vector::dot_body;
 use crate::cpu::isa::Isa;
 use crate::{Error, Result};
-
-/// Terms of a sum that are added before the result goes to C.
-const DEPTH: usize = 256;
-
-/// The same for [`gemm_tn`], whose A is read across its rows: few enough that they all stay in the first cache.
-const DEPTH_TN: usize = 64;
 
 /// Operands of one product.
 #[derive(Clone, Copy, Debug)]
@@ -164,8 +158,15 @@ fn scalar(g: &Gemm<'_>, form: Form) {
 pub(crate) mod avx2 {
     //! The register tile, and the loops of a whole product around it.
     use super::super::vector::avx2::transpose;
-    use super::{DEPTH, DEPTH_TN, Form, Gemm};
+    use super::{Form, Gemm};
     use std::arch::x86_64::*;
+
+    /// Terms of a sum that are added before the result goes to C.
+    const DEPTH: usize = 256;
+
+    /// The same for [`gemm_tn`](super::gemm_tn), whose A is read across its rows: few enough that they all stay in the first
+    /// cache.
+    const DEPTH_TN: usize = 64;
 
     /// Element (i, p) of A at `at[i · row + p · step]`.
     #[derive(Clone, Copy)]

@@ -1,7 +1,7 @@
 //! What the other kernels are made of: the exponential, sums by lanes, and the one-pass vector operations.
 //!
 //! Two ways of writing a kernel meet here. The simple, memory-bound ones are plain Rust, written in lanes, and
-//! [`by_isa!`] compiles the same body twice: for the baseline of the target and again with AVX2 enabled. Nothing is
+//! [`by_isa!`] compiles the same body twice: for the baseline of the target (on ARM that is NEON) and again with AVX2 enabled. Nothing is
 //! fused in those bodies (Rust never contracts `a * b + c`), so every instruction set gives the same bits. The hot ones
 //! (attention) use intrinsics; [`avx2`] holds the pieces they share.
 //!
@@ -210,6 +210,31 @@ by_isa! {
 #[inline(always)]
 pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     half::f16::from_bits(bits).to_f32()
+}
+
+/// Pieces of the NEON kernels.
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon {
+    use std::arch::aarch64::*;
+
+    /// Four f16 as f32.
+    #[target_feature(enable = "neon")]
+    #[inline]
+    pub fn widen(bits: uint16x4_t) -> float32x4_t {
+        vcvt_f32_f16(vreinterpret_f16_u16(bits))
+    }
+
+    /// Eight consecutive f16 as f32.
+    ///
+    /// # Safety
+    /// 16 bytes must be readable at `p`.
+    #[target_feature(enable = "neon")]
+    #[inline]
+    pub unsafe fn load_f16(p: *const u8) -> [float32x4_t; 2] {
+        // SAFETY: the caller's promise; the load needs no alignment.
+        let bits = unsafe { vld1q_u16(p.cast()) };
+        [widen(vget_low_u16(bits)), widen(vget_high_u16(bits))]
+    }
 }
 
 /// Pieces of the AVX2 kernels. All are safe to call where AVX2, FMA and F16C are enabled, except those that take a

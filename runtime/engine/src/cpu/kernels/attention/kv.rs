@@ -70,6 +70,16 @@ pub(super) unsafe fn unpack(dtype: DType, src: *const u8, dst: &mut [f32]) {
         match dtype {
             DType::F32 => std::ptr::copy_nonoverlapping(src, dst.as_mut_ptr().cast::<u8>(), size_of_val(dst)),
             DType::F16 => {
+                #[cfg(target_arch = "aarch64")]
+                let (src, dst) = {
+                    let (eights, tail) = dst.as_chunks_mut::<8>();
+                    for (i, x) in eights.iter_mut().enumerate() {
+                        let [low, high] = super::super::vector::neon::load_f16(src.add(16 * i));
+                        std::arch::aarch64::vst1q_f32(x.as_mut_ptr(), low);
+                        std::arch::aarch64::vst1q_f32(x.as_mut_ptr().add(4), high);
+                    }
+                    (src.add(16 * eights.len()), tail)
+                };
                 for (i, x) in dst.iter_mut().enumerate() {
                     *x = f16_to_f32(u16::from_le_bytes(src.add(2 * i).cast::<[u8; 2]>().read()));
                 }

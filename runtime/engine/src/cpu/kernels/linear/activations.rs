@@ -208,6 +208,8 @@ pub fn quantize_rows(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst
             Isa::Avx2(token) => super::avx2::quantize_row(token, x, row),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(token) => super::avx2::quantize_row(token.avx2(), x, row),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(token) => super::neon::quantize_row(token, x, row),
             _ => quantize_row(x, row),
         }
     }

@@ -7,8 +7,8 @@
 
 use super::avx2::tile::unpack as unpack_tile;
 use super::avx2::unpack::{self, Block, Sixteen};
-use super::tile::{Ahead, Tile};
-use super::{LinearTask, Q8, Scratch, TileMemory, XRow};
+use super::tile::{Ahead, Tile, TileMemory, XRow};
+use super::{LinearTask, Q8, Scratch};
 use crate::cpu::isa::Avx512;
 use std::arch::x86_64::*;
 

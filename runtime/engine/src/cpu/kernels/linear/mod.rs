@@ -15,10 +15,10 @@
 //! | `blocks` | all formats in one common form: the specification of unpacking |
 //! | `scalar` | the specification of the products |
 //! | `dense` | F32, F16, BF16 |
-//! | `tile` | the loops around an instruction set's tile kernel |
+//! | `tile` | what instruction sets share: the memory of a tile, the loops around a tile kernel |
 //! | `transpose` | the gradient with respect to the input, and the map with exact activations |
 //! | `wide` | the same two in 16-bit integers: what training runs on |
-//! | `avx2/`, `avx512`, `neon` | the instruction sets |
+//! | `avx2/`, `avx512`, `neon/` | the instruction sets |
 //! | `table` | all kernels as data |
 
 mod activations;
@@ -28,8 +28,11 @@ mod avx2;
 mod avx512;
 mod blocks;
 mod dense;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 mod table;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tile;
 mod transpose;
 mod wide;
@@ -110,7 +113,7 @@ pub struct LinearTask<'a> {
     pub accumulate: bool,
 }
 
-/// Rows of a tile, at most (AVX-512: 32, AVX2: 16).
+/// Rows of a tile, at most (AVX-512: 32, AVX2: 16, NEON: 8).
 const TILE_ROWS_MAX: usize = 32;
 /// Values of a row that are unpacked at a time; a multiple of 256.
 const TILE_CHUNK: usize = 768;
@@ -132,21 +135,6 @@ impl Scratch {
     pub fn new() -> Scratch {
         Scratch { lines: vec![Line([0.0; 16]); scratch_bytes() / size_of::<Line>()] }
     }
-
-    fn tile(&mut self) -> TileMemory {
-        let base = self.lines.as_mut_ptr().cast::<u8>();
-        let q = TILE_ROWS_MAX * TILE_CHUNK;
-        let scales = TILE_ROWS_MAX * TILE_CHUNK / 16 * 4;
-        // SAFETY: the three offsets are within `scratch_bytes`.
-        unsafe {
-            TileMemory {
-                q: base,
-                d: base.add(q).cast(),
-                m: base.add(q + scales).cast(),
-                sums: base.add(q + 2 * scales).cast(),
-            }
-        }
-    }
 }
 
 impl Default for Scratch {
@@ -159,45 +147,6 @@ impl Default for Scratch {
 pub const fn scratch_bytes() -> usize {
     let tile = TILE_ROWS_MAX * (TILE_CHUNK + 2 * TILE_CHUNK / 16 * 4 + TILE_TOKENS * 4);
     if tile > wide::BLOCK_BYTES { tile } else { wide::BLOCK_BYTES }
-}
-
-/// The parts of a [`Scratch`], each on 64 bytes: a tile of `R` rows as `q[k/4][R][4]`, `d` and `m` as `[group][R]`
-/// (a group being 32 values, or 16 for the types whose scales are), and the running sums `[token][R]`.
-#[derive(Clone, Copy)]
-struct TileMemory {
-    q: *mut u8,
-    d: *mut f32,
-    m: *mut f32,
-    sums: *mut f32,
-}
-
-/// One quantized token, as pointers, for the kernels.
-#[derive(Clone, Copy)]
-struct XRow {
-    q: *const i8,
-    d: *const f32,
-    s: *const f32,
-    s16: *const f32,
-}
-
-impl XRow {
-    /// Token `t` of `x` from group `group` on (a multiple of 8).
-    ///
-    /// # Safety
-    /// `t` and the group are in range.
-    #[inline(always)]
-    unsafe fn new(x: &Q8<'_>, t: usize, group: usize) -> XRow {
-        let Q8Layout { k, groups, .. } = x.layout;
-        // SAFETY: in range by the contract; `Q8::new` checked the sections' sizes.
-        unsafe {
-            XRow {
-                q: x.qs.as_ptr().add(t * k + GROUP * group),
-                d: x.d.as_ptr().add(t * groups + group),
-                s: x.s.as_ptr().add(t * groups + group),
-                s16: x.s16.as_ptr().add(2 * (t * groups + group)),
-            }
-        }
-    }
 }
 
 /// Computes the task's rows for all tokens of its input, with the kernel that [`pick`] names.

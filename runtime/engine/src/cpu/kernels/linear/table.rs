@@ -122,6 +122,42 @@ mod x86 {
     pub(super) const DENSE: [KernelInfo; 3] = dense!(F32 F32 "f32", F16 F16 "f16", BF16 Bf16 "bf16");
 }
 
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::super::{dense, neon, neon::unpack};
+    use super::{DType, Isa, KernelInfo, Shape};
+
+    macro_rules! quantized {
+        ($($dtype:ident $block:ident $name:literal),*) => { [$(
+            KernelInfo {
+                name: concat!("matvec_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Matvec,
+                run: |isa, task, _| if let Isa::Neon(token) = isa { neon::run_matvec::<unpack::$block>(token, task) },
+            },
+            KernelInfo {
+                name: concat!("tile_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Tile,
+                run: |isa, task, scratch| if let Isa::Neon(token) = isa {
+                    neon::run_tile::<unpack::$block>(token, task, scratch)
+                },
+            },
+        )*] };
+    }
+    pub(super) const QUANTIZED: [KernelInfo; 28] = quantized!(
+        Q4_0 Q4_0 "q4_0", Q4_1 Q4_1 "q4_1", Q5_0 Q5_0 "q5_0", Q5_1 Q5_1 "q5_1", Q8_0 Q8_0 "q8_0", Q2_K Q2K "q2_k",
+        Q3_K Q3K "q3_k", Q4_K Q4K "q4_k", Q5_K Q5K "q5_k", Q6_K Q6K "q6_k", Q8_K Q8K "q8_k", IQ4_NL Iq4Nl "iq4_nl",
+        IQ4_XS Iq4Xs "iq4_xs", MXFP4 Mxfp4 "mxfp4"
+    );
+
+    macro_rules! dense {
+        ($($dtype:ident $dense:ident $name:literal),*) => { [$(
+            KernelInfo {
+                name: concat!("matvec_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Matvec,
+                run: |isa, task, _| if let Isa::Neon(token) = isa { dense::neon::run::<dense::neon::$dense>(token, task) },
+            },
+        )*] };
+    }
+    pub(super) const DENSE: [KernelInfo; 3] = dense!(F32 F32 "f32", F16 F16 "f16", BF16 Bf16 "bf16");
+}
+
 /// Every kernel built into this binary.
 pub static KERNELS: &[&[KernelInfo]] = &[
     &SCALAR,
@@ -129,6 +165,10 @@ pub static KERNELS: &[&[KernelInfo]] = &[
     &x86::QUANTIZED,
     #[cfg(target_arch = "x86_64")]
     &x86::DENSE,
+    #[cfg(target_arch = "aarch64")]
+    &arm::QUANTIZED,
+    #[cfg(target_arch = "aarch64")]
+    &arm::DENSE,
 ];
 
 /// From how many tokens on a tile is faster than rows one by one; earlier where unpacking costs more. Measured on AVX2.

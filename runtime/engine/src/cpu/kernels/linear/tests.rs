@@ -244,6 +244,24 @@ fn a_row_does_not_depend_on_the_split() {
 }
 
 #[test]
+fn processors_of_one_instruction_set_give_the_same_bits() {
+    let mut random = Random(17);
+    for kernel in KERNELS.iter().copied().flatten() {
+        let weight = random_weights(kernel.dtype, 19 * kernel.dtype.row_bytes(768).unwrap(), &mut random);
+        for tokens in [1, 3, 4, 7] {
+            let input = Input::random(Isa::Scalar, tokens, 768, &mut random);
+            let mut first = None;
+            // NEON is there with and without what it may have; the others are there once.
+            for isa in Isa::available().into_iter().filter(|isa| isa.name() == kernel.isa) {
+                let y = run(kernel, isa, &weight, &[0..19], &input, 19, false);
+                let bits: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
+                assert_eq!(first.get_or_insert(bits.clone()), &bits, "{} tokens={tokens} {isa:?}", kernel.name);
+            }
+        }
+    }
+}
+
+#[test]
 fn accumulate_adds() {
     let mut random = Random(11);
     for (isa, kernel) in kernels() {

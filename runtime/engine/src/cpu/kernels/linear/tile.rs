@@ -1,7 +1,64 @@
-//! The loops around a tile kernel, the same for every instruction set: row tiles, within them chunks of `k`, unpacked
-//! once each, and within a chunk all tokens, a register tile of them at a time.
+//! What the kernels of every instruction set share: how a tile and a token lie in memory, and the loops around a tile kernel:
+//! row tiles, within them chunks of `k`, unpacked once each, and within a chunk all tokens, a register tile of them at a time.
 
-use super::{LinearTask, Scratch, TILE_CHUNK, TILE_TOKENS, TileMemory, XRow};
+use super::{GROUP, LinearTask, Q8, Q8Layout, Scratch, TILE_CHUNK, TILE_ROWS_MAX, TILE_TOKENS};
+
+/// The parts of a [`Scratch`], each on 64 bytes: a tile of `R` rows as `q[k/4][R][4]` (or in another order of the kernel's
+/// own), `d` and `m` as `[group][R]` (a group being 32 values, or 16 for the types whose scales are), and the running sums
+/// `[token][R]`.
+#[derive(Clone, Copy)]
+pub(super) struct TileMemory {
+    pub q: *mut u8,
+    pub d: *mut f32,
+    pub m: *mut f32,
+    pub sums: *mut f32,
+}
+
+/// One quantized token, as pointers, for the kernels.
+#[derive(Clone, Copy)]
+pub(super) struct XRow {
+    pub q: *const i8,
+    pub d: *const f32,
+    pub s: *const f32,
+    pub s16: *const f32,
+}
+
+impl XRow {
+    /// Token `t` of `x` from group `group` on (a multiple of 8).
+    ///
+    /// # Safety
+    /// `t` and the group are in range.
+    #[inline(always)]
+    pub unsafe fn new(x: &Q8<'_>, t: usize, group: usize) -> XRow {
+        let Q8Layout { k, groups, .. } = x.layout;
+        // SAFETY: in range by the contract; `Q8::new` checked the sections' sizes.
+        unsafe {
+            XRow {
+                q: x.qs.as_ptr().add(t * k + GROUP * group),
+                d: x.d.as_ptr().add(t * groups + group),
+                s: x.s.as_ptr().add(t * groups + group),
+                s16: x.s16.as_ptr().add(2 * (t * groups + group)),
+            }
+        }
+    }
+}
+
+impl Scratch {
+    fn tile(&mut self) -> TileMemory {
+        let base = self.lines.as_mut_ptr().cast::<u8>();
+        let q = TILE_ROWS_MAX * TILE_CHUNK;
+        let scales = TILE_ROWS_MAX * TILE_CHUNK / 16 * 4;
+        // SAFETY: the three offsets are within `scratch_bytes`.
+        unsafe {
+            TileMemory {
+                q: base,
+                d: base.add(q).cast(),
+                m: base.add(q + scales).cast(),
+                sums: base.add(q + 2 * scales).cast(),
+            }
+        }
+    }
+}
 
 /// An instruction set's kernel for one type. All functions need its instructions, which the caller of [`run`] has.
 pub(super) trait Tile {

@@ -9,7 +9,7 @@
 // Registers are numbered: `for t in 0..T` says what happens better than zipped iterators do.
 #![allow(clippy::needless_range_loop)]
 
-use super::super::XRow;
+use super::super::tile::XRow;
 use super::unpack::Block;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;

@@ -7,7 +7,8 @@ pub(super) mod tile;
 pub(super) mod unpack;
 
 use super::activations::{GROUP, Row, SMALLEST};
-use super::{LinearTask, Q8, Scratch, XRow};
+use super::tile::XRow;
+use super::{LinearTask, Q8, Scratch};
 use crate::cpu::isa::Avx2;
 pub(super) use matvec::horizontal;
 use matvec::{Maddubs, matvec};

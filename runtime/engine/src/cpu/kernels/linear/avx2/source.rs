@@ -5,7 +5,7 @@
 //! pass read them (a lane is a column of the matrix); [`unpack_turned`] gives the same turned (a lane is a row), for the
 //! forward map. Everything is inlined into functions that have the instructions.
 
-use super::super::dense::avx2::Dense;
+use super::super::dense::Dense;
 use super::unpack::Block;
 use crate::cpu::kernels::vector::avx2::transpose;
 use std::arch::x86_64::*;
@@ -85,7 +85,7 @@ unsafe fn expand<B: Block>(
 
 pub(crate) struct Plain<D>(PhantomData<D>);
 
-impl<D: Dense> Source for Plain<D> {
+impl<D: Dense<Lanes = __m256>> Source for Plain<D> {
     const UNIT_BYTES: usize = UNIT * D::BYTES;
 
     #[inline(always)]

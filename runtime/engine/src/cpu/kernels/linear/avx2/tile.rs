@@ -9,8 +9,7 @@
 // Registers are numbered: `for r in 0..R` says what happens better than zipped iterators do.
 #![allow(clippy::needless_range_loop)]
 
-use super::super::tile::{Ahead, Tile};
-use super::super::{TileMemory, XRow};
+use super::super::tile::{Ahead, Tile, TileMemory, XRow};
 use super::unpack::Block;
 use std::arch::x86_64::*;
 
