@@ -38,7 +38,7 @@ const STATUSES: [i32; 13] = [
 ];
 
 /// Requests, with something of the fuzzer's where `@` stands.
-const REQUESTS: [&str; 10] = [
+const REQUESTS: [&str; 13] = [
     r#"{"prompt": "@", "max_tokens": 5}"#,
     r#"{"messages": [{"role": "user", "content": "@"}], "max_tokens": 5}"#,
     r#"{"messages": [{"role": "system", "content": "a"}, {"role": "@", "content": null}], "max_tokens": 3}"#,
@@ -49,6 +49,9 @@ const REQUESTS: [&str; 10] = [
     r#"{"messages": [{"role": "user", "content": "a"}], "tools": [{"@": 1}], "template": {"@": 2}, "max_tokens": 2}"#,
     r#"{"messages": [@], "max_tokens": 2}"#,
     "@",
+    r#"{"prompt": "a", "max_tokens": 9, "response_format": {"type": "json_schema", "json_schema": {"schema": {@}}}}"#,
+    r#"{"prompt": "a", "max_tokens": 9, "grammar": "@"}"#,
+    r#"{"messages": [], "tools": [{"function": {"name": "@"}}], "tool_choice": "required", "max_tokens": 9}"#,
 ];
 
 /// Keys of a training with values, of which a program takes some.
@@ -428,7 +431,7 @@ impl Objects {
                     *out = null_mut();
                     kinglet_generate(session, request.as_ptr(), out, err)
                 }
-                25..=27 => {
+                25 | 26 => {
                     let generation = *place(&mut self.generations, input);
                     let mut out = zeroed(|e: &mut kinglet_event| &mut e.struct_size, input);
                     let mut status = KINGLET_OK;
@@ -445,6 +448,11 @@ impl Objects {
                         }
                     }
                     status
+                }
+                27 => {
+                    let generation = *place(&mut self.generations, input);
+                    let status = kinglet_generation_message_json(generation, &mut text, err);
+                    return self.text(status, text);
                 }
                 28 => {
                     kinglet_generation_cancel(*place(&mut self.generations, input));
@@ -599,6 +607,8 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("memory", [&[2, 0, 1, 9, 7][..], &MODEL, &[1, 4, 1, 5, 1, 38, 1]].concat()),
         ("descriptor", [&[3, 0, 0, 0][..], &MODEL, &[2, 6, 0], &MODEL, &[0; 5], &[0, 0]].concat()),
+        ("schema", [&OPEN[..], &SESSION, &request(10, r#""enum": ["a", 1]"#), &next, &[27, 0], &next].concat()),
+        ("calls", [&OPEN[..], &SESSION, &request(12, "f"), &next, &next, &[27, 0]].concat()),
         ("library", vec![36, 0, 5, 37, 0, 37, 1, 36, 1, 0]),
     ]
 }

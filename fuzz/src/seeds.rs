@@ -130,6 +130,48 @@ const TEMPLATES: [&str; 6] = [
      {{ messages|selectattr('role', 'equalto', 'user')|list|last }}{{ '\\u00e9' ~ 'x' * 3 }}{{ undefined is defined }}",
 ];
 
+/// Kind, source: see [`crate::grammar()`].
+const GRAMMARS: [(u8, &str, &str); 14] = [
+    (0, "any", "{}"),
+    (
+        0,
+        "object",
+        r#"{"type": "object", "properties": {"name": {"type": "string", "minLength": 2, "maxLength": 9}, "age": {"type": "integer", "minimum": -3, "exclusiveMaximum": 120}, "tag": {"enum": ["é", null, 7.5]}}, "required": ["name"], "additionalProperties": {"type": "boolean"}}"#,
+    ),
+    (
+        0,
+        "refs",
+        r##"{"$defs": {"tree": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#/$defs/tree"}, "minItems": 1, "maxItems": 3}]}}, "allOf": [{"$ref": "#/$defs/tree"}, {"not": {"const": null}}]}"##,
+    ),
+    (
+        0,
+        "strings",
+        r#"{"type": "array", "prefixItems": [{"type": "string", "format": "date-time"}, {"type": "string", "pattern": "^[a-f]{2,5}(-\\d+)?$"}, {"type": "number", "multipleOf": 0.25, "maximum": 10}], "items": false, "x-guidance": {"whitespace_flexible": false}}"#,
+    ),
+    (
+        0,
+        "choice",
+        r#"{"oneOf": [{"type": "object", "patternProperties": {"^x": {"type": "integer"}}, "minProperties": 1}, {"type": "string", "const": "no"}]}"#,
+    ),
+    (1, "list", "start: item (\",\" item)*\nitem: WORD | \"(\" start \")\"\nWORD: /[a-z]+/ & ~/the/\n%ignore /[ ]/\n"),
+    (
+        1,
+        "json",
+        "start: \"<call>\" args \"</call>\"\nargs: %json {\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"number\"}}}\n",
+    ),
+    (1, "tokens", "start: <|im_start|> a[max_tokens=3] <[^256]> b{2,4}\na: /(?s:.*)/\nb[stop=\"x\"]: /[x-z]*/\n"),
+    (1, "sums", "start: sum\nsum: sum \"+\" term | term\nterm: term \"*\" n | n\nn: /[0-9]+/ | \"(\" sum \")\"\n"),
+    (2, "date", r"\d{4}-(0[1-9]|1[0-2])-[0-3]\d"),
+    (2, "words", r"(?i:yes|no)( [\p{L}&&[^x]]{1,12}){0,5}[.!?]"),
+    (
+        3,
+        "tagged",
+        "Let me see.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": [\"}\"]}}\n</tool_call>\n<tool_call>{}",
+    ),
+    (7, "listed", "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {}}, {\"name\": \"g\"}]f[ARGS]{\"x\": 1}"),
+    (15, "bare", "{\"name\": \"f\", \"parameters\": {\"a\": null}}; <|python_tag|>{\"name\": \"g\"} and more"),
+];
+
 const SAID: &str = "Be brief.\0Why is the sky blue?\0Rayleigh. <think>\n\n\0And the sea?\0It mirrors.<|im_end|>";
 
 const TEXTS: [&str; 4] = [
@@ -188,6 +230,10 @@ pub fn all() -> Vec<(&'static str, String, Vec<u8>)> {
     seeds.push(("tokenizer", "raw".into(), vocabulary(130, &pieces, &["a b", "▁ a"], " ab a\n ba<s>é")));
     for (i, template) in TEMPLATES.iter().enumerate() {
         seeds.push(("template", format!("template-{i}"), [template, SAID].join("\0").into_bytes()));
+    }
+    let walk: Vec<u8> = (0..200u32).map(|i| (i * i * 37 % 250) as u8).collect();
+    for (kind, name, source) in GRAMMARS {
+        seeds.push(("grammar", name.into(), [&[kind], source.as_bytes(), &[0], &walk].concat()));
     }
     seeds.extend(crate::ffi::seeds().into_iter().map(|(name, bytes)| ("ffi", name.to_string(), bytes)));
     seeds
