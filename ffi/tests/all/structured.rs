@@ -73,7 +73,7 @@ fn calls_of_tools_are_told_from_text() {
     let model = open(&scratch.model());
     let s = session(model, None);
     let mut messages = vec![json!({"role": "user", "content": "What is it like?"})];
-    let request = |messages: &[Value], choice: Value| json!({"messages": messages, "tools": tools(), "tool_choice": choice, "max_tokens": 100, "sampling": {"seed": 3}});
+    let request = |messages: &[Value], choice: Value| json!({"messages": messages, "tools": tools(), "tool_choice": choice, "max_tokens": 300, "sampling": {"seed": 3}});
     let only = |name: &str| json!({"type": "function", "function": {"name": name}});
     for (number, name) in [(1, "weather"), (2, "time")] {
         let (text, message, end) = told(s, &request(&messages, only(name)));

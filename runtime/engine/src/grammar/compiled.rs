@@ -6,7 +6,7 @@ use std::sync::Arc;
 use llguidance::Matcher;
 use llguidance::api::TopLevelGrammar;
 
-use super::{GrammarSource, Vocabulary, with_whitespace};
+use super::{GrammarSource, Vocabulary, WHITESPACE, with_whitespace};
 use crate::deep::on_deep_stack;
 use crate::{Error, Result};
 
@@ -52,7 +52,7 @@ impl GrammarSource {
         Ok(match self {
             GrammarSource::JsonSchema(text) => {
                 let schema = serde_json::from_str(text).map_err(|e| self.error(format!("is no JSON: {e}")))?;
-                TopLevelGrammar::from_json_schema(with_whitespace(schema))
+                TopLevelGrammar::from_json_schema(with_whitespace(schema, WHITESPACE))
             }
             GrammarSource::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
             GrammarSource::Regex(text) => TopLevelGrammar::from_regex(text),

@@ -32,7 +32,10 @@ pub use vocabulary::Vocabulary;
 
 /// White space between the parts of JSON, unless a schema says otherwise: none, a space, or a line break with its
 /// indentation. Models that may write more of it sometimes write nothing else.
+#[cfg(feature = "grammar")]
 const WHITESPACE: &str = r" |\r?\n[ \t]{0,20}";
+/// The same in the calls of tools, which nobody reads.
+const NARROW: &str = " ";
 
 /// What an answer is to match from its first token to its last.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,8 +50,8 @@ pub enum GrammarSource {
     Regex(String),
 }
 
-/// The schema with [`WHITESPACE`] among its options, unless they are about white space already.
-fn with_whitespace(schema: Value) -> Value {
+/// The schema with a pattern of white space among its options, unless they are about white space already.
+fn with_whitespace(schema: Value, pattern: &str) -> Value {
     let mut schema = match schema {
         Value::Object(schema) => schema,
         Value::Bool(true) => Map::new(),
@@ -58,7 +61,7 @@ fn with_whitespace(schema: Value) -> Value {
     if let Some(options) = options.as_object_mut()
         && !options.keys().any(|key| key.starts_with("whitespace"))
     {
-        options.insert("whitespace_pattern".into(), WHITESPACE.into());
+        options.insert("whitespace_pattern".into(), pattern.into());
     }
     Value::Object(schema)
 }

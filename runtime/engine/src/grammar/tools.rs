@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{GrammarSource, with_whitespace};
+use super::{GrammarSource, NARROW, with_whitespace};
 use crate::text::{ARGUMENTS_MARK, CLOSE_TAG, LIST_MARK, OPEN_TAG, Tokenizer, Tool, ToolFormat};
 use crate::{Error, Result};
 
@@ -40,7 +40,7 @@ impl GrammarSource {
                 ToolFormat::Named => format!("{} {} arguments{i}", quoted(&tool.name), mark(ARGUMENTS_MARK)),
                 _ => format!("{} arguments{i} \"}}\"", quoted(&format!("{{\"name\": {name}, \"{arguments}\": "))),
             });
-            rules += &format!("arguments{i}: %json {}\n", with_whitespace(tool.parameters.clone()));
+            rules += &format!("arguments{i}: %json {}\n", with_whitespace(tool.parameters.clone(), NARROW));
         }
         let bodies = bodies.join(" | ");
         let many = |between: &str| if only.is_some() { String::new() } else { format!(" ({between} call)*") };
