@@ -100,7 +100,7 @@ pub struct kinglet_generation {
 /// Where a generation is.
 enum Phase {
     /// Feeding the prompt.
-    Prompt { tokens: Vec<u32>, options: GenerateOptions },
+    Prompt { tokens: Vec<u32>, options: Box<GenerateOptions> },
     /// Generating.
     Answer,
     /// Ended, which has not been told yet.
@@ -151,7 +151,7 @@ impl kinglet_generation {
         session.cancel.reset();
         drop(slot);
         let counts = Counts { prompt: tokens.len(), reused, prefilled: reused, ..Counts::default() };
-        let phase = Phase::Prompt { tokens, options };
+        let phase = Phase::Prompt { tokens, options: Box::new(options) };
         let state = State { phase, text: Vec::new(), token: 0, counts, answer: String::new(), calls };
         Ok(kinglet_generation {
             session,
@@ -272,7 +272,7 @@ impl State {
                 return Ok(Some(self.event(KINGLET_EVENT_PREFILL)));
             }
             let cancel = session.cancel_handle();
-            slot.answer_to(tokens, options.clone())?;
+            slot.answer_to(tokens, (**options).clone())?;
             if cancelled.load(Ordering::Acquire) {
                 cancel.cancel();
             }

@@ -259,7 +259,6 @@ fn gradients(model: &Model, learner: &mut Learner) -> (Vec<f32>, Vec<f32>) {
         weights: outputs.iter().map(|_| random.unit() - 0.25).collect(),
         outputs,
         dropout_seed: 5,
-        ..LearnBatch::default()
     };
     let mut gradients = vec![0.0; params.len()];
     let never = AtomicBool::new(false);
