@@ -12,7 +12,7 @@
 //! turn.
 //!
 //! p is computed once, before training, and kept as few tokens a row: the likeliest ones with their probabilities, and of all
-//! others a sample, which stands for them without a bias ([`Shares`]). No texts are at hand? [`write`] has the model write
+//! others a sample, which stands for them without a bias ([`Shares`]). No texts are at hand? [`write()`] has the model write
 //! some: what it says of its own accord is what it should not unlearn.
 
 use std::path::{Path, PathBuf};
@@ -178,7 +178,7 @@ impl Shares {
 /// The file of texts that the model writes itself for a training into `output`: made where it is missing.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn own_texts(
     model: &Model,
     output: &Path,
