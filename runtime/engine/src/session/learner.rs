@@ -86,8 +86,10 @@ impl SoftBatch {
 
     /// Adds all rows of another.
     pub fn append(&mut self, other: &SoftBatch) {
-        for row in 0..other.starts.len().saturating_sub(1) {
-            let (tokens, shares) = other.of(0..other.starts.len() - 1).of(row);
+        let rows = other.starts.len().saturating_sub(1);
+        let all = other.of(0..rows);
+        for row in 0..rows {
+            let (tokens, shares) = all.of(row);
             self.push(tokens, shares);
         }
     }

@@ -67,6 +67,26 @@ const SCALAR: [KernelInfo; 17] = scalar_kernels!(
     Q3_K "q3_k", Q4_K "q4_k", Q5_K "q5_k", Q6_K "q6_k", Q8_K "q8_k", IQ4_NL "iq4_nl", IQ4_XS "iq4_xs", MXFP4 "mxfp4"
 );
 
+/// Applies an instruction set's macro to all types that are read as groups: the type, its reader, its name.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! each_quantized {
+    ($apply:ident) => {
+        $apply!(
+            Q4_0 Q4_0 "q4_0", Q4_1 Q4_1 "q4_1", Q5_0 Q5_0 "q5_0", Q5_1 Q5_1 "q5_1", Q8_0 Q8_0 "q8_0", Q2_K Q2K "q2_k",
+            Q3_K Q3K "q3_k", Q4_K Q4K "q4_k", Q5_K Q5K "q5_k", Q6_K Q6K "q6_k", Q8_K Q8K "q8_k", IQ4_NL Iq4Nl "iq4_nl",
+            IQ4_XS Iq4Xs "iq4_xs", MXFP4 Mxfp4 "mxfp4"
+        )
+    };
+}
+
+/// The same for the types that are numbers one by one.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! each_dense {
+    ($apply:ident) => {
+        $apply!(F32 F32 "f32", F16 F16 "f16", BF16 Bf16 "bf16")
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::{avx2, avx2::unpack, avx512, dense};
@@ -105,11 +125,7 @@ mod x86 {
             },
         )*] };
     }
-    pub(super) const QUANTIZED: [KernelInfo; 56] = quantized!(
-        Q4_0 Q4_0 "q4_0", Q4_1 Q4_1 "q4_1", Q5_0 Q5_0 "q5_0", Q5_1 Q5_1 "q5_1", Q8_0 Q8_0 "q8_0", Q2_K Q2K "q2_k",
-        Q3_K Q3K "q3_k", Q4_K Q4K "q4_k", Q5_K Q5K "q5_k", Q6_K Q6K "q6_k", Q8_K Q8K "q8_k", IQ4_NL Iq4Nl "iq4_nl",
-        IQ4_XS Iq4Xs "iq4_xs", MXFP4 Mxfp4 "mxfp4"
-    );
+    pub(super) const QUANTIZED: [KernelInfo; 56] = each_quantized!(quantized);
 
     macro_rules! dense {
         ($($dtype:ident $dense:ident $name:literal),*) => { [$(
@@ -119,7 +135,7 @@ mod x86 {
             },
         )*] };
     }
-    pub(super) const DENSE: [KernelInfo; 3] = dense!(F32 F32 "f32", F16 F16 "f16", BF16 Bf16 "bf16");
+    pub(super) const DENSE: [KernelInfo; 3] = each_dense!(dense);
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -141,11 +157,7 @@ mod arm {
             },
         )*] };
     }
-    pub(super) const QUANTIZED: [KernelInfo; 28] = quantized!(
-        Q4_0 Q4_0 "q4_0", Q4_1 Q4_1 "q4_1", Q5_0 Q5_0 "q5_0", Q5_1 Q5_1 "q5_1", Q8_0 Q8_0 "q8_0", Q2_K Q2K "q2_k",
-        Q3_K Q3K "q3_k", Q4_K Q4K "q4_k", Q5_K Q5K "q5_k", Q6_K Q6K "q6_k", Q8_K Q8K "q8_k", IQ4_NL Iq4Nl "iq4_nl",
-        IQ4_XS Iq4Xs "iq4_xs", MXFP4 Mxfp4 "mxfp4"
-    );
+    pub(super) const QUANTIZED: [KernelInfo; 28] = each_quantized!(quantized);
 
     macro_rules! dense {
         ($($dtype:ident $dense:ident $name:literal),*) => { [$(
@@ -155,7 +167,7 @@ mod arm {
             },
         )*] };
     }
-    pub(super) const DENSE: [KernelInfo; 3] = dense!(F32 F32 "f32", F16 F16 "f16", BF16 Bf16 "bf16");
+    pub(super) const DENSE: [KernelInfo; 3] = each_dense!(dense);
 }
 
 /// Every kernel built into this binary.
