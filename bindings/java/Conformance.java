@@ -118,6 +118,21 @@ final class Conformance {
         for (String piece : pieces) require(piece.isEmpty() || piece.equals(values.get("emoji_text")), "a character was split");
     }
 
+    private static void structured(Model model) {
+        try (Session session = model.session()) {
+            for (int again = 0; again < 5; again++) {
+                try (Generation answer = session.generate(values.get("schema_request"))) {
+                    String text = answer.read();
+                    require(text.startsWith("{") && text.endsWith("}") && text.contains("\"age\""), text);
+                    require(answer.getEnd() == EndReason.END_OF_TEXT, "the end of the schema is the end");
+                    String message = answer.getMessageJson();
+                    require(message.startsWith("{\"role\":\"assistant\",\"content\":\"{"), message);
+                }
+            }
+            fails("unknown_key_code", () -> session.generate(values.get("wrong_schema_request")), values.get("wrong_schema"));
+        }
+    }
+
     private static void errors(Model model) {
         try (Session session = model.session()) {
             fails("missing_model_code", () -> Model.open("/no/such/model"), "");
@@ -241,6 +256,7 @@ final class Conformance {
             tokens(model);
             answers(model);
             splitUtf8(model);
+            structured(model);
             errors(model);
             cancels(model);
             windows(model);

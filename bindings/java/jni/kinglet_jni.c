@@ -521,6 +521,14 @@ NATIVE(jobject, generationNext)(JNIEnv *env, jclass jni, jlong generation, jlong
     return tokens ? (*env)->NewObject(env, piece_class, new_piece, text, tokens) : NULL;
 }
 
+NATIVE(jbyteArray, generationMessageJson)(JNIEnv *env, jclass jni, jlong generation) {
+    kinglet_error err;
+    char *out = NULL;
+    (void)jni;
+    kinglet_status status = kinglet_generation_message_json(POINTER(generation, generation), &out, &err);
+    return string(env, status, &err, out);
+}
+
 NATIVE(void, generationCancel)(JNIEnv *env, jclass jni, jlong generation) {
     (void)env, (void)jni;
     kinglet_generation_cancel(POINTER(generation, generation));

@@ -86,6 +86,19 @@ func splitUtf8(_ model: Model) async throws {
     require(pieces.allSatisfy { $0.isEmpty || $0 == values["emoji_text"]! }, "a character was split")
 }
 
+func structured(_ model: Model) async throws {
+    let session = try model.session()
+    for _ in 0..<5 {
+        let answer = try session.generate(request("schema_request"))
+        let text = try await answer.read()
+        let value = try JSONSerialization.jsonObject(with: Data(text.utf8)) as! [String: Any]
+        require(value["name"] is String && (0...99).contains(value["age"] as! Int) && value.count == 2, text)
+        require(answer.end == .endOfText, "the end of the schema is the end")
+        require(try answer.message()["content"] as? String == text, "the message")
+    }
+    await fails("unknown_key_code", values["wrong_schema"]!) { _ = try session.generate(request("wrong_schema_request")) }
+}
+
 func errors(_ model: Model) async throws {
     let session = try model.session()
     await fails("missing_model_code") { _ = try Model("/no/such/model") }
@@ -178,6 +191,7 @@ require(try Kinglet.estimate(path).total >= tiny.session().memory().total, "an e
 try texts(tiny)
 try await answers(tiny)
 try await splitUtf8(tiny)
+try await structured(tiny)
 try await errors(tiny)
 try await cancels(tiny)
 try await windows(tiny)

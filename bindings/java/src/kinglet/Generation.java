@@ -37,6 +37,11 @@ public final class Generation extends Handle implements Iterable<Piece> {
         return whole.toString();
     }
 
+    /** The answer so far as a message, with calls of tools told from text, as JSON; it may go back into {@code messages}. */
+    public String getMessageJson() {
+        return Jni.text(with(Jni::generationMessageJson));
+    }
+
     /** Why the answer ended; null before. */
     public EndReason getEnd() {
         return end;

@@ -119,6 +119,8 @@ final class Jni {
      */
     static native Piece generationNext(long generation, long[] counts, double[] times);
 
+    static native byte[] generationMessageJson(long generation);
+
     static native void generationCancel(long generation);
 
     static native void generationFree(long generation);

@@ -186,6 +186,9 @@ public final class Generation: AsyncSequence, AsyncIteratorProtocol, @unchecked 
         return whole
     }
 
+    /// The answer so far as a message, with calls of tools told from text; it may go back into `chat`.
+    public func message() throws -> [String: Any] { try json { kinglet_generation_message_json(pointer, $0, $1) } }
+
     /// Ends the answer, from any thread.
     public func cancel() { kinglet_generation_cancel(pointer) }
 }
