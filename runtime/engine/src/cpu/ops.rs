@@ -623,7 +623,7 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
         // The last rows see the most positions: they come first, so that the small pieces fill the end.
         let (head, block) = (piece % (spec.heads / heads) * heads, blocks - 1 - piece / (spec.heads / heads));
         let task = attention::AttentionTask {
-            path: attention::Path::for_rows(if c.alone { 1 } else { s.rows }),
+            path: attention::Path::for_rows(if c.alone { 1 } else { s.rows }, c.arithmetic != Arithmetic::Narrow),
             q: q.row_ptr(s.first_row).cast_const(),
             q_stride: q.width,
             heads: (head, head + heads),

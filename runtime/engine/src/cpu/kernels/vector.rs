@@ -237,6 +237,32 @@ pub(crate) mod neon {
     }
 }
 
+/// Pieces of the AVX-512 kernels.
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512 {
+    use std::arch::x86_64::*;
+
+    /// [`super::avx2::exp2`] of sixteen.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub fn exp2(x: __m512) -> __m512 {
+        let round = _mm512_set1_ps(12_582_912.0 + 127.0);
+        let x = _mm512_max_ps(_mm512_set1_ps(-127.0), x);
+        let shifted = _mm512_add_ps(x, round);
+        let r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, round));
+        let mut p = _mm512_set1_ps(super::EXP2[0]);
+        for c in &super::EXP2[1..] {
+            p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+        }
+        let power = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(shifted)));
+        _mm512_mul_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0)), power)
+    }
+}
+
+/// P(r) of 2ʳ = 1 + r·P(r), the highest power first: the minimax polynomial on [−½, ½], relative error 1.9e-9 before rounding.
+#[cfg(target_arch = "x86_64")]
+const EXP2: [f32; 6] = [1.534_581_2e-4, 1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1];
+
 /// Pieces of the AVX2 kernels. All are safe to call where AVX2, FMA and F16C are enabled, except those that take a
 /// pointer.
 #[cfg(target_arch = "x86_64")]
@@ -262,8 +288,7 @@ pub(crate) mod avx2 {
         _mm256_div_ps(t, _mm256_add_ps(t, _mm256_set1_ps(2.0)))
     }
 
-    /// (P(r), r, 2ⁿ) with x = n + r and 2ʳ = 1 + r·P(r): the minimax polynomial on [−½, ½], relative error 1.9e-9
-    /// before rounding. n stops at −127, where 2ⁿ is 0.
+    /// (P(r), r, 2ⁿ) with x = n + r and the polynomial P of [`super::EXP2`]. n stops at −127, where 2ⁿ is 0.
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
     fn exp2_parts(x: __m256) -> (__m256, __m256, __m256) {
@@ -273,12 +298,10 @@ pub(crate) mod avx2 {
         let x = _mm256_max_ps(_mm256_set1_ps(-127.0), x);
         let shifted = _mm256_add_ps(x, round);
         let r = _mm256_sub_ps(x, _mm256_sub_ps(shifted, round));
-        let mut p = _mm256_set1_ps(1.534_581_2e-4);
-        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.339_993_1e-3));
-        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(9.618_489e-3));
-        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.550_328_8e-2));
-        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(2.402_264_7e-1));
-        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(6.931_472e-1));
+        let mut p = _mm256_set1_ps(super::EXP2[0]);
+        for c in &super::EXP2[1..] {
+            p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
+        }
         (p, r, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(shifted))))
     }
 

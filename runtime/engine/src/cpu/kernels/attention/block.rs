@@ -188,16 +188,9 @@ pub(super) unsafe fn attention_avx2(task: &AttentionTask<'_>, scratch: &mut [f32
     // SAFETY: `attention` has checked the length.
     let at = unsafe { Scratch::cut(aligned(scratch), task.head_dim) };
     let bend = Bend::new(task);
-    task.for_kv_heads(|kv_head, first, last| {
-        for h in (first..last).step_by(TILE) {
-            let heads = (h, last.min(h + TILE));
-            let tile_rows = TILE / (heads.1 - heads.0);
-            for r in task.rows().step_by(tile_rows) {
-                let rows = (r, task.rows.1.min(r + tile_rows));
-                // SAFETY: rows and heads are the task's; the CPU has AVX2, for this function runs.
-                unsafe { tile(task, &at, &bend, kv_head, heads, rows) };
-            }
-        }
+    task.for_tiles(TILE, |kv_head, heads, rows| {
+        // SAFETY: rows and heads are the task's; the CPU has AVX2, for this function runs.
+        unsafe { tile(task, &at, &bend, kv_head, heads, rows) };
     });
 }
 
@@ -242,8 +235,7 @@ unsafe fn tile(
                 let mut seen = [(0, 0); ROWS];
                 let mut any = (BLOCK, 0);
                 for (i, seen) in seen[..n].iter_mut().enumerate() {
-                    let v = task.visible(owner(m + i).0);
-                    *seen = (v.start.clamp(block, block + BLOCK) - block, v.end.clamp(block, block + BLOCK) - block);
+                    *seen = task.visible_in_block(owner(m + i).0, block);
                     if seen.0 < seen.1 {
                         any = (any.0.min(seen.0), any.1.max(seen.1));
                     }

@@ -179,19 +179,25 @@ fn check(case: &Case) {
     let problem = Problem::new(case, Isa::detect());
     let (want, want_lse) = problem.reference();
     for isa in Isa::available() {
-        for path in [Path::Stream, Path::Block] {
+        for path in PATHS {
             let (out, lse) = problem.run(isa, path, (case.rows, case.heads));
+            // Rounded to 16 bits, a score is off by 1.2e-5 of the two vectors' norms, as a standard deviation; here their product
+            // over √dim is 2·√dim. Probabilities and values are off by a 4,095th of the largest at most.
+            let integers = path == Path::Integer && matches!(isa, Isa::Avx512(_));
+            let score = 1e-4 * (case.dim as f64).sqrt();
+            let (most, most_lse) = if integers { (5e-4 + score, score) } else { (3e-6, 4e-6) };
             for (i, (g, w)) in out.iter().zip(&want).enumerate() {
-                let close = (f64::from(*g) - w).abs() <= 3e-6 * (1.0 + w.abs());
+                let close = (f64::from(*g) - w).abs() <= most * (1.0 + w.abs());
                 assert!(close, "{} {path:?} {case:?} out[{i}]: {g} {w}", isa.name());
             }
             for (i, (g, w)) in lse.iter().zip(&want_lse).enumerate() {
-                assert!((f64::from(*g) - w).abs() <= 4e-6 * (1.0 + w.abs()), "{path:?} {case:?} lse[{i}]: {g} {w}");
+                assert!((f64::from(*g) - w).abs() <= most_lse * (1.0 + w.abs()), "{path:?} {case:?} lse[{i}]: {g} {w}");
             }
         }
     }
 }
 
+const PATHS: [Path; 3] = [Path::Stream, Path::Block, Path::Integer];
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Q8_0];
 
 #[test]
@@ -252,7 +258,7 @@ fn the_split_into_tasks_does_not_show() {
     ] {
         let problem = Problem::new(&case, Isa::detect());
         for isa in Isa::available() {
-            for path in [Path::Stream, Path::Block] {
+            for path in PATHS {
                 let whole = problem.run(isa, path, (case.rows, case.heads));
                 for split in [(1, 1), (1, case.heads), (7, 2), (16, 5), (case.rows, 1)] {
                     assert!(problem.run(isa, path, split) == whole, "{} {path:?} {split:?} {case:?}", isa.name());
@@ -268,11 +274,12 @@ fn long_scores_do_not_overflow() {
     problem.q.iter_mut().for_each(|q| *q *= 300.0);
     let (want, _) = problem.reference();
     for isa in Isa::available() {
-        for path in [Path::Stream, Path::Block] {
+        for path in PATHS {
             let (out, lse) = problem.run(isa, path, (4, 1));
             assert!(lse.iter().all(|x| x.is_finite()));
             // Scores of about 1,000 carry an error of 1e-4 each.
-            assert!(out.iter().zip(&want).all(|(g, w)| (f64::from(*g) - w).abs() < 5e-3), "{}", isa.name());
+            let most = if path == Path::Integer { 5e-2 } else { 5e-3 };
+            assert!(out.iter().zip(&want).all(|(g, w)| (f64::from(*g) - w).abs() < most), "{} {path:?}", isa.name());
         }
     }
 }
