@@ -7,7 +7,7 @@
 
 use super::avx2::tile::unpack as unpack_tile;
 use super::avx2::unpack::{self, Block, Sixteen};
-use super::tile::{Ahead, Tile, TileMemory, XRow};
+use super::tile::{Ahead, Place, Tile, TileMemory, XRow};
 use super::{LinearTask, Q8, Scratch};
 use crate::cpu::isa::Avx512;
 use std::arch::x86_64::*;
@@ -283,23 +283,16 @@ impl<B: Block> Tile for Avx512Tile<B> {
     }
 
     #[inline(always)]
-    unsafe fn multiply(
-        tile: &TileMemory,
-        groups: usize,
-        x: &[XRow],
-        sums: *mut f32,
-        first: bool,
-        ahead: &mut Ahead<'_>,
-    ) {
+    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: Place, ahead: &mut Ahead<'_>) {
         // SAFETY: the caller's contract.
         unsafe {
             match *x {
-                [a, b, c, d, e, f] => micro::<B, 6>(tile, groups, &[a, b, c, d, e, f], sums, first, ahead),
-                [a, b, c, d, e] => micro::<B, 5>(tile, groups, &[a, b, c, d, e], sums, first, ahead),
-                [a, b, c, d] => micro::<B, 4>(tile, groups, &[a, b, c, d], sums, first, ahead),
-                [a, b, c] => micro::<B, 3>(tile, groups, &[a, b, c], sums, first, ahead),
-                [a, b] => micro::<B, 2>(tile, groups, &[a, b], sums, first, ahead),
-                [a] => micro::<B, 1>(tile, groups, &[a], sums, first, ahead),
+                [a, b, c, d, e, f] => micro::<B, 6>(tile, groups, &[a, b, c, d, e, f], sums, ahead),
+                [a, b, c, d, e] => micro::<B, 5>(tile, groups, &[a, b, c, d, e], sums, ahead),
+                [a, b, c, d] => micro::<B, 4>(tile, groups, &[a, b, c, d], sums, ahead),
+                [a, b, c] => micro::<B, 3>(tile, groups, &[a, b, c], sums, ahead),
+                [a, b] => micro::<B, 2>(tile, groups, &[a, b], sums, ahead),
+                [a] => micro::<B, 1>(tile, groups, &[a], sums, ahead),
                 _ => {}
             }
         }
@@ -315,8 +308,7 @@ unsafe fn micro<B: Block, const T: usize>(
     tile: &TileMemory,
     groups: usize,
     x: &[XRow; T],
-    to: *mut f32,
-    first: bool,
+    to: Place,
     ahead: &mut Ahead<'_>,
 ) {
     let wide = if B::HALVES { 2 } else { 1 };
@@ -325,9 +317,9 @@ unsafe fn micro<B: Block, const T: usize>(
     // SAFETY: by the contract.
     unsafe {
         let mut acc = [[_mm512_setzero_ps(); 2]; T];
-        if !first {
+        if !to.before.is_null() {
             for (t, acc) in acc.iter_mut().enumerate() {
-                *acc = [_mm512_load_ps(to.add(ROWS * t)), _mm512_load_ps(to.add(ROWS * t + 16))];
+                *acc = [_mm512_load_ps(to.before.add(ROWS * t)), _mm512_load_ps(to.before.add(ROWS * t + 16))];
             }
         }
         for at in 0..groups * wide {
@@ -360,8 +352,10 @@ unsafe fn micro<B: Block, const T: usize>(
             }
         }
         for (t, acc) in acc.iter().enumerate() {
-            _mm512_store_ps(to.add(ROWS * t), acc[0]);
-            _mm512_store_ps(to.add(ROWS * t + 16), acc[1]);
+            for (h, &sum) in acc.iter().enumerate() {
+                let at = to.to.add(to.stride * t + 16 * h);
+                _mm512_storeu_ps(at, if to.add { _mm512_add_ps(_mm512_loadu_ps(at), sum) } else { sum });
+            }
         }
     }
 }

@@ -75,19 +75,25 @@ pub(super) trait Tile {
     /// The pointers are good for that many groups, and the tile is a whole [`Scratch`].
     unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory, ahead: &mut Ahead<'_>);
 
-    /// Multiplies the tile by the 1 to `TOKENS` tokens `x` and adds to `sums[token][ROWS]`, which it overwrites if
-    /// `first`. Takes a step of `ahead` for every group.
+    /// Multiplies the tile by the 1 to `TOKENS` tokens `x`, whose sums begin and end as `sums` says. Takes a step of `ahead`
+    /// for every group.
     ///
     /// # Safety
-    /// The tile has been unpacked with `groups`; the tokens have as many.
-    unsafe fn multiply(
-        tile: &TileMemory,
-        groups: usize,
-        x: &[XRow],
-        sums: *mut f32,
-        first: bool,
-        ahead: &mut Ahead<'_>,
-    );
+    /// The tile has been unpacked with `groups`; the tokens have as many; `sums` has a place for each.
+    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: Place, ahead: &mut Ahead<'_>);
+}
+
+/// Where the sums of a register tile, `ROWS` a token, come from and go to.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// `[token][ROWS]` on 64 bytes, what was summed before; null for nothing.
+    pub before: *const f32,
+    /// The first token's place.
+    pub to: *mut f32,
+    /// Values from a token's place to the next one's.
+    pub stride: usize,
+    /// Whether to add to what is there.
+    pub add: bool,
 }
 
 /// Asks for what is unpacked next while this is. Rows are read in steps that no hardware foresees, and with few tokens there is
@@ -150,16 +156,32 @@ pub(super) unsafe fn run<K: Tile>(task: &LinearTask<'_>, scratch: &mut Scratch) 
                 let mut ahead = Ahead::new(upcoming, groups * K::UNIT_BYTES / 8 + 63);
                 // SAFETY: pointers at unit `u0` of rows within the matrix, `groups` ends with the row.
                 unsafe { K::unpack(&pointers(r0, u0)[..K::ROWS], groups, &tile, &mut ahead) };
+                // The last sums go straight to the output, while others are computed: written together they would wait for
+                // lines far apart.
+                let done = u0 + chunk >= units && rows == K::ROWS;
                 let mut t = 0;
                 while t < tokens {
                     let n = (tokens - t).min(K::TOKENS);
-                    // SAFETY: tokens and groups in range; `sums` holds `TILE_TOKENS` times the widest tile.
+                    // SAFETY: tokens and groups in range; `sums` holds `TILE_TOKENS` times the widest tile, and `linear` checked
+                    // the output's size.
                     unsafe {
                         let x: [XRow; 8] = std::array::from_fn(|i| XRow::new(&x, t0 + t + i.min(n - 1), 8 * u0));
-                        K::multiply(&tile, groups, &x[..n], tile.sums.add(t * K::ROWS), u0 == 0, &mut ahead);
+                        let kept = tile.sums.add(t * K::ROWS);
+                        let before = if u0 == 0 { std::ptr::null() } else { kept.cast_const() };
+                        let sums = match done {
+                            false => Place { before, to: kept, stride: K::ROWS, add: false },
+                            true => {
+                                let to = task.out.base.add((t0 + t) * task.out.stride + r0);
+                                Place { before, to, stride: task.out.stride, add: task.accumulate }
+                            }
+                        };
+                        K::multiply(&tile, groups, &x[..n], sums, &mut ahead);
                     }
                     t += n;
                 }
+            }
+            if rows == K::ROWS {
+                continue;
             }
             for t in 0..tokens {
                 // SAFETY: `sums` has the tokens; `linear` checked the output's size.

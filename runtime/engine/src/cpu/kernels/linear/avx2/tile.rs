@@ -9,7 +9,7 @@
 // Registers are numbered: `for r in 0..R` says what happens better than zipped iterators do.
 #![allow(clippy::needless_range_loop)]
 
-use super::super::tile::{Ahead, Tile, TileMemory, XRow};
+use super::super::tile::{Ahead, Place, Tile, TileMemory, XRow};
 use super::unpack::Block;
 use std::arch::x86_64::*;
 
@@ -223,21 +223,14 @@ impl<B: Block> Tile for Avx2Tile<B> {
     }
 
     #[inline(always)]
-    unsafe fn multiply(
-        tile: &TileMemory,
-        groups: usize,
-        x: &[XRow],
-        sums: *mut f32,
-        first: bool,
-        ahead: &mut Ahead<'_>,
-    ) {
+    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: Place, ahead: &mut Ahead<'_>) {
         // SAFETY: the caller's contract.
         unsafe {
             match *x {
-                [a, b, c, d] => add::<B, 4>(tile, groups, &[a, b, c, d], sums, first, ahead),
-                [a, b, c] => add::<B, 3>(tile, groups, &[a, b, c], sums, first, ahead),
-                [a, b] => add::<B, 2>(tile, groups, &[a, b], sums, first, ahead),
-                [a] => add::<B, 1>(tile, groups, &[a], sums, first, ahead),
+                [a, b, c, d] => add::<B, 4>(tile, groups, &[a, b, c, d], sums, ahead),
+                [a, b, c] => add::<B, 3>(tile, groups, &[a, b, c], sums, ahead),
+                [a, b] => add::<B, 2>(tile, groups, &[a, b], sums, ahead),
+                [a] => add::<B, 1>(tile, groups, &[a], sums, ahead),
                 _ => {}
             }
         }
@@ -250,17 +243,16 @@ unsafe fn add<B: Block, const T: usize>(
     tile: &TileMemory,
     groups: usize,
     x: &[XRow; T],
-    sums: *mut f32,
-    first: bool,
+    sums: Place,
     ahead: &mut Ahead<'_>,
 ) {
     // SAFETY: by `Tile::multiply`'s contract.
     unsafe {
         let mut acc = [[_mm256_setzero_ps(); 2]; T];
-        if !first {
+        if !sums.before.is_null() {
             for t in 0..T {
                 for h in 0..2 {
-                    acc[t][h] = _mm256_load_ps(sums.add(ROWS * t + 8 * h));
+                    acc[t][h] = _mm256_load_ps(sums.before.add(ROWS * t + 8 * h));
                 }
             }
         }
@@ -270,7 +262,9 @@ unsafe fn add<B: Block, const T: usize>(
         micro::<B, T>(tile, groups, x, &mut acc, ahead);
         for t in 0..T {
             for h in 0..2 {
-                _mm256_store_ps(sums.add(ROWS * t + 8 * h), acc[t][h]);
+                let at = sums.to.add(sums.stride * t + 8 * h);
+                let sum = acc[t][h];
+                _mm256_storeu_ps(at, if sums.add { _mm256_add_ps(_mm256_loadu_ps(at), sum) } else { sum });
             }
         }
     }

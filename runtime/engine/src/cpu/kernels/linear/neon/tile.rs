@@ -13,7 +13,7 @@
 // Registers are numbered: `for t in 0..T` says what happens better than zipped iterators do.
 #![allow(clippy::needless_range_loop)]
 
-use super::super::tile::{Ahead, Tile, TileMemory, XRow};
+use super::super::tile::{Ahead, Place, Tile, TileMemory, XRow};
 use super::dot::{Dot, smmla};
 use super::unpack::Block;
 use std::arch::aarch64::*;
@@ -211,14 +211,14 @@ impl<B: Block, L: Layout> Tile for NeonTile<B, L> {
     }
 
     #[inline(always)]
-    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: *mut f32, first: bool, _: &mut Ahead<'_>) {
+    unsafe fn multiply(tile: &TileMemory, groups: usize, x: &[XRow], sums: Place, _: &mut Ahead<'_>) {
         // SAFETY: the caller's contract.
         unsafe {
             match *x {
-                [a, b, c, d] => add::<B, L, 4>(tile, groups, &[a, b, c, d], sums, first),
-                [a, b, c] => add::<B, L, 3>(tile, groups, &[a, b, c], sums, first),
-                [a, b] => add::<B, L, 2>(tile, groups, &[a, b], sums, first),
-                [a] => add::<B, L, 1>(tile, groups, &[a], sums, first),
+                [a, b, c, d] => add::<B, L, 4>(tile, groups, &[a, b, c, d], sums),
+                [a, b, c] => add::<B, L, 3>(tile, groups, &[a, b, c], sums),
+                [a, b] => add::<B, L, 2>(tile, groups, &[a, b], sums),
+                [a] => add::<B, L, 1>(tile, groups, &[a], sums),
                 _ => {}
             }
         }
@@ -227,20 +227,14 @@ impl<B: Block, L: Layout> Tile for NeonTile<B, L> {
 
 /// [`Tile::multiply`] for `T` tokens.
 #[inline(always)]
-unsafe fn add<B: Block, L: Layout, const T: usize>(
-    tile: &TileMemory,
-    groups: usize,
-    x: &[XRow; T],
-    sums: *mut f32,
-    first: bool,
-) {
+unsafe fn add<B: Block, L: Layout, const T: usize>(tile: &TileMemory, groups: usize, x: &[XRow; T], sums: Place) {
     // SAFETY: by `Tile::multiply`'s contract.
     unsafe {
         let mut acc = [[vdupq_n_f32(0.0); 2]; T];
-        if !first {
+        if !sums.before.is_null() {
             for t in 0..T {
                 for h in 0..2 {
-                    acc[t][h] = vld1q_f32(sums.add(ROWS * t + 4 * h));
+                    acc[t][h] = vld1q_f32(sums.before.add(ROWS * t + 4 * h));
                 }
             }
         }
@@ -250,7 +244,9 @@ unsafe fn add<B: Block, L: Layout, const T: usize>(
         micro::<B, L, T>(tile, groups, x, &mut acc);
         for t in 0..T {
             for h in 0..2 {
-                vst1q_f32(sums.add(ROWS * t + 4 * h), acc[t][h]);
+                let at = sums.to.add(sums.stride * t + 4 * h);
+                let sum = acc[t][h];
+                vst1q_f32(at, if sums.add { vaddq_f32(vld1q_f32(at), sum) } else { sum });
             }
         }
     }
