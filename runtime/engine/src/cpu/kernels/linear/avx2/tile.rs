@@ -16,13 +16,12 @@ use std::arch::x86_64::*;
 /// Rows of an AVX2 tile: two vectors of eight lanes.
 const ROWS: usize = 16;
 
-/// Unpacks `groups` groups of `ROWS` rows from their unit pointers. With `OFFSET`, signed bytes are made unsigned by
-/// adding 128, which the minimum takes off again.
+/// Unpacks `groups` groups of `ROWS` rows from their unit pointers.
 ///
 /// # Safety
 /// The caller has AVX2, FMA, F16C; the pointers are good for the groups asked for; the tile has room.
 #[inline(always)]
-pub(crate) unsafe fn unpack<B: Block, const ROWS: usize, const OFFSET: bool>(
+unsafe fn unpack<B: Block, const ROWS: usize>(
     units: &[*const u8],
     groups: usize,
     tile: &TileMemory,
@@ -30,7 +29,6 @@ pub(crate) unsafe fn unpack<B: Block, const ROWS: usize, const OFFSET: bool>(
 ) {
     // SAFETY: by the contract; tile rows are ROWS wide.
     unsafe {
-        let flip = _mm256_set1_epi8(-128);
         for unit in 0..groups.div_ceil(8) {
             let n = (groups - 8 * unit).min(8);
             for h in 0..ROWS / 8 {
@@ -39,9 +37,6 @@ pub(crate) unsafe fn unpack<B: Block, const ROWS: usize, const OFFSET: bool>(
                     let mut v = [_mm256_setzero_si256(); 8];
                     for i in 0..8 {
                         v[i] = B::group(p[i], g);
-                        if OFFSET && B::SIGNED {
-                            v[i] = _mm256_xor_si256(v[i], flip);
-                        }
                     }
                     ahead.step();
                     let v = transpose(v);
@@ -50,24 +45,43 @@ pub(crate) unsafe fn unpack<B: Block, const ROWS: usize, const OFFSET: bool>(
                         _mm256_storeu_si256(to.add(i * ROWS * 4).cast(), v[i]);
                     }
                 }
-                let (mut d, mut m) = ([[_mm256_setzero_ps(); 8]; 2], [[_mm256_setzero_ps(); 8]; 2]);
-                for i in 0..8 {
-                    let (di, mi) = B::scales(p[i], n);
-                    (d[0][i], d[1][i], m[0][i], m[1][i]) = (di[0], di[1], mi[0], mi[1]);
-                    if OFFSET && B::SIGNED {
-                        m[0][i] = _mm256_mul_ps(di[0], _mm256_set1_ps(-128.0));
-                    }
-                }
-                let wide = if B::HALVES { 2 } else { 1 };
-                for part in 0..wide {
-                    let (d, m) = (transpose_ps(d[part]), transpose_ps(m[part]));
-                    for i in 0..8 {
-                        let to = ((wide * unit + part) * 8 + i) * ROWS + 8 * h;
-                        _mm256_storeu_ps(tile.d.add(to), d[i]);
-                        if OFFSET || !B::SIGNED {
-                            _mm256_storeu_ps(tile.m.add(to), m[i]);
-                        }
-                    }
+                scales_of_eight::<B, ROWS, false>(&p, n, tile, unit, 8 * h);
+            }
+        }
+    }
+}
+
+/// Scales and minima of the first `n` groups of unit `unit`, of the eight rows at `p`, to rows `row ..` of the tile. With
+/// `OFFSET`, the bytes of signed formats are 128 more than they were, which the minimum takes off again.
+///
+/// # Safety
+/// As for [`unpack`].
+#[inline(always)]
+pub(in super::super) unsafe fn scales_of_eight<B: Block, const ROWS: usize, const OFFSET: bool>(
+    p: &[*const u8; 8],
+    n: usize,
+    tile: &TileMemory,
+    unit: usize,
+    row: usize,
+) {
+    // SAFETY: by the contract; tile rows are ROWS wide.
+    unsafe {
+        let (mut d, mut m) = ([[_mm256_setzero_ps(); 8]; 2], [[_mm256_setzero_ps(); 8]; 2]);
+        for i in 0..8 {
+            let (di, mi) = B::scales(p[i], n);
+            (d[0][i], d[1][i], m[0][i], m[1][i]) = (di[0], di[1], mi[0], mi[1]);
+            if OFFSET && B::SIGNED {
+                m[0][i] = _mm256_mul_ps(di[0], _mm256_set1_ps(-128.0));
+            }
+        }
+        let wide = if B::HALVES { 2 } else { 1 };
+        for part in 0..wide {
+            let (d, m) = (transpose_ps(d[part]), transpose_ps(m[part]));
+            for i in 0..8 {
+                let to = ((wide * unit + part) * 8 + i) * ROWS + row;
+                _mm256_storeu_ps(tile.d.add(to), d[i]);
+                if OFFSET || !B::SIGNED {
+                    _mm256_storeu_ps(tile.m.add(to), m[i]);
                 }
             }
         }
@@ -219,7 +233,7 @@ impl<B: Block> Tile for Avx2Tile<B> {
     #[inline(always)]
     unsafe fn unpack(units: &[*const u8], groups: usize, tile: &TileMemory, ahead: &mut Ahead<'_>) {
         // SAFETY: the caller's contract.
-        unsafe { unpack::<B, ROWS, false>(units, groups, tile, ahead) }
+        unsafe { unpack::<B, ROWS>(units, groups, tile, ahead) }
     }
 
     #[inline(always)]
