@@ -99,32 +99,53 @@ pub(super) struct Place {
 /// Asks for what is unpacked next while this is. Rows are read in steps that no hardware foresees, and with few tokens there is
 /// little else to do; all at once the requests would stand in the way of each other.
 pub(super) struct Ahead<'a> {
-    rows: std::slice::Iter<'a, *const u8>,
+    /// Where the stretches behind this one begin.
+    stretches: std::slice::Iter<'a, *const u8>,
+    /// Of each.
     bytes: usize,
-    /// In the row at hand.
-    row: *const u8,
-    at: usize,
+    /// What to ask for next, and where this stretch ends.
+    at: *const u8,
+    end: *const u8,
+    /// Lines a step.
+    lines: usize,
 }
 
 impl<'a> Ahead<'a> {
-    /// For `bytes` bytes of each row.
-    fn new(rows: &'a [*const u8], bytes: usize) -> Ahead<'a> {
-        Ahead { rows: rows.iter(), bytes, row: std::ptr::null(), at: bytes }
+    /// For `bytes` bytes at each of `stretches`, in about `steps` steps.
+    fn new(stretches: &'a [*const u8], bytes: usize, steps: usize) -> Ahead<'a> {
+        // A stretch may begin within a line.
+        let lines = stretches.len() * (bytes / 64 + 1);
+        Ahead {
+            stretches: stretches.iter(),
+            bytes,
+            at: std::ptr::null(),
+            end: std::ptr::null(),
+            lines: lines.div_ceil(steps),
+        }
     }
 
-    /// Asks for two lines. Formats of up to 5 bits then have asked for all when a tile has been unpacked, and those of 8 when it has
-    /// been multiplied with some tokens as well.
+    /// Asks for some lines.
     #[inline(always)]
     pub fn step(&mut self) {
-        for _ in 0..2 {
-            if self.at >= self.bytes {
-                let Some(row) = self.rows.next() else { return };
-                // A row may begin within a line.
-                (self.row, self.at) = (row.wrapping_sub(*row as usize % 64), 0);
+        for _ in 0..self.lines {
+            if self.at >= self.end && !self.next() {
+                return;
             }
-            prefetch(self.row.wrapping_add(self.at));
-            self.at += 64;
+            prefetch(self.at);
+            self.at = self.at.wrapping_add(64);
         }
+    }
+
+    /// Goes on with the next stretch, if there is one.
+    #[cold]
+    #[inline(never)]
+    fn next(&mut self) -> bool {
+        let Some(&at) = self.stretches.next() else {
+            self.lines = 0;
+            return false;
+        };
+        (self.at, self.end) = (at.wrapping_sub(at as usize % 64), at.wrapping_add(self.bytes));
+        true
     }
 }
 
@@ -152,16 +173,24 @@ pub(super) unsafe fn run<K: Tile>(task: &LinearTask<'_>, scratch: &mut Scratch) 
                 let groups = (task.k / 32 - 8 * u0).min(8 * chunk);
                 let next = if u0 + chunk < units { (r0, u0 + chunk) } else { (r0 + K::ROWS, 0) };
                 let upcoming = pointers(next.0, next.1);
-                let upcoming = if next.0 < task.rows.end { &upcoming[..K::ROWS] } else { &[] };
-                let mut ahead = Ahead::new(upcoming, groups * K::UNIT_BYTES / 8 + 63);
+                let next_rows = task.rows.end.saturating_sub(next.0).min(K::ROWS);
+                // Whole rows lie one behind the other.
+                let (stretches, bytes) = match chunk >= units {
+                    true => (next_rows.min(1), next_rows * row_bytes),
+                    false => (next_rows, groups * K::UNIT_BYTES / 8),
+                };
+                let passes = tokens.div_ceil(K::TOKENS);
+                let steps = groups * (K::ROWS / 8 + passes);
+                let mut ahead = Ahead::new(&upcoming[..stretches], bytes, steps);
                 // SAFETY: pointers at unit `u0` of rows within the matrix, `groups` ends with the row.
                 unsafe { K::unpack(&pointers(r0, u0)[..K::ROWS], groups, &tile, &mut ahead) };
                 // The last sums go straight to the output, while others are computed: written together they would wait for
                 // lines far apart.
                 let done = u0 + chunk >= units && rows == K::ROWS;
                 let mut t = 0;
-                while t < tokens {
-                    let n = (tokens - t).min(K::TOKENS);
+                for pass in 0..passes {
+                    // Of equal size, as near as can be.
+                    let n = (tokens - t).div_ceil(passes - pass);
                     // SAFETY: tokens and groups in range; `sums` holds `TILE_TOKENS` times the widest tile, and `linear` checked
                     // the output's size.
                     unsafe {
