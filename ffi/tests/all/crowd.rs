@@ -43,8 +43,11 @@ struct Crowd {
     trained: AtomicUsize,
 }
 
-/// Who calls what: kinds of callers, and the threads that are of the kind.
-const ROLES: [(Range<usize>, fn(&Crowd, usize)); 10] = [
+/// What a thread calls; the number is its place among those that call the same.
+type Role = fn(&Crowd, usize);
+
+/// Who calls what.
+const ROLES: [(Range<usize>, Role); 10] = [
     (0..12, Crowd::answers_alone),
     (12..20, Crowd::pulls_with_others),
     (20..28, Crowd::pulls_until_cancelled),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kinglet::*;
 
 use crate::hard::{
-    GREEDY, Shared, answer, c, chunks_of, cpu, event, generate, open, path, pull, report, session, tokenize, trainer,
+    GREEDY, Shared, answer, c, chunks_of, cpu, event, generate, open, path, report, session, tokenize, trainer,
 };
 use crate::support::{Scratch, error, message};
 
