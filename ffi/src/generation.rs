@@ -138,7 +138,7 @@ struct Counts {
 impl kinglet_generation {
     /// Reads the request and takes the session.
     fn start(session: Arc<kinglet_session>, json: &str) -> Outcome<kinglet_generation> {
-        let mut slot = enter(&session.slot, "session")?;
+        let mut slot = session.enter()?;
         let window = slot.idle()?.options().context;
         let Asked { prompt: tokens, options, calls } = request::read(json, &session.model)?;
         match tokens.len() {

@@ -1,7 +1,7 @@
 //! Sessions: one conversation with its window of tokens.
 
 use std::ffi::c_char;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{CancelHandle, Model, ScaledAdapter, Session, SessionOptions};
@@ -9,8 +9,8 @@ use kinglet_engine::session::{CancelHandle, Model, ScaledAdapter, Session, Sessi
 use crate::adapter::kinglet_adapter;
 use crate::args::{self, Versioned};
 use crate::fence::{
-    Failure, KINGLET_ERR_CANCELLED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK, Outcome, enter, fence,
-    fence_void, kinglet_error, kinglet_status,
+    Failure, KINGLET_ERR_BUSY, KINGLET_ERR_CANCELLED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK,
+    Outcome, enter, fence, fence_void, kinglet_error, kinglet_status,
 };
 use crate::gate::suspended;
 use crate::model::{Settings, Shared, kinglet_memory, kinglet_model};
@@ -52,6 +52,8 @@ unsafe impl Versioned for kinglet_session_options {
 pub struct kinglet_session {
     pub(crate) model: Model,
     pub(crate) slot: Mutex<Slot>,
+    /// Held by whoever gives the session's memory back, for as long as it is in the slot.
+    trimming: Mutex<()>,
     pub(crate) cancel: CancelHandle,
     pub(crate) shared: Arc<Shared>,
 }
@@ -62,16 +64,33 @@ impl kinglet_session {
             model: session.model().clone(),
             cancel: session.cancel_handle(),
             slot: Mutex::new(Slot::new(session)),
+            trimming: Mutex::default(),
             shared: shared.clone(),
         });
         shared.add(&session);
         session
     }
 
+    /// The inside, for a call of the caller's on this session. Memory being given back by a call on the model is waited for:
+    /// it takes no time, and the caller knows nothing of it.
+    ///
+    /// # Errors
+    /// As [`enter`].
+    pub(crate) fn enter(&self) -> Outcome<MutexGuard<'_, Slot>> {
+        match enter(&self.slot, "session") {
+            Err(busy) if busy.code == KINGLET_ERR_BUSY => {
+                // While this is held whoever is inside is a call on the session.
+                let _nobody_trims = self.trimming.lock().unwrap_or_else(PoisonError::into_inner);
+                enter(&self.slot, "session")
+            }
+            entered => entered,
+        }
+    }
+
     /// Runs `body`, which reads tokens and may be cancelled, on a session that nobody else uses. Logits of before are gone
     /// if the window has changed.
     fn compute<T>(&self, body: impl FnOnce(&mut Session, &mut Vec<f32>) -> Outcome<T>) -> Outcome<T> {
-        let mut slot = enter(&self.slot, "session")?;
+        let mut slot = self.enter()?;
         let (session, logits) = slot.idle_with_logits()?;
         self.cancel.reset();
         let pass = self.shared.gate.enter(Some(&self.cancel))?;
@@ -90,6 +109,7 @@ impl kinglet_session {
 
     /// Gives back memory that can be had again, unless a call is running; gives its bytes.
     pub(crate) fn trim(&self) -> Outcome<u64> {
+        let _trimming = self.trimming.lock().unwrap_or_else(PoisonError::into_inner);
         let Ok(mut slot) = enter(&self.slot, "session") else { return Ok(0) };
         let Ok(session) = slot.idle() else { return Ok(0) };
         Ok(session.trim()? as u64)
@@ -187,9 +207,9 @@ pub unsafe extern "C" fn kinglet_session_fork(
         fence(err, || {
             args::place(out, "session")?;
             let handle = args::handle(session, "session")?;
-            let mut slot = enter(&handle.slot, "session")?;
+            let mut slot = handle.enter()?;
             let fork = kinglet_session::new(slot.idle()?.fork()?, &handle.shared);
-            enter(&fork.slot, "session")?.adapter_bytes = slot.adapter_bytes;
+            fork.enter()?.adapter_bytes = slot.adapter_bytes;
             Ok(args::give_shared(out, fork))
         })
     }
@@ -223,7 +243,7 @@ pub unsafe extern "C" fn kinglet_session_rewind(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let mut slot = args::handle(session, "session")?.enter()?;
             let (session, logits) = slot.idle_with_logits()?;
             session.rewind(n_tokens)?;
             logits.clear();
@@ -246,7 +266,7 @@ pub unsafe extern "C" fn kinglet_session_token_count(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let mut slot = args::handle(session, "session")?.enter()?;
             if count.is_null() {
                 return Err(Failure::argument("the place for the count is NULL"));
             }
@@ -271,7 +291,7 @@ pub unsafe extern "C" fn kinglet_session_memory(
     unsafe {
         fence(err, || {
             args::check_out(out)?;
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let mut slot = args::handle(session, "session")?.enter()?;
             let session = slot.idle()?;
             let mut estimate = Session::estimate(session.model(), session.options())?;
             estimate.kv_cache = session.cache_bytes() as u64;
@@ -299,7 +319,7 @@ pub unsafe extern "C" fn kinglet_session_set_adapters(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let mut slot = args::handle(session, "session")?.enter()?;
             let adapters = scaled(adapters, scales, n_adapters)?;
             let (session, logits) = slot.idle_with_logits()?;
             let report = session.set_adapters(&adapters)?;
@@ -374,7 +394,7 @@ pub unsafe extern "C" fn kinglet_session_logits(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let mut slot = args::handle(session, "session")?.enter()?;
             let (_, logits) = slot.idle_with_logits()?;
             if logits.is_empty() {
                 return Err(Failure::argument("there are no logits; call kinglet_session_feed first"));
@@ -466,7 +486,7 @@ pub unsafe extern "C" fn kinglet_session_save(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let mut slot = args::handle(session, "session")?.enter()?;
             slot.idle()?.save(args::text(path, "path")?, "")?;
             Ok(KINGLET_OK)
         })
@@ -487,7 +507,7 @@ pub unsafe extern "C" fn kinglet_session_load(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let mut slot = args::handle(session, "session")?.enter()?;
             let (session, logits) = slot.idle_with_logits()?;
             session.load(args::text(path, "path")?)?;
             logits.clear();

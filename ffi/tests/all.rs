@@ -9,6 +9,8 @@ mod abi;
 mod bindings;
 #[path = "all/clients.rs"]
 mod clients;
+#[path = "all/crowd.rs"]
+mod crowd;
 #[path = "all/hard.rs"]
 mod hard;
 #[path = "all/header.rs"]

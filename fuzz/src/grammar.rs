@@ -1,7 +1,8 @@
 //! Grammars, which come from whoever asks, and what models say of tools.
 //!
 //! The first byte chooses: a JSON schema, a grammar, a regular expression, or an answer with calls. The source ends at the
-//! first NUL; each byte behind it chooses a token, most of them one that the mask allows.
+//! first NUL; each byte behind it chooses a token, most of them one that the mask allows. Behind the last one the answer ends
+//! as soon as it may.
 
 use std::sync::{Arc, OnceLock};
 
@@ -12,7 +13,7 @@ use crate::input::Input;
 use crate::seeds;
 
 /// Most tokens of one answer.
-const STEPS: usize = 300;
+const STEPS: usize = 200;
 
 /// The tokens that grammars are compiled for.
 fn tokens() -> &'static (Tokenizer, Arc<Vocabulary>) {
@@ -57,9 +58,11 @@ fn answer(source: GrammarSource, input: &mut Input<'_>) {
             return;
         }
         let allowed: Vec<u32> = (0..).zip(&logits).filter(|(_, z)| **z == 0.0).map(|(id, _)| id).collect();
-        let token = match input.byte() {
-            250.. => input.number() as u32,
-            byte => allowed[usize::from(byte) % allowed.len()],
+        let end = allowed.iter().find(|token| tokenizer.is_end_of_generation(**token));
+        let token = match (input.byte(), end) {
+            (0, Some(end)) if input.is_empty() => *end,
+            (250.., _) => input.number() as u32,
+            (byte, _) => allowed[usize::from(byte) % allowed.len()],
         };
         let accepted = constraint.accept(token).is_ok();
         assert!(!accepted || allowed.contains(&token), "token {token} was masked");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kinglet::*;
 
 use crate::hard::{
-    GREEDY, Shared, answer, c, chunks_of, cpu, event, generate, open, path, pull, report, session, tokenize, trainer,
+    GREEDY, Shared, answer, c, chunks_of, cpu, event, generate, open, path, report, session, tokenize, trainer,
 };
 use crate::support::{Scratch, error, message};
 
@@ -40,6 +40,30 @@ fn free(sessions: &[*mut kinglet_session], model: *mut kinglet_model) {
         sessions.iter().for_each(|session| kinglet_session_free(*session));
         kinglet_model_free(model);
     }
+}
+
+/// The embedding of `text`: a direction, of length 1.
+pub fn embed(model: *const kinglet_model, session: *mut kinglet_session, text: &str) -> Vec<f32> {
+    let (tokens, mut n) = (tokenize(model, text), 0);
+    // SAFETY: the arrays are as long as we say.
+    unsafe {
+        let status = kinglet_session_embed(session, tokens.as_ptr(), tokens.len(), null_mut(), 0, &mut n, null_mut());
+        assert_eq!(status, KINGLET_ERR_TOO_SMALL);
+        let (mut out, mut err) = (vec![0f32; n], error());
+        let at = out.as_mut_ptr();
+        let status = kinglet_session_embed(session, tokens.as_ptr(), tokens.len(), at, n, null_mut(), &mut err);
+        assert_eq!(status, KINGLET_OK, "{}", message(&err));
+        out
+    }
+}
+
+/// A training in the folder `name` for [`trainer`], `steps` of 4 windows each.
+pub fn training(scratch: &Scratch, name: &str, steps: usize) -> String {
+    format!(
+        r#"{{"data": {:?}, "output": {:?}, "steps": {steps}, "warmup": 0, "val_fraction": 0, "batch": 4, "seq": 64}}"#,
+        scratch.lessons(),
+        scratch.path(name)
+    )
 }
 
 #[test]
@@ -125,24 +149,38 @@ fn sessions_share_prompts_until_memory_is_short() {
 }
 
 #[test]
+fn making_room_disturbs_no_session() {
+    let scratch = Scratch::new("room");
+    let model = Shared(open(&scratch.model()));
+    let own = session(model.0, None);
+    let expected = answer(own, GREEDY).tokens;
+    let done = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let model = &model;
+            while done.load(Ordering::Relaxed) == 0 {
+                // SAFETY: any thread may.
+                assert_eq!(unsafe { kinglet_model_trim(model.0, null_mut(), null_mut()) }, KINGLET_OK);
+            }
+        });
+        // None of these is told that its session is busy. A failure must not leave the other thread behind.
+        let calls = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            (0..20_000).for_each(|_| _ = count(own));
+            (0..20).for_each(|_| assert_eq!(answer(own, GREEDY).tokens, expected));
+        }));
+        done.store(1, Ordering::Relaxed);
+        assert!(calls.is_ok());
+    });
+    free(&[own], model.0);
+}
+
+#[test]
 fn an_embedding_is_a_direction_and_leaves_the_window() {
     let scratch = Scratch::new("embed");
     let model = open(&scratch.model());
     let s = session(model, None);
     feed(s, &[5, 6]);
-    let embed = |text: &str| {
-        let (tokens, mut n) = (tokenize(model, text), 0);
-        // SAFETY: the arrays are as long as we say.
-        unsafe {
-            let status = kinglet_session_embed(s, tokens.as_ptr(), tokens.len(), null_mut(), 0, &mut n, null_mut());
-            assert_eq!(status, KINGLET_ERR_TOO_SMALL);
-            let (mut out, mut err) = (vec![0f32; n], error());
-            let at = out.as_mut_ptr();
-            let status = kinglet_session_embed(s, tokens.as_ptr(), tokens.len(), at, n, null_mut(), &mut err);
-            assert_eq!(status, KINGLET_OK, "{}", message(&err));
-            out
-        }
-    };
+    let embed = |text: &str| embed(model, s, text);
     let alike = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
     let (one, other) = (embed("the hat"), embed("you and hello"));
     assert!((alike(&one, &one) - 1.0).abs() < 1e-4 && alike(&one, &other) < 0.99, "{}", alike(&one, &other));
@@ -189,7 +227,7 @@ fn a_suspended_model_stands_still_and_goes_on_as_if_nothing_had_been() {
         "the hat and ".repeat(40)
     );
     let sessions = [session(model.0, chunks_of(4)), session(model.0, chunks_of(4))];
-    let expected = pull(generate(sessions[0], &request).expect("a generation"));
+    let expected = answer(sessions[0], &request);
     let g = Shared(generate(sessions[1], &request).expect("a generation"));
     let (events, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {
@@ -223,12 +261,7 @@ fn what_computes_says_that_the_model_is_suspended() {
     let scratch = Scratch::new("suspended");
     let model = open(&scratch.model());
     let s = session(model, None);
-    let (data, output) = (scratch.lessons(), scratch.path("learned"));
-    let config = format!(
-        r#"{{"data": "{}", "output": "{}", "steps": 2, "warmup": 0, "val_fraction": 0, "batch": 2, "seq": 64}}"#,
-        data.display(),
-        output.display()
-    );
+    let config = training(&scratch, "learned", 2);
     let t = trainer(model, &config).expect("a trainer");
     let (mut out, mut err, mut scores) = (null_mut(), error(), [0f32; 8]);
     // SAFETY: all pointers are ours.
@@ -261,13 +294,7 @@ fn a_step_that_suspending_stops_is_taken_again() {
     let scratch = Scratch::new("suspend-step");
     let model = Shared(open(&scratch.model()));
     let losses = |name: &str, disturbed: bool| {
-        let (data, output) = (scratch.lessons(), scratch.path(name));
-        let config = format!(
-            r#"{{"data": "{}", "output": "{}", "steps": 6, "warmup": 0, "val_fraction": 0, "batch": 4, "seq": 64}}"#,
-            data.display(),
-            output.display()
-        );
-        let t = Shared(trainer(model.0, &config).expect("a trainer"));
+        let t = Shared(trainer(model.0, &training(&scratch, name, 6)).expect("a trainer"));
         let (mut losses, refused) = (Vec::new(), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             let stepper = scope.spawn(|| {
