@@ -7,11 +7,11 @@ use std::ffi::{c_char, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use kinglet_engine::Error;
 use kinglet_engine::session::{EndReason, GenerateOptions};
 use kinglet_engine::text::{Message, ToolParser};
+use kinglet_engine::{Error, Stopwatch};
 use serde_json::Value;
 
 use crate::args::{self, Versioned};
@@ -247,7 +247,7 @@ impl State {
             let (at, chunk) = (session.position(), session.options().chunk);
             if tokens.len() - at > chunk {
                 let pass = gate.enter(Some(&owner.cancel))?;
-                let started = Instant::now();
+                let started = Stopwatch::start();
                 let fed = session.feed(&tokens[at..at + chunk]).map(|_| ());
                 self.counts.fed += started.elapsed();
                 let stopped = pass.stopped() && !cancelled.load(Ordering::Acquire);

@@ -1,7 +1,8 @@
 //! Files that appear whole or not at all: written beside their target, forced to disk, and renamed over it.
 //!
 //! After a crash there is the old file or the new one, never half of either; whoever has the old one mapped or open keeps
-//! it. Everything that writes a file of its own goes through here.
+//! it, but on Windows, which refuses to replace a file that is mapped. Everything that writes a file of its own goes
+//! through here.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

@@ -41,3 +41,4 @@ pub mod text;
 compile_error!("a browser's GPU answers by promises, which nothing here waits for: build with --no-default-features");
 
 pub use error::{Error, Result};
+pub use system::Stopwatch;

@@ -25,16 +25,16 @@ pub(crate) fn unix_seconds() -> Option<u64> {
 
 /// Measures how long something takes.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Stopwatch(Option<std::time::Instant>);
+pub struct Stopwatch(Option<std::time::Instant>);
 
 impl Stopwatch {
     /// Begins to measure.
-    pub(crate) fn start() -> Stopwatch {
+    pub fn start() -> Stopwatch {
         Stopwatch(CLOCK.then(std::time::Instant::now))
     }
 
     /// The time since the start; zero without a clock.
-    pub(crate) fn elapsed(self) -> Duration {
+    pub fn elapsed(self) -> Duration {
         self.0.map_or(Duration::ZERO, |start| start.elapsed())
     }
 }

@@ -16,11 +16,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
 use kinglet_engine::adapter::{Adapter, fingerprint};
-use kinglet_engine::file;
 use kinglet_engine::session::{Arithmetic, Device, Learner, LearnerOptions, Model};
+use kinglet_engine::{Stopwatch, file};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Cursor, Loader, LoaderOptions, Packing};
@@ -396,7 +395,7 @@ impl Trainer {
             self.state.probe = Some(self.perplexity(cancel)?);
         }
         let cursor = self.loader.cursor();
-        let start = Instant::now();
+        let start = Stopwatch::start();
         match self.gradients(cancel) {
             Ok(outcome) => match self.apply(outcome, start)? {
                 Ok(line) => self.settle(line, cancel),
@@ -420,7 +419,7 @@ impl Trainer {
     }
 
     /// Judges the gradients and applies them, or goes back.
-    fn apply(&mut self, outcome: Outcome, start: Instant) -> Result<Result<StepMetrics, Progress>> {
+    fn apply(&mut self, outcome: Outcome, start: Stopwatch) -> Result<Result<StepMetrics, Progress>> {
         let norm = global_norm(&[&self.gradients]);
         let step = self.state.step + 1;
         match self.state.guard.check(step, outcome.loss, norm) {

@@ -34,6 +34,8 @@ impl Mapping {
         let pages = unsafe { MmapOptions::new().offset(offset).len(length).map(file) }.map_err(Error::io(name))?;
         #[cfg(unix)]
         advise(|advice| pages.advise(advice), read_ahead);
+        #[cfg(not(unix))]
+        let _ = read_ahead;
         Ok(Mapping::Pages(pages))
     }
 

@@ -6,7 +6,6 @@
 use super::super::tests::{Case, PAD, Random};
 use super::super::{Activations, LinearTask};
 use super::*;
-use crate::cpu::isa::{Avx2, Avx512};
 
 impl Case {
     fn wide_forward(&self, isa: Isa, ranges: &[Range<usize>], start: f32, accumulate: bool) -> Vec<f32> {
@@ -153,6 +152,7 @@ fn both_directions_agree_with_f64_over_types_and_shapes() {
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn avx512_gives_the_bits_of_avx2() {
+    use crate::cpu::isa::{Avx2, Avx512};
     let (Some(narrow), Some(broad)) = (Avx2::detect(), Avx512::detect()) else { return };
     let (narrow, broad) = (Isa::Avx2(narrow), Isa::Avx512(broad));
     for dtype in [DType::F32, DType::Q4_1, DType::Q6_K] {
