@@ -94,6 +94,13 @@ impl kinglet_session {
         let Ok(session) = slot.idle() else { return Ok(0) };
         Ok(session.trim()? as u64)
     }
+
+    /// Gives back what it holds of a GPU, a generation's too; for a model that is suspended.
+    pub(crate) fn park(&self) -> Outcome<()> {
+        // Nothing computes: whoever has the slot is soon done. One that has panicked is left as it is.
+        let Ok(mut slot) = self.slot.lock() else { return Ok(()) };
+        slot.park()
+    }
 }
 
 /// The caller's options, in the engine's form.
@@ -188,6 +195,7 @@ pub unsafe extern "C" fn kinglet_session_fork(
             args::place(out, "session")?;
             let handle = args::handle(session, "session")?;
             let mut slot = enter(&handle.slot, "session")?;
+            let _pass = handle.shared.gate.enter(None)?;
             let fork = kinglet_session::new(slot.idle()?.fork()?, &handle.shared);
             enter(&fork.slot, "session")?.adapter_bytes = slot.adapter_bytes;
             Ok(args::give_shared(out, fork))
@@ -273,7 +281,7 @@ pub unsafe extern "C" fn kinglet_session_memory(
             args::check_out(out)?;
             let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
             let session = slot.idle()?;
-            let mut estimate = Session::estimate(session.model(), session.options())?;
+            let mut estimate = session.needs();
             estimate.kv_cache = session.cache_bytes() as u64;
             estimate.adapters = slot.adapter_bytes as u64;
             args::write(out, &kinglet_memory::new(estimate))?;
@@ -487,7 +495,9 @@ pub unsafe extern "C" fn kinglet_session_load(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            let mut slot = enter(&args::handle(session, "session")?.slot, "session")?;
+            let handle = args::handle(session, "session")?;
+            let mut slot = enter(&handle.slot, "session")?;
+            let _pass = handle.shared.gate.enter(None)?;
             let (session, logits) = slot.idle_with_logits()?;
             session.load(args::text(path, "path")?)?;
             logits.clear();
