@@ -244,7 +244,7 @@ fn gpu_makes_room_in_a_full_window() {
 #[test]
 fn gpu_caches_in_eight_bits_as_the_cpu() {
     for (device, head_dim, arch) in
-        [(whole(), 32, "llama"), (whole(), 64, "gemma3"), (whole(), 96, "qwen2"), (small(1 << 20), 128, "llama")]
+        [(whole(), 32, "llama"), (whole(), 64, "gemma3"), (whole(), 96, "qwen2"), (small(8 << 20), 128, "llama")]
     {
         let scratch = Scratch::new(&format!("gpu-eight-{head_dim}"));
         let config = TinyConfig {
