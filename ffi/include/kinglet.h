@@ -145,11 +145,12 @@ typedef struct kinglet_model_options {
                                 share the work; 0: none */
 } kinglet_model_options;
 
-/* Bytes that a model with one session takes. */
+/* Bytes that a model with one session takes: of main memory, or of the GPU's where it runs there. */
 typedef struct kinglet_memory {
     uint32_t struct_size;
     uint32_t reserved;
-    uint64_t weights;      /* the mapped file: shared by all processes, and taken back by the system when it must */
+    uint64_t weights;      /* the mapped file: shared by all processes, and taken back by the system when it must; on a GPU
+                              what lies there of it */
     uint64_t kv_cache;     /* keys and values; these grow as the window fills */
     uint64_t activations;  /* activations, logits, tables */
     uint64_t scratch;      /* of all threads */
@@ -192,8 +193,8 @@ kinglet_status kinglet_model_info_json(const kinglet_model *model, char **out, k
 /* The chat template, a Jinja program. A base model has none: NULL is written. */
 kinglet_status kinglet_model_chat_template(const kinglet_model *model, char **out, kinglet_error *err);
 
-/* What opening the model at path and one session with a full window would take. Nothing is allocated; only the header
-   of the file is read. */
+/* What opening the model at path and one session with a full window would take, on the backend that model_options name.
+   Nothing is allocated; only the header of the file is read. */
 kinglet_status kinglet_model_estimate(const char *path, const kinglet_model_options *model_options,
                                       const kinglet_session_options *session, kinglet_memory *out, kinglet_error *err);
 
@@ -204,7 +205,8 @@ kinglet_status kinglet_model_trim(kinglet_model *model, uint64_t *freed, kinglet
 /* For when the application goes to the background, where the system allows no work on the GPU: stops what computes with the
    model, and returns when nothing does any more, after a token or a part of a prompt at most. Until kinglet_model_resume every
    call that would compute returns KINGLET_ERR_SUSPENDED and has not happened: sessions, answers and trainers go on after that
-   as if nothing had been. Memory stays as it is. Not from a callback. */
+   as if nothing had been. Sessions on a GPU give its memory back, keys and values wait in main memory, and the first call
+   after that brings them and the weights up again; all other memory stays as it is. Not from a callback. */
 kinglet_status kinglet_model_suspend(kinglet_model *model, kinglet_error *err);
 
 kinglet_status kinglet_model_resume(kinglet_model *model, kinglet_error *err);

@@ -49,7 +49,7 @@ unsafe impl Versioned for kinglet_model_options {
     const NAME: &'static str = "kinglet_model_options";
 }
 
-/// Bytes that a session takes.
+/// Bytes that a session takes, in main memory or, where it runs on a GPU, there.
 #[repr(C)]
 #[derive(Clone, Copy)]
 #[allow(non_camel_case_types)]
@@ -58,7 +58,7 @@ pub struct kinglet_memory {
     pub struct_size: u32,
     /// 0.
     pub reserved: u32,
-    /// The mapped file, which the system gives back under pressure and all processes share.
+    /// The mapped file, which the system gives back under pressure and all processes share; on a GPU what lies there of it.
     pub weights: u64,
     /// Keys and values.
     pub kv_cache: u64,
@@ -457,7 +457,8 @@ pub unsafe extern "C" fn kinglet_model_trim(
     }
 }
 
-/// Lets nothing compute with the model until `kinglet_model_resume`, and returns when nothing does any more.
+/// Lets nothing compute with the model until `kinglet_model_resume`, and returns when nothing does any more and sessions have
+/// given back what they held of a GPU.
 ///
 /// # Safety
 /// As the header says.
@@ -467,7 +468,9 @@ pub unsafe extern "C" fn kinglet_model_suspend(model: *mut kinglet_model, err: *
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            args::handle(model.cast_const(), "model")?.shared.gate.suspend();
+            let shared = &args::handle(model.cast_const(), "model")?.shared;
+            shared.gate.suspend();
+            shared.sessions().iter().try_for_each(|session| session.park())?;
             Ok(KINGLET_OK)
         })
     }

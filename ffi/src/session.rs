@@ -114,6 +114,14 @@ impl kinglet_session {
         let Ok(session) = slot.idle() else { return Ok(0) };
         Ok(session.trim()? as u64)
     }
+
+    /// Gives back what it holds of a GPU, a generation's too; for a model that is suspended.
+    pub(crate) fn park(&self) -> Outcome<()> {
+        let _trimming = self.trimming.lock().unwrap_or_else(PoisonError::into_inner);
+        // Nothing computes: whoever has the slot is soon done. One that has panicked is left as it is.
+        let Ok(mut slot) = self.slot.lock() else { return Ok(()) };
+        slot.park()
+    }
 }
 
 /// The caller's options, in the engine's form.
@@ -208,6 +216,7 @@ pub unsafe extern "C" fn kinglet_session_fork(
             args::place(out, "session")?;
             let handle = args::handle(session, "session")?;
             let mut slot = handle.enter()?;
+            let _pass = handle.shared.gate.enter(None)?;
             let fork = kinglet_session::new(slot.idle()?.fork()?, &handle.shared);
             fork.enter()?.adapter_bytes = slot.adapter_bytes;
             Ok(args::give_shared(out, fork))
@@ -293,7 +302,7 @@ pub unsafe extern "C" fn kinglet_session_memory(
             args::check_out(out)?;
             let mut slot = args::handle(session, "session")?.enter()?;
             let session = slot.idle()?;
-            let mut estimate = Session::estimate(session.model(), session.options())?;
+            let mut estimate = session.needs();
             estimate.kv_cache = session.cache_bytes() as u64;
             estimate.adapters = slot.adapter_bytes as u64;
             args::write(out, &kinglet_memory::new(estimate))?;
@@ -507,7 +516,9 @@ pub unsafe extern "C" fn kinglet_session_load(
     // SAFETY: the pointers are the caller's.
     unsafe {
         fence(err, || {
-            let mut slot = args::handle(session, "session")?.enter()?;
+            let handle = args::handle(session, "session")?;
+            let mut slot = handle.enter()?;
+            let _pass = handle.shared.gate.enter(None)?;
             let (session, logits) = slot.idle_with_logits()?;
             session.load(args::text(path, "path")?)?;
             logits.clear();

@@ -111,6 +111,19 @@ impl Slot {
         }
     }
 
+    /// Gives back what the session holds of a GPU, whoever holds the session.
+    ///
+    /// # Errors
+    /// As [`Session::park`].
+    pub fn park(&mut self) -> Outcome<()> {
+        match &mut self.holder {
+            Holder::Answer(generation) => generation.park()?,
+            // SAFETY: nobody borrows the session, and the result borrows all of `self`.
+            Holder::Nobody | Holder::Prompt => unsafe { self.session.as_mut() }.park()?,
+        };
+        Ok(())
+    }
+
     /// Ends whatever holds the session.
     pub fn let_go(&mut self) {
         self.holder = Holder::Nobody;

@@ -30,7 +30,7 @@ pub(crate) fn whole() -> Arc<gpu::Device> {
 }
 
 /// Such small bindings, and nothing that WebGPU does not promise.
-fn small(binding_bytes: u64) -> Arc<gpu::Device> {
+pub(crate) fn small(binding_bytes: u64) -> Arc<gpu::Device> {
     device(Limits { binding_bytes: Some(binding_bytes), baseline: true })
 }
 
@@ -56,7 +56,7 @@ fn logits(model: &Model, options: &SessionOptions, prompt: &[u32], more: &[u32])
 }
 
 /// The largest difference, relative to the spread of the logits.
-fn distance(ours: &[f32], wanted: &[f32]) -> f32 {
+pub(crate) fn distance(ours: &[f32], wanted: &[f32]) -> f32 {
     let mean = wanted.iter().sum::<f32>() / wanted.len() as f32;
     let spread = (wanted.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / wanted.len() as f32).sqrt();
     ours.iter().zip(wanted).fold(0.0, |worst: f32, (a, b)| worst.max((a - b).abs())) / spread

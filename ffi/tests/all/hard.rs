@@ -26,9 +26,13 @@ pub struct Shared<T>(pub *mut T);
 unsafe impl<T> Sync for Shared<T> {}
 
 pub fn open(file: &Path) -> *mut kinglet_model {
+    open_with(file, &cpu())
+}
+
+pub fn open_with(file: &Path, options: &kinglet_model_options) -> *mut kinglet_model {
     let (mut model, mut err) = (null_mut(), error());
     // SAFETY: all pointers are ours.
-    let status = unsafe { kinglet_model_open(path(file).as_ptr(), &cpu(), &mut model, &mut err) };
+    let status = unsafe { kinglet_model_open(path(file).as_ptr(), options, &mut model, &mut err) };
     assert_eq!(status, KINGLET_OK, "{}", message(&err));
     model
 }

@@ -220,7 +220,22 @@ fn pull_patiently(g: &Shared<kinglet_generation>, events: &AtomicUsize, refused:
 #[test]
 fn a_suspended_model_stands_still_and_goes_on_as_if_nothing_had_been() {
     let scratch = Scratch::new("suspend");
-    let model = Shared(open(&scratch.model()));
+    stands_still(open(&scratch.model()));
+}
+
+/// There the memory is given back meanwhile, too.
+#[test]
+#[cfg(feature = "gpu")]
+fn a_suspended_model_goes_on_on_a_gpu() {
+    let scratch = Scratch::new("suspend-gpu");
+    stands_still(crate::hard::open_with(
+        &scratch.model(),
+        &kinglet_model_options { backend: c"gpu".as_ptr(), ..cpu() },
+    ));
+}
+
+fn stands_still(model: *mut kinglet_model) {
+    let model = Shared(model);
     // A prompt of many chunks and a long answer, so that suspending hits both.
     let request = format!(
         r#"{{"prompt": "{}", "max_tokens": 100, "ignore_end": true, "sampling": {{"temperature": 0}}}}"#,

@@ -11,11 +11,12 @@ use serde_json::json;
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Weights are mapped from the file: read in place, shared by all programs that use the model, and given
-back by the system under pressure. The rest is allocated.
+back by the system under pressure. The rest is allocated. On a GPU everything is allocated there.
 
 Examples:
   kinglet estimate smollm2
   kinglet estimate qwen2.5-coder --context 32768 --kv-type Q8_0
+  kinglet estimate smollm2 --backend gpu
   kinglet estimate model.gguf --memory-budget 2G      exits with 1 if that is not enough")]
 pub struct Arguments {
     #[arg(help = MODEL_HELP, value_name = "MODEL")]
@@ -46,6 +47,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             "context": options.context,
             "kv_type": options.kv_type.name(),
             "chunk": options.chunk,
+            "on_gpu": estimate.on_gpu,
             "weights": estimate.weights,
             "kv_cache": estimate.kv_cache,
             "arena": estimate.arena,
@@ -56,12 +58,15 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     }
     let mut table = Table::new(&["what", ">bytes", ""]);
     let mut row = |what: &str, bytes: u64, note: String| table.row(vec![what.into(), output::bytes(bytes), note]);
-    row("weights", estimate.weights, "mapped from the file".into());
+    let weights = if estimate.on_gpu { "on the GPU, as is all of this" } else { "mapped from the file" };
+    row("weights", estimate.weights, weights.into());
     let cache = format!("{} tokens of {}, taken as the window fills", options.context, options.kv_type);
     row("KV cache", estimate.kv_cache, cache);
     row("activations", estimate.arena, format!("for {} tokens at a time", options.chunk));
-    row("scratch", estimate.scratch, "of all threads".into());
-    row("allocated", estimate.allocated(), "all but the weights".into());
-    row("resident", estimate.resident(), "all".into());
+    if !estimate.on_gpu {
+        row("scratch", estimate.scratch, "of all threads".into());
+        row("allocated", estimate.allocated(), "all but the weights".into());
+    }
+    row(if estimate.on_gpu { "allocated" } else { "resident" }, estimate.resident(), "all".into());
     Ok(output::text(&table.aligned())?)
 }

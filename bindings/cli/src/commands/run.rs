@@ -8,7 +8,7 @@ use crate::structure::{StructureArgs, Tools};
 use crate::{adapters, models, output};
 use anyhow::{Context, bail};
 use clap::Args;
-use kinglet_engine::session::{Device, EndReason, GenerateOptions, GenerationStats, Model, Session, Speculation};
+use kinglet_engine::session::{EndReason, GenerateOptions, GenerationStats, Model, Session, Speculation};
 use kinglet_engine::text::{EncodeOptions, Message, Said, ToolFormat, ToolParser};
 use serde_json::json;
 use std::io::Write;
@@ -112,11 +112,6 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         shown: if tools.is_some() { ToolFormat::marks(model.tokenizer()) } else { Vec::new() },
     };
     let mut session_options = arguments.window.memory.options(arguments.window.context, global);
-    let cpu_only = arguments.session.is_some() || arguments.context_shift.is_some();
-    if cpu_only && matches!(session_options.device, Device::Auto) {
-        // The GPU's cache is neither saved nor shifted yet.
-        session_options.device = Device::Cpu;
-    }
     if options.speculation != Speculation::Off {
         session_options.logit_rows = Speculation::ROWS;
     }

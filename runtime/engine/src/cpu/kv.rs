@@ -11,7 +11,7 @@ use super::isa::Isa;
 use super::kernels::attention::{kv_row_bytes, store_kv};
 use super::kernels::rope;
 use crate::quant::{self, DType};
-use crate::tape::{Frequencies, Spec};
+use crate::tape::{Frequencies, Spec, check_dropped};
 use crate::{Error, Result};
 
 /// Positions per page.
@@ -189,12 +189,7 @@ impl KvCache {
     /// # Errors
     /// Positions that are not held, [`Error::Memory`].
     pub fn shift(&mut self, spec: &Spec, keep: usize, drop: usize) -> Result<()> {
-        if keep.checked_add(drop).is_none_or(|end| end > self.len) {
-            return Err(Error::argument(format!(
-                "{drop} positions from {keep} on cannot be dropped: {} are held",
-                self.len
-            )));
-        }
+        check_dropped(self.len, keep, drop)?;
         self.own(keep / PAGE)?;
         let KvLayout { dtype, layers, kv_heads, head_dim, row_bytes } = self.layout;
         let isa = Isa::detect();

@@ -271,6 +271,11 @@ impl Device {
         lock(&self.trouble).lost.get_or_insert_with(|| "given up".into());
     }
 
+    /// Bytes that buffers take on the device, as the driver's allocator counts; none where it does not count.
+    pub fn allocated_bytes(&self) -> Option<u64> {
+        self.device.generate_allocator_report().map(|report| report.total_allocated_bytes)
+    }
+
     pub(super) fn error(&self, what: impl Into<String>) -> Error {
         Error::Device { device: self.info.name.clone(), what: what.into() }
     }

@@ -4,20 +4,21 @@
 //! the arena. A decoded token is one submission; longer runs are cut into several of a tenth of a second, so that the device
 //! stays responsive and a run can be cancelled.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::adapters::{self, Correction, Placed};
-use super::device::{Device, DeviceKind, SLOT};
+use super::device::{Device, DeviceKind, SLOT, lock};
 use super::forward::{self, CHUNK, DECODED};
 use super::kv::{KvCache, PAGE, Pool};
 use super::record::{Binds, Decoding, Dispatch, PackedRows, Recorder, Scratch};
+use super::shift::Dropped;
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
     Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, SoftTargets, Spec, Tape, Timing, Timings, Trained, Weights,
-    decoder,
+    check_dropped, decoder,
 };
 use crate::{Error, Result, random};
 
@@ -28,7 +29,7 @@ const FIRST_PART: usize = 32;
 /// How long a submission may take: systems give a device up that answers for seconds, and people want to cancel.
 const PART_TIME: Duration = Duration::from_millis(100);
 /// Words before the records of a run.
-const HEADER: usize = 8;
+pub(super) const HEADER: usize = 8;
 /// Words of the record of an output row.
 const OUTPUT_WORDS: usize = 5;
 
@@ -37,7 +38,9 @@ const OUTPUT_WORDS: usize = 5;
 pub struct ExecutorOptions {
     /// Most rows per run.
     pub limits: PlanLimits,
-    /// Type of keys and values: F16 or F32.
+    /// Positions of a window: pages of the cache are taken for as many, before more are taken for further sequences.
+    pub window: usize,
+    /// Type of keys and values: F16, F32 or, for heads of a multiple of 32, Q8_0.
     pub kv_type: DType,
     /// What is trained: the tapes are those of learning then.
     pub trained: Option<Trained>,
@@ -51,10 +54,6 @@ impl ExecutorOptions {
     fn purpose(&self) -> Purpose {
         if self.trained.is_some() { Purpose::Learn } else { Purpose::Generate }
     }
-
-    fn half(&self) -> bool {
-        self.kv_type == DType::F16
-    }
 }
 
 /// Memory an executor takes on the device, in bytes, and the number of parameters its caller holds beside it.
@@ -64,6 +63,17 @@ pub struct ExecutorNeeds {
     pub arena: u64,
     /// Trained parameters.
     pub param_count: usize,
+}
+
+/// Memory an executor for generating comes to take on the device with one sequence that fills a window, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Footprint {
+    /// Matrices as in the file, norms and biases.
+    pub weights: u64,
+    /// Pages of keys and values.
+    pub kv_cache: u64,
+    /// Values, packed rows, tables, descriptions of dispatches, results on their way back.
+    pub values: u64,
 }
 
 /// What a run moves, counted from its recording.
@@ -116,6 +126,19 @@ struct Ready {
 }
 
 impl Program {
+    /// The program that an executor begins with.
+    ///
+    /// # Errors
+    /// Shapes or ops that the kernels do not know.
+    fn checked(spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> Result<Program> {
+        check(spec, options)?;
+        let program = Program::new(spec, weights, options.purpose(), options);
+        match forward::unfit(&program.tape, weights) {
+            Some(why) => Err(Error::Unsupported(format!("on the GPU: {why}; use the CPU"))),
+            None => Ok(program),
+        }
+    }
+
     fn new(spec: &Spec, weights: &Weights, purpose: Purpose, options: &ExecutorOptions) -> Program {
         let limits = match purpose {
             Purpose::Generate => options.limits,
@@ -172,16 +195,36 @@ impl Program {
     }
 }
 
+/// What forks of an executor share: the weights, and all pages of keys and values. Whoever runs has it for himself until he
+/// is done, so that nobody else replaces a buffer that he has bound.
+#[derive(Debug)]
+struct Shared {
+    uploaded: Uploaded,
+    pool: Pool,
+}
+
+impl Shared {
+    /// Brings what was given back to the device again.
+    fn wake(&mut self) -> Result<()> {
+        self.uploaded.wake()?;
+        self.pool.wake()
+    }
+
+    /// Grows whenever a buffer is replaced.
+    fn generation(&self) -> u64 {
+        self.uploaded.generation + self.pool.generation
+    }
+}
+
 /// Runs the tapes of one model. See the module's text.
 #[derive(Debug)]
 pub struct Executor {
     device: Arc<Device>,
     spec: Spec,
     weights: Arc<Weights>,
-    uploaded: Uploaded,
+    shared: Arc<Mutex<Shared>>,
     options: ExecutorOptions,
     programs: Vec<Program>,
-    pool: Pool,
     arena: wgpu::Buffer,
     packed: wgpu::Buffer,
     run: wgpu::Buffer,
@@ -215,15 +258,32 @@ impl Executor {
         weights: Arc<Weights>,
         options: &ExecutorOptions,
     ) -> Result<Executor> {
-        check(spec, options)?;
-        let program = Program::new(spec, &weights, options.purpose(), options);
-        if let Some(why) = forward::unfit(&program.tape, &weights) {
-            return Err(Error::Unsupported(format!("on the GPU: {why}; use the CPU")));
-        }
+        let program = Program::checked(spec, &weights, options)?;
         let uploaded = Uploaded::new(device, spec, &weights)?;
-        // Nothing is cached in learning.
-        let element = if options.half() { 2 } else { 4 };
-        let pool = Pool::new(device.clone(), spec, element)?;
+        let pool = Pool::new(device.clone(), spec, options.kv_type, options.window)?;
+        let shared = Arc::new(Mutex::new(Shared { uploaded, pool }));
+        Executor::with(device, spec, weights, options, program, shared)
+    }
+
+    /// A second executor for the same model: it has activations of its own, and shares the weights and the pages of keys
+    /// and values, so that caches of the one go on in the other. No corrections are in force in it.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`].
+    pub fn fork(&self) -> Result<Executor> {
+        let program = Program::new(&self.spec, &self.weights, self.options.purpose(), &self.options);
+        let (device, weights, shared) = (&self.device, self.weights.clone(), self.shared.clone());
+        Executor::with(device, &self.spec, weights, &self.options, program, shared)
+    }
+
+    fn with(
+        device: &Arc<Device>,
+        spec: &Spec,
+        weights: Arc<Weights>,
+        options: &ExecutorOptions,
+        program: Program,
+        shared: Arc<Mutex<Shared>>,
+    ) -> Result<Executor> {
         let params = 4 * program.tape.param_count() as u64;
         let slices = slices(device, params);
         let arena = device.storage(4 * program.scratch.end, "activations")?;
@@ -232,10 +292,9 @@ impl Executor {
             device: device.clone(),
             spec: spec.clone(),
             weights,
-            uploaded,
+            shared: shared.clone(),
             options: options.clone(),
             programs: vec![program],
-            pool,
             arena,
             packed: device.storage(program_packed, "packed rows")?,
             run: device.storage(SLOT, "tables of a run")?,
@@ -254,7 +313,10 @@ impl Executor {
             timings: Timings::default(),
         };
         // What cannot be run is refused now and not later.
-        executor.recording(0, None)?;
+        let mut shared = lock(&shared);
+        shared.wake()?;
+        executor.recording(&shared, 0, None)?;
+        drop(shared);
         Ok(executor)
     }
 
@@ -262,6 +324,30 @@ impl Executor {
     pub fn needs(spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> ExecutorNeeds {
         let program = Program::new(spec, weights, options.purpose(), options);
         ExecutorNeeds { arena: 4 * program.scratch.end, param_count: program.tape.param_count() }
+    }
+
+    /// What [`Executor::new`] comes to take for generating.
+    ///
+    /// # Errors
+    /// As [`Executor::new`], memory apart.
+    pub fn footprint(device: &Device, spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> Result<Footprint> {
+        let program = Program::checked(spec, weights, options)?;
+        let PlanLimits { tokens, outputs } = options.limits;
+        let rotations: usize = spec.ropes.iter().map(|rope| rope.dims).sum();
+        let table = HEADER + tokens * (4 + rotations) + OUTPUT_WORDS * outputs + options.window.div_ceil(PAGE);
+        let results = 4 * outputs * program.tape.info(program.tape.result).width;
+        // Of prompts, of single tokens, and of those in a long window; an op is a dispatch, more or less.
+        let descriptions = 3 * program.tape.ops.len() as u64 * SLOT;
+        let values = 4 * program.scratch.end
+            + packed_bytes(device, &program, options)
+            + (4 * table as u64).next_power_of_two()
+            + results as u64
+            + descriptions;
+        Ok(Footprint {
+            weights: Uploaded::needs(device, weights)?,
+            kv_cache: Pool::needs(spec, options.kv_type, options.window),
+            values,
+        })
     }
 
     /// The device.
@@ -279,8 +365,11 @@ impl Executor {
     /// # Errors
     /// [`Error::Device`].
     pub fn decode_traffic(&mut self) -> Result<Traffic> {
+        let shared = self.shared.clone();
+        let mut shared = lock(&shared);
+        shared.wake()?;
         let program = self.program(Purpose::Generate)?;
-        let recording = self.recording(program, Some(Decoding { rows: 1, splits: 1 }))?;
+        let recording = self.recording(&shared, program, Some(Decoding { rows: 1, splits: 1 }))?;
         let dispatches = &self.programs[program].recordings[recording].dispatches;
         Ok(dispatches.iter().fold(Traffic::default(), |t, d| Traffic {
             dispatches: t.dispatches + 1,
@@ -289,20 +378,23 @@ impl Executor {
         }))
     }
 
-    /// Index of the program for `purpose`, made at its first use.
+    /// Index of the program for `purpose`, made at its first use, with room for what it computes in.
     fn program(&mut self, purpose: Purpose) -> Result<usize> {
-        if let Some(at) = self.programs.iter().position(|p| p.purpose == purpose) {
-            return Ok(at);
-        }
-        let program = Program::new(&self.spec, &self.weights, purpose, &self.options);
-        self.hold(self.room(&program, self.hidden))?;
-        let packed = packed_bytes(&self.device, &program, &self.options);
+        let at = match self.programs.iter().position(|p| p.purpose == purpose) {
+            Some(at) => at,
+            None => {
+                self.programs.push(Program::new(&self.spec, &self.weights, purpose, &self.options));
+                self.programs.len() - 1
+            }
+        };
+        let program = &self.programs[at];
+        let (room, packed) = (self.room(program, self.hidden), packed_bytes(&self.device, program, &self.options));
+        self.hold(room)?;
         if packed > self.packed.size() {
             self.packed = self.device.storage(packed, "packed rows")?;
             self.generation += 1;
         }
-        self.programs.push(program);
-        Ok(self.programs.len() - 1)
+        Ok(at)
     }
 
     /// Bytes of the arena that a program takes, with rows of so many elements for corrections.
@@ -338,7 +430,7 @@ impl Executor {
     }
 
     /// Index of a program's recording for so many decoded rows, made at its first use, with bind groups that are true.
-    fn recording(&mut self, program: usize, decoding: Option<Decoding>) -> Result<usize> {
+    fn recording(&mut self, shared: &Shared, program: usize, decoding: Option<Decoding>) -> Result<usize> {
         let at = match self.programs[program].recordings.iter().position(|r| r.decoding == decoding) {
             Some(at) => at,
             None => {
@@ -347,8 +439,8 @@ impl Executor {
                     &self.device,
                     &self.spec,
                     (&p.tape, &p.plan),
-                    (&self.weights, &self.uploaded),
-                    (self.options.half(), self.options.exact),
+                    (&self.weights, &shared.uploaded),
+                    (self.options.kv_type, self.options.exact),
                     decoding,
                     &self.corrections,
                     Scratch { slices: self.slices, ..p.scratch },
@@ -363,10 +455,10 @@ impl Executor {
                 recordings.len() - 1
             }
         };
-        let generation = self.generation + self.pool.generation;
+        let generation = self.generation + shared.generation();
         if self.programs[program].recordings[at].generation != generation {
             let recording = &self.programs[program].recordings[at];
-            let groups = recording.binds.iter().map(|b| self.bind(&recording.uniforms, *b)).collect();
+            let groups = recording.binds.iter().map(|b| self.bind(shared, &recording.uniforms, *b)).collect();
             let recording = &mut self.programs[program].recordings[at];
             recording.groups = groups;
             recording.generation = generation;
@@ -374,10 +466,10 @@ impl Executor {
         Ok(at)
     }
 
-    fn bind(&self, uniforms: &wgpu::Buffer, (weights, layer): Binds) -> wgpu::BindGroup {
-        let (weights, cache) = (&self.uploaded.buffers[weights], &self.pool.layers[layer]);
+    fn bind(&self, shared: &Shared, uniforms: &wgpu::Buffer, (weights, layer): Binds) -> wgpu::BindGroup {
+        let (weights, cache) = (&shared.uploaded.buffers[weights], &shared.pool.layers[layer]);
         let Executor { run, arena, params, gradients, packed, .. } = self;
-        self.device.bind(uniforms, [run, &self.uploaded.constants, weights, arena, cache, params, gradients, packed])
+        self.device.bind(uniforms, [run, &shared.uploaded.constants, weights, arena, cache, params, gradients, packed])
     }
 
     /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies. The caches have advanced then.
@@ -388,6 +480,9 @@ impl Executor {
     pub fn run(&mut self, purpose: Purpose, mut batch: Batch<'_, KvCache>, cancel: &AtomicBool) -> Result<&mut [f32]> {
         self.result.clear();
         self.device.check()?;
+        let shared = self.shared.clone();
+        let mut shared = lock(&shared);
+        shared.wake()?;
         let program = self.program(purpose)?;
         batch.check(&self.programs[program].tape, &self.programs[program].plan.limits, purpose)?;
         let sequences = batch.segments.count();
@@ -395,7 +490,7 @@ impl Executor {
             let rows = batch.segments.rows(i);
             if let Some(cache) = batch.segments.cache(i) {
                 let len = cache.len() + rows;
-                cache.reserve(&mut self.pool, len)?;
+                cache.reserve(&mut shared.pool, cache.len(), len)?;
             }
         }
         self.upload(&mut batch, purpose)?;
@@ -405,7 +500,7 @@ impl Executor {
             rows: sequences.next_power_of_two() as u32,
             splits: if longest >= LONG.0 { LONG.1 } else { 1 },
         });
-        let recording = self.recording(program, decoding)?;
+        let recording = self.recording(&shared, program, decoding)?;
         let rows = |kind| match kind {
             Rows::Tokens => batch.tokens.len(),
             Rows::Outputs => batch.outputs.len(),
@@ -482,6 +577,90 @@ impl Executor {
             self.result.truncate(batch.outputs.len() * wanted);
         }
         Ok(&mut self.result)
+    }
+
+    /// Hands over what a cache holds, as [`cpu::KvCache::contents`](crate::cpu::KvCache::contents) does.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`], and what `write` says.
+    pub fn contents(&self, cache: &KvCache, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        lock(&self.shared).pool.contents(cache, write)
+    }
+
+    /// Fills a cache, as [`cpu::KvCache::fill`](crate::cpu::KvCache::fill) does.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`], and what `read` says; nothing is held then.
+    pub fn fill(&self, cache: &mut KvCache, len: usize, read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        lock(&self.shared).pool.fill(cache, len, read)
+    }
+
+    /// Drops a part of a cache, as [`cpu::KvCache::shift`](crate::cpu::KvCache::shift) does.
+    ///
+    /// # Errors
+    /// Positions that are not held, [`Error::Memory`], [`Error::Device`].
+    pub fn shift(&mut self, cache: &mut KvCache, keep: usize, drop: usize) -> Result<()> {
+        let len = cache.len();
+        check_dropped(len, keep, drop)?;
+        if drop == 0 {
+            return Ok(());
+        }
+        let shared = self.shared.clone();
+        let mut shared = lock(&shared);
+        shared.wake()?;
+        cache.reserve(&mut shared.pool, keep, len)?;
+        let dropped = Dropped { keep, drop };
+        self.words = dropped.table(&self.frequencies, cache);
+        self.upload_tables()?;
+        let table = self.words.len() - cache.pages().count();
+        let bind = |uniforms: &wgpu::Buffer, layer| self.bind(&shared, uniforms, (0, layer));
+        dropped.submit(&self.device, &self.spec, self.options.kv_type, (len, table), bind)?;
+        cache.truncate(len - drop);
+        Ok(())
+    }
+
+    /// Gives back the memory that only a run needs, the last result with it; the next run takes it anew. Gives its bytes.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], for a handful of bytes; [`Error::Device`].
+    pub fn trim(&mut self) -> Result<u64> {
+        self.result = Vec::new();
+        self.ready = None;
+        let (device, least) = (&self.device, SLOT);
+        let mut freed = 0;
+        for (buffer, what) in [
+            (&mut self.arena, "activations"),
+            (&mut self.packed, "packed rows"),
+            (&mut self.run, "tables of a run"),
+            (&mut self.staging, "results"),
+        ] {
+            if buffer.size() > least {
+                let usage = buffer.usage();
+                let old = std::mem::replace(buffer, device.buffer(least, usage, what)?);
+                freed += old.size() - least;
+                old.destroy();
+            }
+        }
+        self.generation += 1;
+        // What is bound is kept alive by those who bind it.
+        self.programs.iter_mut().flat_map(|p| &mut p.recordings).for_each(|r| r.groups.clear());
+        self.device.wait()?;
+        Ok(freed)
+    }
+
+    /// As [`Executor::trim`], and gives back the memory of the weights and of the KV cache too, which forks share: what caches
+    /// hold waits in main memory, and the next run of any of them brings all up again. Gives the bytes.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`]; the weights and the caches are on the device then.
+    pub fn park(&mut self) -> Result<u64> {
+        let trimmed = self.trim()?;
+        let mut shared = lock(&self.shared);
+        let pages = shared.pool.park()?;
+        let weights = shared.uploaded.park();
+        drop(shared);
+        self.device.wait()?;
+        Ok(trimmed + pages + weights)
     }
 
     /// Commands for a part of a recording, and for copying what is read back.
@@ -566,12 +745,7 @@ impl Executor {
             let (tokens, shares) = soft.of(s);
             words.extend(tokens.iter().zip(shares).flat_map(|(token, share)| [*token, share.to_bits()]));
         }
-        let bytes = 4 * words.len() as u64;
-        if bytes > self.run.size() {
-            self.run = self.device.storage(bytes.next_power_of_two(), "tables of a run")?;
-            self.generation += 1;
-        }
-        self.device.queue.write_buffer(&self.run, 0, bytemuck::cast_slice(words));
+        self.upload_tables()?;
         if let Some(l) = batch.learning.as_ref().filter(|l| !l.within.begun) {
             self.device.queue.write_buffer(&self.params, 0, bytemuck::cast_slice(l.params));
             if purpose == Purpose::Learn {
@@ -580,6 +754,17 @@ impl Executor {
                 self.device.queue.submit([encoder.finish()]);
             }
         }
+        Ok(())
+    }
+
+    /// Writes the words of a run.
+    fn upload_tables(&mut self) -> Result<()> {
+        let bytes = 4 * self.words.len() as u64;
+        if bytes > self.run.size() {
+            self.run = self.device.storage(bytes.next_power_of_two(), "tables of a run")?;
+            self.generation += 1;
+        }
+        self.device.queue.write_buffer(&self.run, 0, bytemuck::cast_slice(&self.words));
         Ok(())
     }
 
@@ -593,10 +778,12 @@ impl Executor {
 }
 
 fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
-    if !matches!(options.kv_type, DType::F16 | DType::F32) {
+    if !matches!(options.kv_type, DType::F16 | DType::F32 | DType::Q8_0)
+        || options.kv_type.row_bytes(spec.head_dim).is_none()
+    {
         return Err(Error::Unsupported(format!(
-            "a KV cache of type {} on the GPU; choose F16 or F32, or use the CPU",
-            options.kv_type
+            "a KV cache of type {} for heads of {} elements on the GPU; choose F16 or F32",
+            options.kv_type, spec.head_dim
         )));
     }
     if !spec.heads.is_multiple_of(spec.kv_heads.max(1)) {

@@ -11,7 +11,9 @@ use super::record::{Depth, Grid, Kv, MatmulOp, NONE, PackedRows, Recorder, rows_
 use super::weights::Piece;
 use crate::Result;
 use crate::quant::DType;
-use crate::tape::{Attention, Epilogue, Gate, KvSource, Linear, Op, Part, Rope, Rows, Tape, Value, WeightId};
+use crate::tape::{
+    Attention, Epilogue, Gate, KvSource, Linear, Op, Part, Rope, RopeStyle, Rows, Spec, Tape, Value, WeightId,
+};
 
 /// Rows of a tile.
 pub(super) const TILE: u32 = 64;
@@ -104,6 +106,22 @@ pub(super) struct Turning {
     table: u32,
     halves: u32,
     unused: [u32; 2],
+}
+
+impl Turning {
+    /// A rotation without norms; none turns nothing.
+    pub fn of(spec: &Spec, rope: Option<usize>) -> Turning {
+        let rotation = rope.and_then(|i| spec.ropes.get(i));
+        Turning {
+            q_norm: NONE,
+            k_norm: NONE,
+            eps: spec.norm_eps,
+            dims: rotation.map_or(0, |s| s.dims as u32),
+            table: spec.ropes.iter().take(rope.unwrap_or(0)).map(|s| s.dims as u32).sum(),
+            halves: u32::from(rotation.is_some_and(|s| s.style == RopeStyle::Halves)),
+            unused: [0; 2],
+        }
+    }
 }
 
 #[repr(C)]
@@ -518,26 +536,14 @@ impl Recorder<'_> {
     }
 
     pub(super) fn kv(&self, window: Option<usize>) -> Kv {
-        Kv {
-            heads: self.spec.heads as u32,
-            kv_heads: self.spec.kv_heads as u32,
-            head_dim: self.spec.head_dim as u32,
-            window: window.unwrap_or(0) as u32,
-        }
+        Kv::new(self.spec, window)
     }
 
     pub(super) fn turning(&self, r: &Rope) -> Turning {
-        let spec = self.spec;
-        let rotation = r.rope.and_then(|i| spec.ropes.get(i));
-        let halves = rotation.is_some_and(|s| s.style == crate::tape::RopeStyle::Halves);
         Turning {
             q_norm: r.q_norm.map_or(NONE, |w| self.uploaded.vector(w)),
             k_norm: r.k_norm.map_or(NONE, |w| self.uploaded.vector(w)),
-            eps: spec.norm_eps,
-            dims: rotation.map_or(0, |s| s.dims as u32),
-            table: spec.ropes.iter().take(r.rope.unwrap_or(0)).map(|s| s.dims as u32).sum(),
-            halves: u32::from(halves),
-            unused: [0; 2],
+            ..Turning::of(self.spec, r.rope)
         }
     }
 
@@ -556,7 +562,7 @@ impl Recorder<'_> {
         };
         let grid = row_grid(kv.heads + kv.kv_heads, Rows::Tokens);
         let floats = u64::from((2 * kv.heads + 3 * kv.kv_heads) * kv.head_dim);
-        self.push(Kernel::Rope { half: self.half }, (0, r.cache.unwrap_or(0)), grid, &op, (0, floats))
+        self.push(Kernel::Rope { kv_type: self.kv_type }, (0, r.cache.unwrap_or(0)), grid, &op, (0, floats))
     }
 
     /// Attention, with head norms, rotation and cache write where `rope` is given.
@@ -587,7 +593,7 @@ impl Recorder<'_> {
         if rope.is_some() {
             let (head_dim, splits) = (kv.head_dim, self.decoding.map_or(1, |d| d.splits));
             let op = AttentionOp { lse: self.scratch.parts, ..op };
-            let kernel = Kernel::Attention { head_dim, half: self.half, splits };
+            let kernel = Kernel::Attention { head_dim, kv_type: self.kv_type, splits };
             self.push(kernel, (0, layer), row_grid(kv.heads * splits, Rows::Tokens), &op, (0, floats))?;
             if splits > 1 {
                 let merge = [self.scratch.parts, op.out, kv.heads, 0];
@@ -598,7 +604,8 @@ impl Recorder<'_> {
             return Ok(());
         }
         let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 2, (2, 4));
-        let kernel = Kernel::AttentionTile { rows, cached: matches!(a.kv, KvSource::Cache(_)), half: self.half };
+        let cached = matches!(a.kv, KvSource::Cache(_)).then_some(self.kv_type);
+        let kernel = Kernel::AttentionTile { rows, cached };
         let grid = Grid { x: kv.heads, z: Depth::Rows(Rows::Tokens, rows.own) };
         self.push(kernel, (0, layer), grid, &op, (0, floats))
     }

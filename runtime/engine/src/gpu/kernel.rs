@@ -52,12 +52,12 @@ pub(super) enum Kernel {
         fours: bool,
     },
     Rope {
-        half: bool,
+        kv_type: DType,
     },
     /// Of single rows, with rotation and cache write, in `splits` parts.
     Attention {
         head_dim: u32,
-        half: bool,
+        kv_type: DType,
         splits: u32,
     },
     /// The parts of a head together.
@@ -65,11 +65,14 @@ pub(super) enum Kernel {
         head_dim: u32,
         splits: u32,
     },
-    /// Of many rows.
+    /// Of many rows, whose keys and values lie in a cache of some type or are rows of the run.
     AttentionTile {
         rows: AttentionRows,
-        cached: bool,
-        half: bool,
+        cached: Option<DType>,
+    },
+    /// Moves positions of the cache down and turns their keys back.
+    Shift {
+        kv_type: DType,
     },
     Softmax {
         gradient: bool,
@@ -156,7 +159,16 @@ impl Kernel {
                 | Kernel::LoraOuter { fours: true, .. }
         );
         let element = if four { "vec4<f32>" } else { "f32" };
-        add(&include_str!("shaders/bindings.wgsl").replace("ELEMENT", element).replace("PARAM", element));
+        // Rows of Q8_0 are no multiple of two words.
+        let words = match self {
+            Kernel::Rope { kv_type: DType::Q8_0 }
+            | Kernel::Shift { kv_type: DType::Q8_0 }
+            | Kernel::Attention { kv_type: DType::Q8_0, .. }
+            | Kernel::AttentionTile { cached: Some(DType::Q8_0), .. } => "u32",
+            _ => "vec2<u32>",
+        };
+        let bindings = include_str!("shaders/bindings.wgsl");
+        add(&bindings.replace("ELEMENT", element).replace("PARAM", element).replace("WORDS", words));
         if matches!(self, Kernel::Cooperative { .. } | Kernel::Pack) {
             add("@group(0) @binding(8) var<storage, read_write> packed: array<vec4<f16>>;");
         }
@@ -230,12 +242,16 @@ impl Kernel {
                 });
             }
             Kernel::AddSlices => add(include_str!("shaders/add_slices.wgsl")),
-            Kernel::Rope { half } => {
-                turning(&mut add, *half);
+            Kernel::Rope { kv_type } => {
+                turning(&mut add, *kv_type);
                 add(include_str!("shaders/rope.wgsl"));
             }
-            Kernel::Attention { head_dim, half, splits } => {
-                turning(&mut add, *half);
+            Kernel::Shift { kv_type } => {
+                turning(&mut add, *kv_type);
+                add(include_str!("shaders/shift.wgsl"));
+            }
+            Kernel::Attention { head_dim, kv_type, splits } => {
+                turning(&mut add, *kv_type);
                 add(&format!("const D = {head_dim}u; const SPLITS = {splits}u;"));
                 add(include_str!("shaders/attention.wgsl"));
             }
@@ -243,9 +259,9 @@ impl Kernel {
                 add(&format!("const D = {head_dim}u; const SPLITS = {splits}u;"));
                 add(include_str!("shaders/attention_merge.wgsl"));
             }
-            Kernel::AttentionTile { rows, cached, half } => {
-                add(&format!("const CACHED = {cached}; const KV_HALF = {half}; {}", rows.constants()));
-                add(include_str!("shaders/kv.wgsl"));
+            Kernel::AttentionTile { rows, cached } => {
+                add(&format!("const CACHED = {}; {}", cached.is_some(), rows.constants()));
+                kv(&mut add, cached.unwrap_or(DType::F32));
                 add(include_str!("shaders/tile.wgsl"));
                 add(include_str!("shaders/attention_tile.wgsl"));
             }
@@ -268,7 +284,7 @@ impl Kernel {
                 add(include_str!("shaders/scatter.wgsl"));
             }
             Kernel::RopeBackward => {
-                turning(&mut add, false);
+                turning(&mut add, DType::F32);
                 add(include_str!("shaders/rope_backward.wgsl"));
             }
             Kernel::AttentionBackward { rows, queries } => {
@@ -315,10 +331,19 @@ fn gates(add: &mut impl FnMut(&str), gate: Gate) {
     ));
 }
 
-fn turning(add: &mut impl FnMut(&str), half: bool) {
-    add(&format!("const KV_HALF = {half};"));
-    add(include_str!("shaders/reduce.wgsl"));
+/// The cache, and how rows of its type are read and written.
+fn kv(add: &mut impl FnMut(&str), kv_type: DType) {
     add(include_str!("shaders/kv.wgsl"));
+    add(match kv_type {
+        DType::Q8_0 => include_str!("shaders/kv_q8_0.wgsl"),
+        DType::F16 => include_str!("shaders/kv_f16.wgsl"),
+        _ => include_str!("shaders/kv_f32.wgsl"),
+    });
+}
+
+fn turning(add: &mut impl FnMut(&str), kv_type: DType) {
+    add(include_str!("shaders/reduce.wgsl"));
+    kv(add, kv_type);
     add(include_str!("shaders/turn.wgsl"));
 }
 

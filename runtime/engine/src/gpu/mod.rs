@@ -6,6 +6,7 @@
 //! | `kernel` | which kernels there are, and their WGSL, put together from `shaders/` |
 //! | `weights` | quantized blocks on the device, split at its binding limit |
 //! | `kv` | pages of keys and values, shared by all sequences |
+//! | `shift` | dropping a part of a sequence |
 //! | `record` | a dispatch, its description and its bind group |
 //! | `forward`, `backward` | from ops to dispatches |
 //! | `adapters` | low-rank corrections of maps at run time |
@@ -27,10 +28,11 @@ mod forward;
 mod kernel;
 mod kv;
 mod record;
+mod shift;
 mod trial;
 mod weights;
 
 pub use adapters::Correction;
 pub use device::{Device, DeviceInfo, DeviceKind, Limits, devices};
-pub use executor::{Executor, ExecutorOptions, Traffic};
+pub use executor::{Executor, ExecutorOptions, Footprint, Traffic};
 pub use kv::KvCache;

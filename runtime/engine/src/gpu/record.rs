@@ -9,6 +9,7 @@ use super::device::{Device, SLOT};
 use super::kernel::Kernel;
 use super::weights::Uploaded;
 use crate::Result;
+use crate::quant::DType;
 use crate::tape::{Plan, Rows, Spec, Tape, Value, Weights};
 
 /// An absent offset, as the kernels know it.
@@ -84,8 +85,8 @@ pub(super) struct Recorder<'a> {
     pub plan: &'a Plan,
     pub weights: &'a Weights,
     pub uploaded: &'a Uploaded,
-    /// Whether keys and values are kept in half precision.
-    pub half: bool,
+    /// Type of keys and values in the cache.
+    pub kv_type: DType,
     /// Whether products are to be those of single precision.
     pub exact: bool,
     /// Kernels for decoding, and how they are to be.
@@ -134,7 +135,7 @@ impl<'a> Recorder<'a> {
         spec: &'a Spec,
         (tape, plan): (&'a Tape, &'a Plan),
         (weights, uploaded): (&'a Weights, &'a Uploaded),
-        (half, exact): (bool, bool),
+        (kv_type, exact): (DType, bool),
         decoding: Option<Decoding>,
         corrections: &'a [Placed],
         scratch: Scratch,
@@ -146,7 +147,7 @@ impl<'a> Recorder<'a> {
             plan,
             weights,
             uploaded,
-            half,
+            kv_type,
             exact,
             decoding,
             corrections,
@@ -224,6 +225,17 @@ pub(super) struct Kv {
     pub kv_heads: u32,
     pub head_dim: u32,
     pub window: u32,
+}
+
+impl Kv {
+    pub fn new(spec: &Spec, window: Option<usize>) -> Kv {
+        Kv {
+            heads: spec.heads as u32,
+            kv_heads: spec.kv_heads as u32,
+            head_dim: spec.head_dim as u32,
+            window: window.unwrap_or(0) as u32,
+        }
+    }
 }
 
 /// `Op` of `shaders/matmul.wgsl`.

@@ -30,13 +30,19 @@ pub(super) struct Piece {
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Uploaded {
+    device: Arc<Device>,
+    weights: Arc<Weights>,
+    /// None while their memory is given back.
     pub buffers: Vec<wgpu::Buffer>,
+    sizes: Vec<u64>,
     pieces: Vec<Vec<Piece>>,
     /// First element of a vector among the constants.
     vectors: Vec<u32>,
     pub constants: wgpu::Buffer,
     /// First slope of ALiBi among the constants.
     pub slopes: Option<u32>,
+    /// Grows whenever the buffers are replaced.
+    pub generation: u64,
 }
 
 impl Uploaded {
@@ -44,20 +50,14 @@ impl Uploaded {
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`], rows that no buffer holds.
-    pub fn new(device: &Arc<Device>, spec: &Spec, weights: &Weights) -> Result<Uploaded> {
+    pub fn new(device: &Arc<Device>, spec: &Spec, weights: &Arc<Weights>) -> Result<Uploaded> {
         let (sizes, pieces) = divide(weights, device.binding_bytes)?;
-        let buffers =
-            sizes.iter().map(|bytes| device.storage(*bytes, "the weights")).collect::<Result<Vec<wgpu::Buffer>>>()?;
         let mut constants = Vec::new();
         let mut vectors = Vec::new();
-        for (id, weight) in weights.iter() {
+        for (_, weight) in weights.iter() {
             vectors.push(constants.len() as u32);
             constants.extend_from_slice(weight.vector());
             constants.resize(constants.len().next_multiple_of(ALIGN as usize), 0.0);
-            for piece in &pieces[id.0 as usize] {
-                let rows = weights.rows(id, piece.first..piece.first + piece.rows);
-                upload(device, &buffers[piece.buffer], u64::from(piece.at), rows)?;
-            }
         }
         let slopes = spec.alibi.as_ref().map(|slopes| {
             let at = constants.len() as u32;
@@ -67,7 +67,57 @@ impl Uploaded {
         constants.resize(constants.len().next_multiple_of(ALIGN as usize), 0.0);
         let buffer = device.storage(4 * constants.len() as u64, "norms and biases")?;
         upload(device, &buffer, 0, bytemuck::cast_slice(&constants))?;
-        Ok(Uploaded { buffers, pieces, vectors, constants: buffer, slopes })
+        let mut uploaded = Uploaded {
+            device: device.clone(),
+            weights: weights.clone(),
+            buffers: Vec::new(),
+            sizes,
+            pieces,
+            vectors,
+            constants: buffer,
+            slopes,
+            generation: 0,
+        };
+        uploaded.wake()?;
+        Ok(uploaded)
+    }
+
+    /// Bytes that the weights come to take.
+    ///
+    /// # Errors
+    /// Rows that no buffer holds.
+    pub fn needs(device: &Device, weights: &Weights) -> Result<u64> {
+        let (sizes, _) = divide(weights, device.binding_bytes)?;
+        let vector = |len: usize| 4 * (len.next_multiple_of(ALIGN as usize)) as u64;
+        Ok(sizes.iter().sum::<u64>() + weights.iter().map(|(_, w)| vector(w.vector().len())).sum::<u64>())
+    }
+
+    /// Gives the memory of the matrices back until [`Uploaded::wake`]. Gives its bytes.
+    pub fn park(&mut self) -> u64 {
+        let bytes = self.buffers.iter().map(wgpu::Buffer::size).sum();
+        self.buffers.drain(..).for_each(|buffer| buffer.destroy());
+        bytes
+    }
+
+    /// Brings the matrices up, if they are not there.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`]; they are not there then.
+    pub fn wake(&mut self) -> Result<()> {
+        if !self.buffers.is_empty() {
+            return Ok(());
+        }
+        let allocate = |bytes: &u64| self.device.storage(*bytes, "the weights");
+        let buffers = self.sizes.iter().map(allocate).collect::<Result<Vec<wgpu::Buffer>>>()?;
+        for (id, _) in self.weights.iter() {
+            for piece in &self.pieces[id.0 as usize] {
+                let rows = self.weights.rows(id, piece.first..piece.first + piece.rows);
+                upload(&self.device, &buffers[piece.buffer], u64::from(piece.at), rows)?;
+            }
+        }
+        self.buffers = buffers;
+        self.generation += 1;
+        Ok(())
     }
 
     /// Where a matrix lies.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use crate::cpu;
 #[cfg(feature = "gpu")]
 use crate::gpu;
-use crate::tape::{Batch, Purpose, Segments, Tape, Timing};
+use crate::tape::{Batch, Purpose, Segments, Spec, Tape, Timing};
 use crate::{Error, Result};
 
 /// Where a model runs.
@@ -92,10 +92,6 @@ impl Cache {
         }
     }
 
-    pub fn is_on_cpu(&self) -> bool {
-        matches!(self, Cache::Cpu(_))
-    }
-
     pub fn bytes(&self) -> usize {
         match self {
             Cache::Cpu(cache) => cache.bytes(),
@@ -111,25 +107,6 @@ impl Cache {
             #[cfg(feature = "gpu")]
             Cache::Gpu(cache) => Box::new(cache.page_sizes()),
         }
-    }
-
-    /// The cache in memory.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for `what` where it is on a GPU.
-    pub fn in_memory(&self, what: &str) -> Result<&cpu::KvCache> {
-        let _ = what;
-        match self {
-            Cache::Cpu(cache) => Ok(cache),
-            #[cfg(feature = "gpu")]
-            Cache::Gpu(_) => Err(Error::Unsupported(format!("{what} on the GPU; open the session on the CPU"))),
-        }
-    }
-
-    /// As [`Cache::in_memory`], to be changed.
-    pub fn in_memory_mut(&mut self, what: &str) -> Result<&mut cpu::KvCache> {
-        self.in_memory(what)?;
-        self.cpu().ok_or(Error::Unsupported(what.into()))
     }
 
     fn cpu(&mut self) -> Option<&mut cpu::KvCache> {
@@ -149,6 +126,11 @@ impl Cache {
     }
 }
 
+/// What a sequence of another engine comes to.
+fn foreign() -> Error {
+    Error::argument("the sequence belongs to an engine on another device")
+}
+
 /// Sequences with caches of one kind.
 struct Picked<'a, C> {
     segments: &'a mut dyn Segments<Cache>,
@@ -159,7 +141,7 @@ impl<'a, C> Picked<'a, C> {
     fn new(segments: &'a mut dyn Segments<Cache>, pick: fn(&mut Cache) -> Option<&mut C>) -> Result<Picked<'a, C>> {
         match (0..segments.count()).all(|i| segments.cache(i).is_none_or(|cache| pick(cache).is_some())) {
             true => Ok(Picked { segments, pick }),
-            false => Err(Error::argument("the sequence belongs to an engine on another device")),
+            false => Err(foreign()),
         }
     }
 }
@@ -204,12 +186,54 @@ impl Backend {
         }
     }
 
-    /// As [`cpu::Executor::trim`]; a GPU keeps its memory.
+    /// As [`cpu::KvCache::contents`].
+    pub fn contents(&self, cache: &Cache, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        match (self, cache) {
+            (Backend::Cpu(_), Cache::Cpu(cache)) => cache.contents().try_for_each(write),
+            #[cfg(feature = "gpu")]
+            (Backend::Gpu(executor), Cache::Gpu(cache)) => executor.contents(cache, write),
+            #[cfg(feature = "gpu")]
+            _ => Err(foreign()),
+        }
+    }
+
+    /// As [`cpu::KvCache::fill`].
+    pub fn fill(&mut self, cache: &mut Cache, len: usize, read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        match (self, cache) {
+            (Backend::Cpu(_), Cache::Cpu(cache)) => cache.fill(len, read),
+            #[cfg(feature = "gpu")]
+            (Backend::Gpu(executor), Cache::Gpu(cache)) => executor.fill(cache, len, read),
+            #[cfg(feature = "gpu")]
+            _ => Err(foreign()),
+        }
+    }
+
+    /// As [`cpu::KvCache::shift`].
+    pub fn shift(&mut self, cache: &mut Cache, spec: &Spec, keep: usize, drop: usize) -> Result<()> {
+        match (self, cache) {
+            (Backend::Cpu(_), Cache::Cpu(cache)) => cache.shift(spec, keep, drop),
+            #[cfg(feature = "gpu")]
+            (Backend::Gpu(executor), Cache::Gpu(cache)) => executor.shift(cache, keep, drop),
+            #[cfg(feature = "gpu")]
+            _ => Err(foreign()),
+        }
+    }
+
+    /// As [`cpu::Executor::trim`].
     pub fn trim(&mut self) -> Result<usize> {
         match self {
             Backend::Cpu(executor) => executor.trim(),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(_) => Ok(0),
+            Backend::Gpu(executor) => executor.trim().map(|bytes| bytes as usize),
+        }
+    }
+
+    /// Gives a GPU's memory back, whatever is in it; the next run brings it up again. Gives its bytes: 0 on the CPU.
+    pub fn park(&mut self) -> Result<u64> {
+        match self {
+            Backend::Cpu(_) => Ok(0),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.park(),
         }
     }
 

@@ -131,10 +131,12 @@ pub struct Engine {
     options: SessionOptions,
     layout: KvLayout,
     backend: Backend,
+    /// What it comes to need, adapters apart.
+    estimate: Estimate,
     /// Why the CPU runs the model though a GPU was asked for, or looked for.
     fallback: Option<String>,
     adapters: Arc<[ScaledAdapter]>,
-    /// This engine's own number, where its caches are of no use to another: on a GPU.
+    /// This engine's own number, where its caches are of no use to another but its forks: on a GPU.
     owner: Option<u64>,
     /// Tokens of a run, and its outputs: kept, so that a run need not allocate.
     tokens: Vec<u32>,
@@ -149,8 +151,7 @@ impl Engine {
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Engine> {
         let options = complete(model, options)?;
         let layout = KvLayout::new(model.spec(), options.kv_type)?;
-        Engine::estimate(model, &options)?.check(options.memory_budget)?;
-        let (backend, fallback) = open(model, &options)?;
+        let Opened { backend, estimate, fallback } = Opened::new(model, &options)?;
         let owner = match &backend {
             Backend::Cpu(_) => None,
             #[cfg(feature = "gpu")]
@@ -164,6 +165,7 @@ impl Engine {
             options,
             layout,
             backend,
+            estimate,
             fallback,
             adapters: Arc::new([]),
             owner,
@@ -172,21 +174,30 @@ impl Engine {
         })
     }
 
-    /// What [`Engine::new`] with the same arguments will come to need, with one sequence of the full context.
+    /// What [`Engine::new`] with the same arguments will come to need, with one sequence of the full context. A GPU is
+    /// asked what it can, and nothing is allocated on it.
     ///
     /// # Errors
-    /// Parameters out of range.
+    /// Parameters out of range; a GPU that was asked for and cannot run the model.
     pub fn estimate(model: &Model, options: &SessionOptions) -> Result<Estimate> {
         let options = complete(model, options)?;
-        let layout = KvLayout::new(model.spec(), options.kv_type)?;
-        let needs = Executor::needs(model.spec(), model.weights(), &executor_options(&options));
-        Ok(Estimate {
-            weights: model.gguf().file_bytes(),
-            kv_cache: layout.bytes(options.context) as u64,
-            arena: needs.arena as u64,
-            scratch: needs.scratch as u64,
-            adapters: 0,
-        })
+        #[cfg(feature = "gpu")]
+        {
+            let on_gpu = || options.device.open()?.map(|gpu| estimate_on_gpu(model, &options, &gpu)).transpose();
+            match on_gpu() {
+                Ok(Some(estimate)) => return Ok(estimate),
+                Err(e) if !matches!(options.device, Device::Auto) => return Err(e),
+                _ => {}
+            }
+        }
+        #[cfg(not(feature = "gpu"))]
+        options.device.check()?;
+        estimate_on_cpu(model, &options)
+    }
+
+    /// What it comes to need with one sequence of the full context, adapters apart.
+    pub fn needs(&self) -> Estimate {
+        self.estimate
     }
 
     /// The model.
@@ -273,10 +284,9 @@ impl Engine {
     /// without that part.
     ///
     /// # Errors
-    /// Tokens that are not held; a sequence on a GPU.
-    pub fn shift(&self, sequence: &mut Sequence, keep: usize, drop: usize) -> Result<()> {
-        let cache = sequence.cache.in_memory_mut("dropping a part of the window")?;
-        cache.shift(self.model.spec(), keep, drop)?;
+    /// Tokens that are not held; [`Error::Device`] on a GPU.
+    pub fn shift(&mut self, sequence: &mut Sequence, keep: usize, drop: usize) -> Result<()> {
+        self.backend.shift(&mut sequence.cache, self.model.spec(), keep, drop)?;
         if drop > 0 {
             sequence.tokens.drain(keep..keep + drop);
             sequence.shifted = Some(sequence.shifted.map_or(keep, |from| from.min(keep)));
@@ -361,13 +371,54 @@ impl Engine {
         Ok(self.backend.result())
     }
 
-    /// Gives back the memory that only a run needs, logits with it; the next run takes it anew. Gives its bytes: 0 on a GPU,
-    /// which keeps it.
+    /// Gives back the memory that only a run needs, logits with it; the next run takes it anew. Gives its bytes.
     ///
     /// # Errors
-    /// None but [`Error::Memory`], for a handful of bytes.
+    /// None but [`Error::Memory`], for a handful of bytes; [`Error::Device`] on a GPU.
     pub fn trim(&mut self) -> Result<usize> {
         self.backend.trim()
+    }
+
+    /// Gives the memory of a GPU back, as [`Session::park`](super::Session::park) does.
+    ///
+    /// # Errors
+    /// As [`Session::park`](super::Session::park).
+    pub fn park(&mut self) -> Result<u64> {
+        self.backend.park()
+    }
+
+    /// Hands over the keys and values of a sequence as [`KvCache::contents`] gives them.
+    pub(super) fn contents(&self, sequence: &Sequence, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.backend.contents(&sequence.cache, write)
+    }
+
+    /// Fills the keys and values of all tokens of a sequence, as [`KvCache::fill`] does.
+    pub(super) fn fill(&mut self, sequence: &mut Sequence, read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        self.backend.fill(&mut sequence.cache, sequence.tokens.len(), read)
+    }
+
+    /// A second engine for sequences of this one, which on a GPU shares the weights with it. No adapters are in force in it.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`].
+    pub(super) fn fork(&self) -> Result<Engine> {
+        let backend = match &self.backend {
+            Backend::Cpu(_) => on_cpu(&self.model, &self.options)?,
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => Backend::Gpu(Box::new(executor.fork()?)),
+        };
+        Ok(Engine {
+            model: self.model.clone(),
+            options: self.options.clone(),
+            layout: self.layout,
+            backend,
+            estimate: self.estimate,
+            fallback: self.fallback.clone(),
+            adapters: Arc::new([]),
+            owner: self.owner,
+            tokens: Vec::new(),
+            outputs: Vec::new(),
+        })
     }
 
     /// The layout of the sequences' caches.
@@ -390,10 +441,8 @@ impl Engine {
     /// is no number, [`Error::Memory`] when the memory budget does not hold it. The set before stays in force then.
     pub fn set_adapters(&mut self, adapters: &[ScaledAdapter]) -> Result<AdapterReport> {
         let (tensors, corrections) = adapters::corrections(&self.model, adapters)?;
-        let check = |bytes: usize| {
-            let estimate = Engine::estimate(&self.model, &self.options)?;
-            Estimate { adapters: bytes as u64, ..estimate }.check(self.options.memory_budget)
-        };
+        let (estimate, budget) = (self.estimate, self.options.memory_budget);
+        let check = |bytes: usize| Estimate { adapters: bytes as u64, ..estimate }.check(budget);
         let bytes = match &mut self.backend {
             Backend::Cpu(executor) => {
                 let patches = match corrections.is_empty() {
@@ -475,37 +524,86 @@ fn executor_options(options: &SessionOptions) -> ExecutorOptions {
     }
 }
 
-/// The executor for what was asked for, and why it is the CPU's if it was to be another.
-#[cfg(feature = "gpu")]
-fn open(model: &Model, options: &SessionOptions) -> Result<(Backend, Option<String>)> {
-    let on_gpu = || -> Result<Option<Backend>> {
-        let Some(device) = options.device.open()? else { return Ok(None) };
-        let options = crate::gpu::ExecutorOptions {
-            limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
-            kv_type: options.kv_type,
-            trained: None,
-            exact: options.arithmetic == Arithmetic::Exact,
-            kept_layers: 0,
-        };
-        let executor = crate::gpu::Executor::new(&device, model.spec(), model.weights().clone(), &options)?;
-        Ok(Some(Backend::Gpu(Box::new(executor))))
-    };
-    let fallback = match on_gpu() {
-        Ok(Some(backend)) => return Ok((backend, None)),
-        Ok(None) => None,
-        Err(e) if matches!(options.device, Device::Auto) => {
-            log::warn!("the CPU runs the model: {e}");
-            Some(e.to_string())
-        }
-        Err(e) => return Err(e),
-    };
-    on_cpu(model, options).map(|backend| (backend, fallback))
+fn estimate_on_cpu(model: &Model, options: &SessionOptions) -> Result<Estimate> {
+    let layout = KvLayout::new(model.spec(), options.kv_type)?;
+    let needs = Executor::needs(model.spec(), model.weights(), &executor_options(options));
+    Ok(Estimate {
+        weights: model.gguf().file_bytes(),
+        kv_cache: layout.bytes(options.context) as u64,
+        arena: needs.arena as u64,
+        scratch: needs.scratch as u64,
+        adapters: 0,
+        on_gpu: false,
+    })
 }
 
-#[cfg(not(feature = "gpu"))]
-fn open(model: &Model, options: &SessionOptions) -> Result<(Backend, Option<String>)> {
-    options.device.check()?;
-    on_cpu(model, options).map(|backend| (backend, None))
+#[cfg(feature = "gpu")]
+fn estimate_on_gpu(model: &Model, options: &SessionOptions, device: &Arc<crate::gpu::Device>) -> Result<Estimate> {
+    let gpu_options = gpu_options(options);
+    let needs = crate::gpu::Executor::footprint(device, model.spec(), model.weights(), &gpu_options)?;
+    Ok(Estimate {
+        weights: needs.weights,
+        kv_cache: needs.kv_cache,
+        arena: needs.values,
+        scratch: 0,
+        adapters: 0,
+        on_gpu: true,
+    })
+}
+
+#[cfg(feature = "gpu")]
+fn gpu_options(options: &SessionOptions) -> crate::gpu::ExecutorOptions {
+    crate::gpu::ExecutorOptions {
+        limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
+        window: options.context,
+        kv_type: options.kv_type,
+        trained: None,
+        exact: options.arithmetic == Arithmetic::Exact,
+        kept_layers: 0,
+    }
+}
+
+/// The executor for what was asked for, what it comes to need, and why it is the CPU's if it was to be another.
+struct Opened {
+    backend: Backend,
+    estimate: Estimate,
+    fallback: Option<String>,
+}
+
+impl Opened {
+    #[cfg(feature = "gpu")]
+    fn new(model: &Model, options: &SessionOptions) -> Result<Opened> {
+        let on_gpu = || -> Result<Option<Opened>> {
+            let Some(device) = options.device.open()? else { return Ok(None) };
+            let estimate = estimate_on_gpu(model, options, &device)?;
+            estimate.check(options.memory_budget)?;
+            let (spec, weights) = (model.spec(), model.weights().clone());
+            let executor = crate::gpu::Executor::new(&device, spec, weights, &gpu_options(options))?;
+            Ok(Some(Opened { backend: Backend::Gpu(Box::new(executor)), estimate, fallback: None }))
+        };
+        let fallback = match on_gpu() {
+            Ok(Some(opened)) => return Ok(opened),
+            Ok(None) => None,
+            Err(e) if matches!(options.device, Device::Auto) => {
+                log::warn!("the CPU runs the model: {e}");
+                Some(e.to_string())
+            }
+            Err(e) => return Err(e),
+        };
+        Opened::on_cpu(model, options, fallback)
+    }
+
+    #[cfg(not(feature = "gpu"))]
+    fn new(model: &Model, options: &SessionOptions) -> Result<Opened> {
+        options.device.check()?;
+        Opened::on_cpu(model, options, None)
+    }
+
+    fn on_cpu(model: &Model, options: &SessionOptions, fallback: Option<String>) -> Result<Opened> {
+        let estimate = estimate_on_cpu(model, options)?;
+        estimate.check(options.memory_budget)?;
+        Ok(Opened { backend: on_cpu(model, options)?, estimate, fallback })
+    }
 }
 
 fn on_cpu(model: &Model, options: &SessionOptions) -> Result<Backend> {

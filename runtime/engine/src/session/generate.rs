@@ -49,6 +49,14 @@ impl<'s> Generation<'s> {
         self.session
     }
 
+    /// As [`Session::park`].
+    ///
+    /// # Errors
+    /// As [`Session::park`].
+    pub fn park(&mut self) -> Result<u64> {
+        self.session.park()
+    }
+
     /// The next piece, or `None` at the end; [`GenerationStats::end`] says why then.
     ///
     /// # Errors

@@ -393,6 +393,8 @@ fn open_gpu(
     let Some(device) = options.device.open()? else { return Ok(None) };
     let gpu_options = |options: &ExecutorOptions| gpu::ExecutorOptions {
         limits: options.limits,
+        // Nothing is cached.
+        window: 0,
         kv_type: DType::F16,
         trained: options.trained.clone(),
         exact: options.arithmetic == Arithmetic::Exact,
@@ -430,6 +432,7 @@ fn plan(
             // Each with its gradient.
             adapters: 8 * param_count as u64,
             scratch,
+            on_gpu: most.is_some(),
         }
     };
     let fits = |e: &Estimate, scratch: u64| match options.memory_budget {

@@ -41,7 +41,7 @@ pub(super) struct Origin {
     pub kv_type: DType,
     pub arithmetic: Arithmetic,
     pub adapters: Arc<[ScaledAdapter]>,
-    /// The engine's number, where its caches are of no use to another: on a GPU.
+    /// The engine's number, where its caches are of no use to another but its forks: on a GPU.
     pub owner: Option<u64>,
 }
 

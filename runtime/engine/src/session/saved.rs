@@ -139,7 +139,6 @@ impl Hashed {
 
 /// See [`Session::save`](super::Session::save).
 pub(super) fn save(engine: &Engine, sequence: &Sequence, note: &str, path: &Path) -> Result<()> {
-    let cache = sequence.cache.in_memory("saving a session")?;
     let header = serde_json::to_vec(&Header::new(engine, sequence.tokens.len(), sequence.shifted, note))
         .map_err(|e| Error::argument(format!("the session cannot be written: {e}")))?;
     if header.len() > MAX_HEADER {
@@ -151,7 +150,7 @@ pub(super) fn save(engine: &Engine, sequence: &Sequence, note: &str, path: &Path
     out.write(&(header.len() as u32).to_le_bytes())?;
     out.write(&header)?;
     out.write(&sequence.tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>())?;
-    cache.contents().try_for_each(|bytes| out.write(bytes))?;
+    engine.contents(sequence, |bytes| out.write(bytes))?;
     let Hashed { mut file, hash } = out;
     file.write(&hash.finalize())?;
     file.finish()
@@ -183,7 +182,7 @@ impl Reader<'_> {
 }
 
 /// See [`Session::load`](super::Session::load).
-pub(super) fn load(engine: &Engine, path: &Path) -> Result<(Sequence, String)> {
+pub(super) fn load(engine: &mut Engine, path: &Path) -> Result<(Sequence, String)> {
     let file = File::open(path).map_err(Error::io(path))?;
     let length = file.metadata().map_err(Error::io(path))?.len();
     let mut file = Reader { path, file: BufReader::with_capacity(1 << 20, file), hash: Sha256::new() };
@@ -233,8 +232,7 @@ pub(super) fn load(engine: &Engine, path: &Path) -> Result<(Sequence, String)> {
         }
         sequence.tokens.push(token);
     }
-    let cache = sequence.cache.in_memory_mut("loading a session")?;
-    cache.fill(header.tokens, |bytes| file.fill(bytes))?;
+    engine.fill(&mut sequence, |bytes| file.fill(bytes))?;
     sequence.shifted = header.shifted.filter(|from| *from < header.tokens);
     let computed = file.hash.clone().finalize();
     let mut checksum = [0; CHECKSUM];

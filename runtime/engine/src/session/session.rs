@@ -8,8 +8,7 @@ use super::engine::Wanted;
 use super::saved;
 use super::speculate::same_vocabulary;
 use super::{
-    AdapterReport, Device, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence,
-    SessionOptions,
+    AdapterReport, Engine, Estimate, GenerateOptions, Generation, Model, ScaledAdapter, Sequence, SessionOptions,
 };
 use crate::tape::Timing;
 use crate::{Error, Result};
@@ -63,12 +62,17 @@ impl Session {
         Ok(Session { engine, sequence, cancel: CancelHandle::default(), draft: None })
     }
 
-    /// The memory [`Session::new`] with the same arguments will come to need.
+    /// The memory [`Session::new`] with the same arguments will come to need, as [`Engine::estimate`] says it.
     ///
     /// # Errors
-    /// Parameters out of range.
+    /// As [`Engine::estimate`].
     pub fn estimate(model: &Model, options: &SessionOptions) -> Result<Estimate> {
         Engine::estimate(model, options)
+    }
+
+    /// The memory that this session comes to need, adapters apart: what [`Session::estimate`] said of it.
+    pub fn needs(&self) -> Estimate {
+        self.engine.needs()
     }
 
     /// The model.
@@ -114,18 +118,12 @@ impl Session {
     }
 
     /// A second session that holds the same tokens, under the same adapters: it shares their keys and values until one of
-    /// the two writes, and has threads and activations of its own.
+    /// the two writes, on a GPU the weights too, and has threads and activations of its own.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a GPU, whose caches belong to one session; [`Error::Memory`].
+    /// [`Error::Memory`], [`Error::Device`].
     pub fn fork(&self) -> Result<Session> {
-        if !self.sequence.cache.is_on_cpu() {
-            return Err(Error::Unsupported(
-                "a fork of a session on the GPU; open a second session and feed it the same tokens".into(),
-            ));
-        }
-        let options = SessionOptions { device: Device::Cpu, ..self.options().clone() };
-        let mut engine = Engine::new(self.model(), &options)?;
+        let mut engine = self.engine.fork()?;
         engine.set_adapters(self.adapters())?;
         Ok(Session { engine, sequence: self.sequence.clone(), cancel: CancelHandle::default(), draft: None })
     }
@@ -162,7 +160,7 @@ impl Session {
     /// back. What the file holds is in the text of the module `saved`.
     ///
     /// # Errors
-    /// A session on a GPU, [`Error::Io`].
+    /// [`Error::Io`]; [`Error::Device`] on a GPU.
     pub fn save(&self, path: impl AsRef<Path>, note: &str) -> Result<()> {
         saved::save(&self.engine, &self.sequence, note, path.as_ref())
     }
@@ -174,7 +172,7 @@ impl Session {
     /// A file that is no session's, is cut short or damaged; one of another model, type of cache or set of adapters, or too
     /// long for this window: the message says which. The window is as before then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<String> {
-        let (sequence, note) = saved::load(&self.engine, path.as_ref())?;
+        let (sequence, note) = saved::load(&mut self.engine, path.as_ref())?;
         self.sequence = sequence;
         Ok(note)
     }
@@ -290,13 +288,22 @@ impl Session {
         }
     }
 
-    /// Gives back the memory that only computing needs, logits with it; the next call takes it anew. Gives its bytes: 0 on a
-    /// GPU, which keeps it.
+    /// Gives back the memory that only computing needs, logits with it; the next call takes it anew. Gives its bytes.
     ///
     /// # Errors
-    /// None but [`Error::Memory`], for a handful of bytes.
+    /// None but [`Error::Memory`], for a handful of bytes; [`Error::Device`] on a GPU.
     pub fn trim(&mut self) -> Result<usize> {
         self.engine.trim()
+    }
+
+    /// Gives the memory of a GPU back, that of forks and of the model that guesses ahead too: keys and values wait in main
+    /// memory, and the next call brings them and the weights up again. Gives its bytes; the CPU has none to give.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`]; the next call finds everything all the same.
+    pub fn park(&mut self) -> Result<u64> {
+        let draft = self.draft.as_mut().map_or(Ok(0), |draft| draft.park())?;
+        Ok(draft + self.engine.park()?)
     }
 
     /// As [`Session::logits_alone`], for no more than `logit_rows` tokens, whose logits are then there as

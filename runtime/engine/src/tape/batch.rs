@@ -212,3 +212,14 @@ fn check_learning<C>(batch: &mut Batch<'_, C>, tape: &Tape, purpose: Purpose) ->
         _ => Err(Error::argument(format!("a run needs the {params} trained parameters and a weight per output row"))),
     }
 }
+
+/// Whether `drop` positions from `keep` on can be dropped from a cache that holds so many.
+///
+/// # Errors
+/// Positions that are not held.
+pub(crate) fn check_dropped(held: usize, keep: usize, drop: usize) -> Result<()> {
+    match keep.checked_add(drop) {
+        Some(end) if end <= held => Ok(()),
+        _ => Err(Error::argument(format!("{drop} positions from {keep} on cannot be dropped: {held} are held"))),
+    }
+}

@@ -20,6 +20,7 @@ mod spec;
 mod timing;
 mod weights;
 
+pub(crate) use batch::check_dropped;
 pub use batch::{Batch, Learning, Segments, SoftTargets, Within};
 pub use builder::{Builder, LoraSpec, Trained};
 pub use decoder::Purpose;

@@ -46,18 +46,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let pages = position / PAGE + 1u - page;
     let begin = page + pages * split / SPLITS;
     let end = page + pages * (split + 1u) / SPLITS;
-    if t < FOURS && split + 1u == SPLITS && h % (kv.heads / kv.kv_heads) == 0u {
-        kv_store(kv_index(kv, record.start, position, 0u, kv_head) + 4u * t, key[t]);
-        kv_store(kv_index(kv, record.start, position, 1u, kv_head) + 4u * t, number(op.v + own + 4u * t));
-    }
+    let writes = split + 1u == SPLITS && h % (kv.heads / kv.kv_heads) == 0u;
+    let four_of_row = min(t, FOURS - 1u);
+    kv_store(D, kv_row(kv, record.start, position, 0u, kv_head), t, key[four_of_row], writes);
+    kv_store(D, kv_row(kv, record.start, position, 1u, kv_head), t, number(op.v + own + 4u * four_of_row), writes);
     let four = t % FOURS;
     let share = t / FOURS;
     var highest = LOWEST;
     var sum = 0.0;
     var result = vec4<f32>();
     for (var base = begin * PAGE; base < end * PAGE; base += PAGE) {
-        let keys = kv_index(kv, record.start, base, 0u, kv_head);
-        let values = kv_index(kv, record.start, base, 1u, kv_head);
+        let keys = kv_row(kv, record.start, base, 0u, kv_head);
+        let values = kv_row(kv, record.start, base, 1u, kv_head);
         let j = base + t;
         let seen = j >= first && j <= position;
         var s = LOWEST;
@@ -66,7 +66,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             if j == position {
                 for (var i = 0u; i < FOURS; i++) { y += query[i] * key[i]; }
             } else {
-                for (var i = 0u; i < FOURS; i++) { y += query[i] * kv_load(keys + t * D + 4u * i); }
+                for (var i = 0u; i < FOURS; i++) { y += query[i] * kv_load(D, keys + t, 4u * i); }
             }
             s = (y.x + y.y + y.z + y.w) * op.scale;
             if op.cap > 0.0 { s = op.cap * tanh(clamp(s / op.cap, -15.0, 15.0)); }
@@ -84,7 +84,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let before = min(PAGE, position - base);
             var n = share;
             if first > base { n += (first - base) / SHARES * SHARES; }
-            for (; n < before; n += SHARES) { result += scores[n] * kv_load(values + n * D + 4u * four); }
+            for (; n < before; n += SHARES) { result += scores[n] * kv_load(D, values + n, 4u * four); }
             if position - base < PAGE && (position - base) % SHARES == share {
                 result += scores[position - base] * number(op.v + own + 4u * four);
             }

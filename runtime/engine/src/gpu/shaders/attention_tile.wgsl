@@ -24,7 +24,7 @@ fn others_of(t: u32, start: u32, base: u32, last: u32, part: u32, kv_head: u32) 
         let v = i % VECTORS;
         if j > last || i >= OTHER * VECTORS { continue; }
         if CACHED {
-            all[n] = kv_load(kv_index(op.kv, start, j, part, kv_head) + 4u * v);
+            all[n] = kv_load(D, kv_row(op.kv, start, j, part, kv_head), 4u * v);
         } else {
             all[n] = arena[(select(op.k, op.v, part == 1u) >> 2u) + ((start + j) * op.kv.kv_heads + kv_head) * VECTORS + v];
         }

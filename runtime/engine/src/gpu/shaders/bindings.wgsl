@@ -12,7 +12,7 @@
 @group(0) @binding(2) var<storage, read> constants: array<ELEMENT>;
 @group(0) @binding(3) var<storage, read> weights: array<u32>;
 @group(0) @binding(4) var<storage, read_write> arena: array<ELEMENT>;
-@group(0) @binding(5) var<storage, read_write> cache: array<vec2<u32>>;
+@group(0) @binding(5) var<storage, read_write> cache: array<WORDS>;
 @group(0) @binding(6) var<storage, read> params: array<PARAM>;
 @group(0) @binding(7) var<storage, read_write> gradients: array<f32>;
 

@@ -20,12 +20,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var i = t; i < dim; i += 64u) { arena[to + i] = turned(op.turn, row, i, 1.0); }
     if is_query || op.cached == 0u { return; }
     let record = row_record(row);
-    let key = kv_index(op.kv, record.start, record.position, 0u, h);
-    let value = kv_index(op.kv, record.start, record.position, 1u, h);
-    for (var i = 4u * t; i < dim; i += 256u) {
+    let i = 4u * t;
+    var key = vec4<f32>();
+    var value = vec4<f32>();
+    if i < dim {
         let turn = op.turn;
-        kv_store(key + i, vec4(turned(turn, row, i, 1.0), turned(turn, row, i + 1u, 1.0), turned(turn, row, i + 2u, 1.0), turned(turn, row, i + 3u, 1.0)));
+        key = vec4(turned(turn, row, i, 1.0), turned(turn, row, i + 1u, 1.0), turned(turn, row, i + 2u, 1.0), turned(turn, row, i + 3u, 1.0));
         let source = op.v + at + i;
-        kv_store(value + i, vec4(arena[source], arena[source + 1u], arena[source + 2u], arena[source + 3u]));
+        value = vec4(arena[source], arena[source + 1u], arena[source + 2u], arena[source + 3u]);
     }
+    kv_store(dim, kv_row(op.kv, record.start, record.position, 0u, h), t, key, true);
+    kv_store(dim, kv_row(op.kv, record.start, record.position, 1u, h), t, value, true);
 }
