@@ -119,6 +119,8 @@ impl Place {
             );
             return Ok(Place { name: device.info().name.clone(), roofs: None, traffic });
         }
+        #[cfg(not(feature = "gpu"))]
+        let _ = engine;
         eprintln!("measuring the roofs of this machine");
         let (int8, instruction) = roof::int8(threads);
         let roofs = Roofs { memory: roof::memory(threads, 512 << 20, 4), int8, instruction };
