@@ -2,9 +2,8 @@
 //!
 //! A register tile of `R` rows × `T` tokens of dot products, eight lanes each, read straight from the matrix; tokens are
 //! taken in blocks whose f32 rows fit the second cache. Each product is summed alone and in the same order whatever
-//! tile it is in, so results do not depend on the split of the rows. A single token's rows are read one after the other.
-//! The loops are the same for every instruction set; what an eight of lanes is, [`Lanes`] says, and how weights become
-//! one, [`Dense`].
+//! tile it is in, so results depend neither on the split of the rows nor on the number of tokens. The loops are the same
+//! for every instruction set; what an eight of lanes is, [`Lanes`] says, and how weights become one, [`Dense`].
 
 use super::LinearTask;
 use super::blocks::{le16, le32};
@@ -88,22 +87,19 @@ mod loops {
         let block = (BLOCK_BYTES / (4 * task.k.max(1))).max(4).next_multiple_of(4);
         for from in (0..task.x.tokens).step_by(block) {
             let to = (from + block).min(task.x.tokens);
-            if to - from == 1 {
-                for row in task.rows.clone() {
-                    // SAFETY: by the contract.
-                    unsafe { alone::<D>(task, row, from) };
-                }
-                continue;
-            }
             let mut row = task.rows.start;
+            // Eight sums, which keep both multipliers busy and fit the registers with their operands.
+            let step = if to - from == 1 { 4 } else { 2 };
             while row < task.rows.end {
-                let rows = (task.rows.end - row).min(2);
+                let rows = (task.rows.end - row).min(step);
                 let mut t = from;
                 while t < to {
                     let tokens = (to - t).min(4);
                     // SAFETY: by the contract.
                     unsafe {
                         match rows {
+                            4 => product::<D, 4, 1>(task, row, t),
+                            3 => product::<D, 3, 1>(task, row, t),
                             2 => some_tokens::<D, 2>(task, row, t, tokens),
                             _ => some_tokens::<D, 1>(task, row, t, tokens),
                         }
@@ -112,37 +108,6 @@ mod loops {
                 }
                 row += rows;
             }
-        }
-    }
-
-    /// Row `row` times token `t`. A row after the other, in eight sums: memory is read in one stream.
-    #[inline(always)]
-    unsafe fn alone<D: Dense>(task: &LinearTask<'_>, row: usize, t: usize) {
-        const SUMS: usize = 8;
-        // SAFETY: the row and the token are in range by the caller.
-        unsafe {
-            let k = task.k;
-            let w = task.weight.as_ptr().add(row * k * D::BYTES);
-            let x = task.x.f32s.as_ptr().add(t * task.x.stride);
-            let mut acc = [D::Lanes::zero(); SUMS];
-            let (whole, eights) = (k - k % (8 * SUMS), k - k % 8);
-            for i in (0..whole).step_by(8 * SUMS) {
-                for (j, acc) in acc.iter_mut().enumerate() {
-                    let at = i + 8 * j;
-                    *acc = acc.plus(D::load(w.add(at * D::BYTES)), D::Lanes::load(x.add(at)));
-                }
-            }
-            for i in (whole..eights).step_by(8) {
-                acc[0] = acc[0].plus(D::load(w.add(i * D::BYTES)), D::Lanes::load(x.add(i)));
-            }
-            let mut sum = 0.0;
-            for acc in &acc {
-                sum += acc.total();
-            }
-            for i in eights..k {
-                sum += super::value(D::DTYPE, &task.weight[(row * k + i) * D::BYTES..]) * *x.add(i);
-            }
-            task.out.write(t, row, sum, task.accumulate);
         }
     }
 
