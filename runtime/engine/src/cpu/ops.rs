@@ -14,7 +14,7 @@ use super::kv::PAGE;
 use super::matrix::Matrix;
 use super::ops_head;
 use super::patch::{GAIN_COLUMNS, PartPatch, Patch};
-use super::pool::{Handed, Team};
+use super::pool::Team;
 use crate::Result;
 use crate::quant::DType;
 use crate::tape::{Attention, Epilogue, HeadLora, KvSource, Linear, Op, Part, Rope, Value, WeightId};
@@ -228,20 +228,19 @@ impl<'a> Context<'a> {
         unsafe { Matrix::new(base, rows, patch.rank) }
     }
 
-    /// This thread's share of a patch's `h = x·Aᵀ`; to be read when all threads' have been collected.
+    /// This thread's share of a patch's `h = x·Aᵀ`; to be read behind a barrier.
     fn patch_first_half(
         &self,
         patch: &Patch,
         x: &linear::Activations<'_>,
         team: &Team<'_>,
         scratch: &mut linear::Scratch,
-    ) -> Handed {
+    ) {
         let (h, rows) = (self.hidden(patch, x.tokens), team.share(patch.rank, ROWS));
         // SAFETY: `h` holds all tokens; shares are disjoint. The sizes were checked when the patch was made.
         if let Err(e) = unsafe { patch.first_half(self.isa, rows, x, h.row_ptr(0), scratch) } {
             unreachable!("{e}");
         }
-        team.hand_in()
     }
 
     /// Adds `h·Bᵀ` to columns `columns` of a map's results, which lie from column `at` of `out` on.
@@ -357,10 +356,12 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let columns = team.share(y.width, ROW_UNIT);
                 let x = c.activations(*x);
                 let patch = c.patch(*weight);
-                let patch = patch.map(|patch| (patch, c.patch_first_half(patch, &x, team, &mut scratch.linear)));
+                if let Some(patch) = patch {
+                    c.patch_first_half(patch, &x, team, &mut scratch.linear);
+                }
                 c.linear_rows(*weight, 0, columns.clone(), &x, &y, false, &mut scratch.linear);
-                if let Some((patch, handed)) = patch {
-                    team.collect(handed);
+                if let Some(patch) = patch {
+                    team.wait();
                     correct(c, patch, 0, columns.clone(), &y, columns.start, false);
                 }
                 if let Some(cap) = c.tape.spec.logit_softcap {
@@ -450,7 +451,9 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
         _ => share_by_bytes(c, &op.parts, index, team),
     };
     let patch = op.parts.first().and_then(|p| c.patch(p.weight));
-    let handed = patch.map(|patch| c.patch_first_half(patch, &x, team, &mut scratch.linear));
+    if let Some(patch) = patch {
+        c.patch_first_half(patch, &x, team, &mut scratch.linear);
+    }
     for (index, part) in op.parts.iter().enumerate() {
         let (y, columns) = (c.matrix(part.out), share(index));
         let mut accumulate = false;
@@ -472,15 +475,15 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
             None => c.linear_rows(part.weight, 0, columns.clone(), &x, &y, accumulate, &mut scratch.linear),
         }
     }
-    if let Some(handed) = handed {
-        // Here and not sooner: by now all have handed in long ago.
-        team.collect(handed);
+    if patch.is_some() {
+        // Here and not sooner: threads have different shares of a part, but equal ones of all parts together.
+        team.wait();
     }
     for (index, part) in op.parts.iter().enumerate() {
         let (y, columns) = (c.matrix(part.out), share(index));
         if let Some(patch) = patch {
             let gained = matches!(op.epilogue, Epilogue::Add(_));
-            // SAFETY: `h` has been collected; this thread's columns.
+            // SAFETY: `h` is complete behind the barrier; this thread's columns.
             unsafe { correct(c, patch, index, columns.clone(), &y, columns.start, gained) };
         }
         if let Some(bias) = part.bias {
@@ -679,8 +682,8 @@ pub(super) unsafe fn cross_entropy(
     let Scratch { linear, floats } = scratch;
     let patch = c.patch(weight);
     if let Some(patch) = patch {
-        let handed = c.patch_first_half(patch, &x, team, linear);
-        team.collect(handed);
+        c.patch_first_half(patch, &x, team, linear);
+        team.wait();
     }
     // SAFETY: this thread's scratch was reserved for a chunk of logits of every row.
     let logits = unsafe { Matrix::new(floats.as_ptr().cast(), rows, VOCAB_CHUNK) };
@@ -688,7 +691,7 @@ pub(super) unsafe fn cross_entropy(
         let columns = chunk * VOCAB_CHUNK..((chunk + 1) * VOCAB_CHUNK).min(vocab);
         c.linear_rows(weight, columns.start, 0..columns.len(), &x, &logits, false, linear);
         if let Some(patch) = patch {
-            // SAFETY: `h` has been collected; this thread's scratch.
+            // SAFETY: `h` is complete behind the barrier; this thread's scratch.
             unsafe { correct(c, patch, 0, columns.clone(), &logits, 0, false) };
         }
         if let Some(adapter) = adapter {

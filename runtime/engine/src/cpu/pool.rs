@@ -60,18 +60,13 @@ impl Barrier {
             self.arrived.store(0, Ordering::Relaxed);
             self.round.store(round.wrapping_add(1), Ordering::Release);
         } else {
-            self.spin_until(|| self.round.load(Ordering::Acquire) != round);
+            spin_until(|| {
+                if self.broken.load(Ordering::Relaxed) {
+                    resume_unwind(Box::new(BrokenTeam));
+                }
+                self.round.load(Ordering::Acquire) != round
+            });
         }
-    }
-
-    /// Spins on `done`, unless the team breaks.
-    fn spin_until(&self, done: impl Fn() -> bool) {
-        spin_until(|| {
-            if self.broken.load(Ordering::Relaxed) {
-                resume_unwind(Box::new(BrokenTeam));
-            }
-            done()
-        });
     }
 }
 
@@ -83,34 +78,13 @@ pub struct Team<'a> {
     /// Threads in the team.
     pub size: usize,
     barrier: &'a Barrier,
-    handed_in: &'a AtomicUsize,
     claims: &'a [AtomicUsize; 2],
 }
-
-/// What [`Team::hand_in`] gives, for [`Team::collect`].
-#[must_use]
-#[derive(Debug)]
-pub struct Handed(usize);
 
 impl Team<'_> {
     /// Waits until every thread of the team is here.
     pub fn wait(&self) {
         self.barrier.wait(self.size);
-    }
-
-    /// Says that this thread's part of something is done that all will need later, and goes on with other work: who comes to
-    /// [`Team::collect`] then need not wait for the slower thread's other work. All threads must come here, and to a
-    /// [`Team::wait`] before the next time.
-    pub fn hand_in(&self) -> Handed {
-        let before = self.handed_in.fetch_add(1, Ordering::AcqRel);
-        Handed((before / self.size + 1) * self.size)
-    }
-
-    /// Waits until every thread has handed in.
-    pub fn collect(&self, handed: Handed) {
-        if self.handed_in.load(Ordering::Acquire) < handed.0 {
-            self.barrier.spin_until(|| self.handed_in.load(Ordering::Acquire) >= handed.0);
-        }
     }
 
     /// This thread's contiguous share of `n` things, in multiples of `unit` (but for the last).
@@ -158,7 +132,6 @@ struct Shared {
     stopping: AtomicBool,
     finished: AtomicUsize,
     barrier: Barrier,
-    handed_in: AtomicUsize,
     claims: [AtomicUsize; 2],
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -195,7 +168,6 @@ impl Pool {
             stopping: AtomicBool::new(false),
             finished: AtomicUsize::new(0),
             barrier: Barrier { arrived: AtomicUsize::new(0), round: AtomicU32::new(0), broken: AtomicBool::new(false) },
-            handed_in: AtomicUsize::new(0),
             claims: [AtomicUsize::new(0), AtomicUsize::new(0)],
             panic: Mutex::new(None),
         });
@@ -227,8 +199,8 @@ impl Pool {
     /// With the panic of a thread of the team, after all have stopped. The pool remains usable.
     pub fn run(&mut self, job: impl Fn(&Team<'_>) + Sync) {
         let shared = &*self.shared;
-        for counter in shared.claims.iter().chain([&shared.handed_in]) {
-            counter.store(0, Ordering::Relaxed);
+        for claim in &shared.claims {
+            claim.store(0, Ordering::Relaxed);
         }
         if shared.size > 1 {
             let job: &(dyn Fn(&Team<'_>) + Sync) = &job;
@@ -274,7 +246,7 @@ impl Drop for Pool {
 
 impl Shared {
     fn team(&self, index: usize) -> Team<'_> {
-        Team { index, size: self.size, barrier: &self.barrier, handed_in: &self.handed_in, claims: &self.claims }
+        Team { index, size: self.size, barrier: &self.barrier, claims: &self.claims }
     }
 }
 
@@ -352,23 +324,6 @@ mod tests {
                 team.wait();
             }
         });
-    }
-
-    #[test]
-    fn what_was_handed_in_is_seen_when_it_is_collected() {
-        let mut pool = Pool::new(3).unwrap();
-        let cells: Vec<AtomicUsize> = (0..3).map(|_| AtomicUsize::new(0)).collect();
-        for _ in 0..3 {
-            pool.run(|team| {
-                for round in 1..=2000 {
-                    cells[team.index].store(round, Ordering::Relaxed);
-                    let handed = team.hand_in();
-                    team.collect(handed);
-                    assert!(cells.iter().all(|c| c.load(Ordering::Relaxed) == round));
-                    team.wait();
-                }
-            });
-        }
     }
 
     #[test]
