@@ -147,6 +147,7 @@ impl AttentionTask<'_> {
     }
 
     /// Of the positions that `row` sees, those of the block that starts at `block`, counted from there.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn visible_in_block(&self, row: usize, block: usize) -> (usize, usize) {
         let v = self.visible(row);
