@@ -17,6 +17,7 @@ use super::kv::avx2::unpack;
 use super::{AttentionTask, BLOCK, TILE, aligned};
 use std::arch::x86_64::*;
 use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 /// Query vectors per register tile.
 const ROWS: usize = 6;
@@ -161,6 +162,89 @@ pub(super) fn base_of(most: f32) -> f32 {
     if most == f32::NEG_INFINITY { 0.0 } else { most }
 }
 
+/// The query vectors of a tile: some rows × some heads, the heads of a row side by side.
+#[derive(Clone, Copy)]
+pub(super) struct Vectors {
+    pub heads: (usize, usize),
+    pub rows: (usize, usize),
+}
+
+impl Vectors {
+    pub fn count(self) -> usize {
+        (self.rows.1 - self.rows.0) * (self.heads.1 - self.heads.0)
+    }
+
+    /// Row and head of vector `m`.
+    #[inline(always)]
+    pub fn owner(self, m: usize) -> (usize, usize) {
+        let per_row = self.heads.1 - self.heads.0;
+        (self.rows.0 + m / per_row, self.heads.0 + m % per_row)
+    }
+
+    /// The positions from the first to the last that any of them sees.
+    pub fn span(self, task: &AttentionTask<'_>) -> Range<usize> {
+        let start = (self.rows.0..self.rows.1).map(|r| task.visible(r).start).min().unwrap_or(0);
+        start..task.visible(self.rows.1 - 1).end
+    }
+
+    /// The positions of a block that each of the vectors `m` .. `m` + N sees, and from the first to the last of any of them.
+    #[inline(always)]
+    pub fn seen<const N: usize>(
+        self,
+        task: &AttentionTask<'_>,
+        m: usize,
+        block: usize,
+    ) -> ([(usize, usize); N], (usize, usize)) {
+        let mut seen = [(0, 0); N];
+        let mut any = (BLOCK, 0);
+        for (i, seen) in seen[..N.min(self.count() - m)].iter_mut().enumerate() {
+            *seen = task.visible_in_block(self.owner(m + i).0, block);
+            if seen.0 < seen.1 {
+                any = (any.0.min(seen.0), any.1.max(seen.1));
+            }
+        }
+        (seen, any)
+    }
+}
+
+/// Masks the scores of the vectors from `m` on, at most 8, one row each at `s`, of which `seen` are visible, and moves their
+/// running maxima. Returns what is subtracted from the scores, and the factors of what was summed before.
+///
+/// # Safety
+/// As many rows of 64 floats at `s`, and maxima at `most`.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn mask_rows(
+    task: &AttentionTask<'_>,
+    vectors: Vectors,
+    m: usize,
+    block: usize,
+    seen: &[(usize, usize)],
+    bend: &Bend,
+    s: *mut f32,
+    most: *mut f32,
+) -> ([f32; 8], [f32; 8]) {
+    let mut old = [0.0; 8];
+    let mut new = [0.0; 8];
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (i, &(from, to)) in seen.iter().enumerate() {
+            let (row, head) = vectors.owner(m + i);
+            let ahead = (task.first_position + row) as f32 - block as f32;
+            let row_max = mask_and_max(s.add(i * BLOCK), from, to, bend, task.slope(head) * LOG2_E, ahead);
+            let most = most.add(i);
+            old[i] = *most;
+            *most = if row_max > *most { row_max } else { *most };
+            new[i] = base_of(*most);
+        }
+        let shrinks = exp2(_mm256_sub_ps(_mm256_loadu_ps(old.as_ptr()), _mm256_loadu_ps(new.as_ptr())));
+        let mut shrink = [0.0; 8];
+        _mm256_storeu_ps(shrink.as_mut_ptr(), shrinks);
+        (new, shrink)
+    }
+}
+
 /// Writes a finished output vector and its log-sum-exp.
 ///
 /// # Safety
@@ -190,28 +274,19 @@ pub(super) unsafe fn attention_avx2(task: &AttentionTask<'_>, scratch: &mut [f32
     let bend = Bend::new(task);
     task.for_tiles(TILE, |kv_head, heads, rows| {
         // SAFETY: rows and heads are the task's; the CPU has AVX2, for this function runs.
-        unsafe { tile(task, &at, &bend, kv_head, heads, rows) };
+        unsafe { tile(task, &at, &bend, kv_head, Vectors { heads, rows }) };
     });
 }
 
-/// All blocks for the query vectors `rows` × `heads`, at most [`TILE`] of them.
+/// All blocks for some query vectors, at most [`TILE`] of them.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile(
-    task: &AttentionTask<'_>,
-    at: &Scratch,
-    bend: &Bend,
-    kv_head: usize,
-    heads: (usize, usize),
-    rows: (usize, usize),
-) {
-    let per_row = heads.1 - heads.0;
-    let count = (rows.1 - rows.0) * per_row;
-    let owner = |m: usize| (rows.0 + m / per_row, heads.0 + m % per_row);
+unsafe fn tile(task: &AttentionTask<'_>, at: &Scratch, bend: &Bend, kv_head: usize, vectors: Vectors) {
+    let count = vectors.count();
     // SAFETY: indices into the scratch stay below the tile's, the block's and the head's sizes, by which it was cut;
     // pointers into the task are those of its own rows and heads and of positions up to its last row's.
     unsafe {
         for m in 0..count {
-            let (row, head) = owner(m);
+            let (row, head) = vectors.owner(m);
             let q = task.q.add(row * task.q_stride + head * at.dim);
             let packed = at.q.add(m / ROWS * (ROWS * at.dim) + m % ROWS);
             for d in 0..at.dim {
@@ -222,8 +297,7 @@ unsafe fn tile(
         }
         at.o.write_bytes(0, count * at.width);
 
-        let start = (rows.0..rows.1).map(|r| task.visible(r).start).min().unwrap_or(0);
-        let end = task.visible(rows.1 - 1).end;
+        let Range { start, end } = vectors.span(task);
         for block in (start / BLOCK * BLOCK..end).step_by(BLOCK) {
             let stored = start.saturating_sub(block)..BLOCK.min(end - block);
             unpack_block(task, at, kv_head, block, stored.clone(), task.kv.k_offset);
@@ -231,15 +305,7 @@ unsafe fn tile(
             unpack_block(task, at, kv_head, block, stored, task.kv.v_offset);
             for m in (0..count).step_by(ROWS) {
                 let n = ROWS.min(count - m);
-                // The visible positions of each vector of the register tile, and of any of them.
-                let mut seen = [(0, 0); ROWS];
-                let mut any = (BLOCK, 0);
-                for (i, seen) in seen[..n].iter_mut().enumerate() {
-                    *seen = task.visible_in_block(owner(m + i).0, block);
-                    if seen.0 < seen.1 {
-                        any = (any.0.min(seen.0), any.1.max(seen.1));
-                    }
-                }
+                let (seen, any) = vectors.seen::<ROWS>(task, m, block);
                 if any.0 >= any.1 {
                     continue;
                 }
@@ -251,23 +317,10 @@ unsafe fn tile(
                     2 => scores::<2>(at, m, any),
                     _ => scores::<1>(at, m, any),
                 }
-                let mut old = [0.0; 8];
-                let mut new = [0.0; 8];
-                for (i, &(from, to)) in seen[..n].iter().enumerate() {
-                    let (row, head) = owner(m + i);
-                    let ahead = (task.first_position + row) as f32 - block as f32;
-                    let row_max =
-                        mask_and_max(at.s.add((m + i) * BLOCK), from, to, bend, task.slope(head) * LOG2_E, ahead);
-                    let most = at.most.add(m + i);
-                    old[i] = *most;
-                    *most = if row_max > *most { row_max } else { *most };
-                    new[i] = base_of(*most);
-                }
-                let shrinks = exp2(_mm256_sub_ps(_mm256_loadu_ps(old.as_ptr()), _mm256_loadu_ps(new.as_ptr())));
-                let mut shrink = [0.0f32; 8];
-                _mm256_storeu_ps(shrink.as_mut_ptr(), shrinks);
+                let s = at.s.add(m * BLOCK);
+                let (new, shrink) = mask_rows(task, vectors, m, block, &seen[..n], bend, s, at.most.add(m));
                 for i in 0..n {
-                    let added = exponentiate(at.s.add((m + i) * BLOCK), new[i]);
+                    let added = exponentiate(s.add(i * BLOCK), new[i]);
                     let lanes = at.sums.add(8 * (m + i));
                     _mm256_storeu_ps(lanes, _mm256_fmadd_ps(_mm256_loadu_ps(lanes), _mm256_set1_ps(shrink[i]), added));
                 }
@@ -282,7 +335,7 @@ unsafe fn tile(
             }
         }
         for m in 0..count {
-            let (row, head) = owner(m);
+            let (row, head) = vectors.owner(m);
             let sums = _mm256_loadu_ps(at.sums.add(8 * m));
             finish(task, row, head, at.o.add(m * at.width), *at.most.add(m), sums);
         }
@@ -299,7 +352,7 @@ unsafe fn unpack_block(
     at: &Scratch,
     kv_head: usize,
     block: usize,
-    stored: std::ops::Range<usize>,
+    stored: Range<usize>,
     offset: usize,
 ) {
     for j in stored {
@@ -318,7 +371,7 @@ unsafe fn unpack_block(
 /// # Safety
 /// The scratch was cut for this width.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn transpose_keys(at: &Scratch, stored: std::ops::Range<usize>) {
+unsafe fn transpose_keys(at: &Scratch, stored: Range<usize>) {
     for j in (stored.start / 8 * 8..stored.end).step_by(8) {
         for d in (0..at.dim).step_by(8) {
             // SAFETY: an 8 × 8 tile within both panels.

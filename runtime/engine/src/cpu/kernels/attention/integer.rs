@@ -9,13 +9,12 @@
 //! A scale is that of one vector, or of one row of a block's probabilities: what other rows and positions there are does not
 //! show, as in the f32 path.
 
-use super::super::vector::avx2::{exp2 as exp2_of_8, transpose};
+use super::super::vector::avx2::transpose;
 use super::super::vector::avx512::exp2;
-use super::block::{Bend, base_of, finish, mask_and_max};
+use super::block::{Bend, Vectors, finish, mask_rows};
 use super::kv::avx2::unpack;
 use super::{AttentionTask, BLOCK, aligned};
 use std::arch::x86_64::*;
-use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// Query vectors per register tile.
@@ -122,29 +121,20 @@ pub(super) unsafe fn attention_avx512(task: &AttentionTask<'_>, scratch: &mut [f
     let bend = Bend::new(task);
     task.for_tiles(TILE, |kv_head, heads, rows| {
         // SAFETY: rows and heads are the task's; the CPU has AVX-512, for this function runs.
-        unsafe { tile(task, &at, &bend, kv_head, heads, rows) };
+        unsafe { tile(task, &at, &bend, kv_head, Vectors { heads, rows }) };
     });
 }
 
-/// All blocks for the query vectors `rows` × `heads`, at most [`TILE`] of them.
+/// All blocks for some query vectors, at most [`TILE`] of them.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn tile(
-    task: &AttentionTask<'_>,
-    at: &Scratch,
-    bend: &Bend,
-    kv_head: usize,
-    heads: (usize, usize),
-    rows: (usize, usize),
-) {
-    let per_row = heads.1 - heads.0;
-    let count = (rows.1 - rows.0) * per_row;
-    let owner = |m: usize| (rows.0 + m / per_row, heads.0 + m % per_row);
+unsafe fn tile(task: &AttentionTask<'_>, at: &Scratch, bend: &Bend, kv_head: usize, vectors: Vectors) {
+    let count = vectors.count();
     // SAFETY: indices into the scratch stay below the tile's, the block's and the head's sizes, by which it was cut;
     // pointers into the task are those of its own rows and heads and of positions up to its last row's.
     unsafe {
         at.row.write_bytes(0, at.width);
         for m in 0..count {
-            let (row, head) = owner(m);
+            let (row, head) = vectors.owner(m);
             let q = task.q.add(row * task.q_stride + head * at.dim);
             at.row.copy_from_nonoverlapping(q, at.dim);
             let norm = norm(at.row, at.width);
@@ -163,41 +153,19 @@ unsafe fn tile(
         at.q_scale.add(count).write_bytes(0, padded - count);
         at.o.write_bytes(0, padded * at.width);
 
-        let start = (rows.0..rows.1).map(|r| task.visible(r).start).min().unwrap_or(0);
-        let end = task.visible(rows.1 - 1).end;
+        let Range { start, end } = vectors.span(task);
         for block in (start / BLOCK * BLOCK..end).step_by(BLOCK) {
             let stored = start.saturating_sub(block)..BLOCK.min(end - block);
             keys(task, at, kv_head, block, stored.clone());
             values(task, at, kv_head, block, stored);
             for m in (0..count).step_by(ROWS) {
                 let n = ROWS.min(count - m);
-                // The visible positions of each vector of the register tile, and of any of them.
-                let mut seen = [(0, 0); ROWS];
-                let mut any = (BLOCK, 0);
-                for (i, seen) in seen[..n].iter_mut().enumerate() {
-                    *seen = task.visible_in_block(owner(m + i).0, block);
-                    if seen.0 < seen.1 {
-                        any = (any.0.min(seen.0), any.1.max(seen.1));
-                    }
-                }
+                let (seen, any) = vectors.seen::<ROWS>(task, m, block);
                 if any.0 >= any.1 {
                     continue;
                 }
                 scores(at, m, any);
-                let mut old = [0.0; ROWS];
-                let mut new = [0.0; ROWS];
-                for (i, &(from, to)) in seen[..n].iter().enumerate() {
-                    let (row, head) = owner(m + i);
-                    let ahead = (task.first_position + row) as f32 - block as f32;
-                    let row_max = mask_and_max(at.s.add(i * BLOCK), from, to, bend, task.slope(head) * LOG2_E, ahead);
-                    let most = at.most.add(m + i);
-                    old[i] = *most;
-                    *most = if row_max > *most { row_max } else { *most };
-                    new[i] = base_of(*most);
-                }
-                let shrinks = exp2_of_8(_mm256_sub_ps(_mm256_loadu_ps(old.as_ptr()), _mm256_loadu_ps(new.as_ptr())));
-                let mut shrink = [0.0f32; ROWS];
-                _mm256_storeu_ps(shrink.as_mut_ptr(), shrinks);
+                let (new, shrink) = mask_rows(task, vectors, m, block, &seen[..n], bend, at.s, at.most.add(m));
                 let mut factor = [0.0; ROWS];
                 for i in 0..n {
                     let (added, scale) = probabilities(at, i, new[i]);
@@ -209,7 +177,7 @@ unsafe fn tile(
             }
         }
         for m in 0..count {
-            let (row, head) = owner(m);
+            let (row, head) = vectors.owner(m);
             let sums = _mm256_loadu_ps(at.sums.add(8 * m));
             finish(task, row, head, at.o.add(m * at.width), *at.most.add(m), sums);
         }
