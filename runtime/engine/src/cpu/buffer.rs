@@ -5,7 +5,10 @@
 //! only so many pages.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::marker::PhantomData;
+use std::ops::Deref;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use memmap2::MmapMut;
 
@@ -20,8 +23,8 @@ const MAPPED: usize = 1 << 20;
 
 /// From how many bytes on pages of 2 MiB are wished for. Smaller blocks, a chat's, are better off with small pages: most of
 /// them are for long prompts and never touched.
-#[cfg(target_os = "linux")]
 const LARGE: usize = 64 << 20;
+const LARGE_PAGE: usize = 2 << 20;
 
 /// An owned, zeroed, 64-byte aligned block of memory. Its contents are reached by raw pointer: threads of a team write
 /// disjoint parts of it at once.
@@ -44,19 +47,28 @@ impl Buffer {
     /// # Errors
     /// [`Error::Memory`] naming `what` when the system refuses.
     pub fn new(bytes: usize, what: &str) -> Result<Buffer> {
+        Buffer::with(bytes, LARGE, what)
+    }
+
+    /// As [`Buffer::new`], with the wish for pages of 2 MiB from `large` bytes on.
+    fn with(bytes: usize, large: usize, what: &str) -> Result<Buffer> {
         let refused = || Error::Memory {
             needed: bytes as u64,
             available: 0,
             what: format!("the system refused memory for {what}; close other programs or ask for a smaller context"),
         };
         if system::PAGES && bytes >= MAPPED {
-            let mut map = MmapMut::map_anon(bytes).map_err(|_| refused())?;
+            let wished = cfg!(target_os = "linux") && bytes >= large;
+            // Whole pages of that size, which begin at multiples of it.
+            let room = if wished { bytes.next_multiple_of(LARGE_PAGE) + LARGE_PAGE } else { bytes };
+            let mut map = MmapMut::map_anon(room).map_err(|_| refused())?;
             #[cfg(target_os = "linux")]
-            if bytes >= LARGE {
-                // A wish: without it everything works as well, if slower.
+            if wished {
+                // Without it everything works as well, if slower.
                 let _ = map.advise(memmap2::Advice::HugePage);
             }
-            let base = NonNull::new(map.as_mut_ptr()).ok_or_else(refused)?;
+            let skipped = if wished { map.as_ptr().align_offset(LARGE_PAGE) } else { 0 };
+            let base = map.get_mut(skipped..).map(<[u8]>::as_mut_ptr).and_then(NonNull::new).ok_or_else(refused)?;
             return Ok(Buffer { base, bytes, map: Some(map) });
         }
         let layout = Layout::from_size_align(bytes.max(ALIGN), ALIGN).map_err(|_| refused())?;
@@ -111,5 +123,59 @@ impl Drop for Buffer {
         }
         // SAFETY: the layout that `new` allocated with, checked there.
         unsafe { dealloc(self.base.as_ptr(), Layout::from_size_align_unchecked(self.bytes.max(ALIGN), ALIGN)) }
+    }
+}
+
+/// Many small tables one behind the other in one block, on large pages: what is read once a token, a few kilobytes here and
+/// there, would otherwise begin with the search for its page each time.
+#[derive(Debug)]
+pub struct Shelf {
+    block: Arc<Buffer>,
+    used: usize,
+}
+
+/// A table on a shelf, `[T]`.
+#[derive(Clone, Debug)]
+pub struct Table<T> {
+    block: Arc<Buffer>,
+    at: usize,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl Shelf {
+    /// Room for `bytes` bytes, gaps up to [`ALIGN`] between tables included.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] naming `what`.
+    pub fn new(bytes: usize, what: &str) -> Result<Shelf> {
+        Ok(Shelf { block: Arc::new(Buffer::with(bytes, MAPPED, what)?), used: 0 })
+    }
+
+    /// Puts a copy of `values` behind what is there; into a block of its own if there is no room left.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn put<T: bytemuck::Pod>(&mut self, values: &[T]) -> Result<Table<T>> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        if self.block.len() - self.used < bytes.len() {
+            let mut own = Buffer::new(bytes.len(), "a table")?;
+            own.bytes_mut().copy_from_slice(bytes);
+            return Ok(Table { block: Arc::new(own), at: 0, len: values.len(), element: PhantomData });
+        }
+        let at = self.used;
+        self.used = (at + bytes.len()).next_multiple_of(ALIGN).min(self.block.len());
+        // SAFETY: the table ends within the block, and what is behind `used` belongs to no table yet.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.block.as_ptr().add(at), bytes.len()) };
+        Ok(Table { block: self.block.clone(), at, len: values.len(), element: PhantomData })
+    }
+}
+
+impl<T: bytemuck::Pod> Deref for Table<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: written whole before the table was made and never again; tables begin at multiples of 64 bytes.
+        unsafe { std::slice::from_raw_parts(self.block.as_ptr().add(self.at).cast(), self.len) }
     }
 }

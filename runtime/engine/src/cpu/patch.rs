@@ -7,16 +7,16 @@
 //!
 //! A *gain* `g` makes `y = g ∘ (x·Wᵀ)` of the base's share first, for corrections that rescale rows of `W`.
 //!
-//! Copies are as fine as the base: f32, f16, or 8-bit integers beside quantized weights. A correction of rank 16 is then two to
-//! five per cent of the base's bytes.
+//! Copies are as fine as the base: f32, f16, 8-bit integers beside quantized weights, 4 bits beside those of five or fewer. A
+//! correction of rank 16 is then one to three per cent of the base's bytes.
 
 use std::ops::Range;
 
-use super::buffer::Buffer;
+use super::buffer::{ALIGN, Buffer, Shelf, Table};
 use super::isa::Isa;
 use super::kernels::linear;
 use super::kernels::lora::hidden::{Rows, hidden};
-use super::kernels::lora::{Precision, Tiles, fits_f16};
+use super::kernels::lora::{Precision, Tiles, fits_f16, nibbles};
 use crate::quant::{self, DType};
 use crate::tape::{Op, Tape, WeightId, Weights};
 use crate::{Error, Result};
@@ -43,8 +43,9 @@ pub struct Correction {
 #[derive(Debug)]
 enum FirstHalf {
     /// As the linear kernels read it.
-    Dense(DType, Vec<u8>),
+    Dense(DType, Table<u8>),
     Bytes(Rows),
+    Nibbles(nibbles::Rows),
 }
 
 /// Corrections of the matrices of one op.
@@ -103,6 +104,12 @@ impl Patches {
         threads: usize,
         exact: bool,
     ) -> Result<Patches> {
+        let kept = |weight: WeightId| if exact { Precision::Single } else { precision(weights.get(weight).dtype) };
+        let sizes = corrections.iter().map(|c| {
+            let (info, precision) = (weights.get(c.weight), kept(c.weight));
+            FirstHalf::size(c.rank, info.width, precision) + Tiles::size(info.rows, c.rank, precision) + 2 * ALIGN
+        });
+        let mut shelf = Shelf::new(sizes.sum(), "the adapters' copies")?;
         let mut ops: Vec<Option<Patch>> = Vec::new();
         ops.resize_with(weights.iter().count(), || None);
         let mut embedding = None;
@@ -122,9 +129,7 @@ impl Patches {
             };
             let found: Vec<Option<Correction>> = parts.iter().map(|w| take(*w)).collect();
             if let (Some(first), true) = (parts.first(), found.iter().any(Option::is_some)) {
-                let info = weights.get(*first);
-                ops[first.0 as usize] =
-                    Some(Patch::new(found, info.width, if exact { Precision::Single } else { precision(info.dtype) }));
+                ops[first.0 as usize] = Some(Patch::new(found, weights.get(*first).width, kept(*first), &mut shelf)?);
             }
         }
         if let Some(left) = corrections.first() {
@@ -169,17 +174,19 @@ impl Patches {
 }
 
 impl Patch {
-    fn new(parts: Vec<Option<Correction>>, inputs: usize, precision: Precision) -> Patch {
+    /// Copies lie on the shelf in the order in which they are read.
+    fn new(parts: Vec<Option<Correction>>, inputs: usize, precision: Precision, shelf: &mut Shelf) -> Result<Patch> {
         let rank = parts.iter().flatten().map(|c| c.rank).sum();
         let all_a: Vec<f32> = parts.iter().flatten().flat_map(|c| c.a.iter().copied()).collect();
+        let a = FirstHalf::new(&all_a, inputs, precision, shelf)?;
         let mut start = 0;
         let mut part = |c: Correction| {
             let hidden = start..start + c.rank;
             start = hidden.end;
-            PartPatch { hidden, tiles: Tiles::new(&c.b, c.rank, precision), gain: c.gain }
+            Ok(PartPatch { hidden, tiles: Tiles::new(&c.b, c.rank, precision, shelf)?, gain: c.gain })
         };
-        let parts = parts.into_iter().map(|c| c.map(&mut part)).collect();
-        Patch { a: FirstHalf::new(&all_a, inputs, precision), inputs, rank, parts }
+        let parts = parts.into_iter().map(|c| c.map(&mut part).transpose()).collect::<Result<_>>()?;
+        Ok(Patch { a, inputs, rank, parts })
     }
 
     /// `h = x·Aᵀ` for some of its rows, which begin at a multiple of [`ROWS`](super::kernels::lora::hidden::ROWS), into `[tokens][rank]` at `out`.
@@ -205,12 +212,18 @@ impl Patch {
                 let task = linear::LinearTask { dtype, weight: bytes, k, rows, x, out, accumulate: false };
                 linear::linear(isa, &task, scratch)
             }
-            FirstHalf::Bytes(a) => {
+            FirstHalf::Bytes(_) | FirstHalf::Nibbles(_) => {
                 let Some(q8) = &x.q8 else {
-                    return Err(Error::argument("the input of an adapter in 8 bits is not there in 8 bits"));
+                    return Err(Error::argument("the input of an adapter in few bits is not there in 8 bits"));
                 };
                 // SAFETY: by the caller's promise.
-                unsafe { hidden(isa, a, q8, rows, out, self.rank) };
+                unsafe {
+                    match &self.a {
+                        FirstHalf::Bytes(a) => hidden(isa, a, q8, rows, out, self.rank),
+                        FirstHalf::Nibbles(a) => nibbles::hidden(isa, a, q8, rows, out, self.rank),
+                        FirstHalf::Dense(..) => {}
+                    }
+                }
                 Ok(())
             }
         }
@@ -218,19 +231,26 @@ impl Patch {
 }
 
 impl FirstHalf {
-    /// Rows of `width` values; as f32 where they are out of f16's range.
-    fn new(values: &[f32], width: usize, precision: Precision) -> FirstHalf {
+    /// Rows of `width` values, put on a shelf; as f32 where they are out of f16's range.
+    fn new(values: &[f32], width: usize, precision: Precision, shelf: &mut Shelf) -> Result<FirstHalf> {
         let dtype = match precision {
             _ if !fits_f16(values) => DType::F32,
             Precision::Single => DType::F32,
             // Quantized weights have whole groups.
-            Precision::Byte => return FirstHalf::Bytes(Rows::new(values, width)),
+            Precision::Byte => return Ok(FirstHalf::Bytes(Rows::new(values, width, shelf)?)),
+            Precision::Nibble => return Ok(FirstHalf::Nibbles(nibbles::Rows::new(values, width, shelf)?)),
             Precision::Half => DType::F16,
         };
-        match quant::quantize(dtype, values) {
-            Ok(bytes) => FirstHalf::Dense(dtype, bytes),
-            // Types that take all finite values.
-            Err(e) => unreachable!("a correction as {dtype}: {e}"),
+        Ok(FirstHalf::Dense(dtype, shelf.put(&quant::quantize(dtype, values)?)?))
+    }
+
+    /// Bytes that `rank` rows of `width` values take.
+    fn size(rank: usize, width: usize, precision: Precision) -> usize {
+        match precision {
+            Precision::Single => 4 * rank * width,
+            Precision::Half => 2 * rank * width,
+            Precision::Byte => Rows::size(rank, width),
+            Precision::Nibble => nibbles::Rows::size(rank, width),
         }
     }
 
@@ -238,6 +258,7 @@ impl FirstHalf {
         match self {
             FirstHalf::Dense(_, bytes) => bytes.len(),
             FirstHalf::Bytes(rows) => rows.bytes(),
+            FirstHalf::Nibbles(rows) => rows.bytes(),
         }
     }
 }
@@ -247,6 +268,7 @@ fn precision(dtype: DType) -> Precision {
     match dtype {
         DType::F32 => Precision::Single,
         DType::F16 | DType::BF16 => Precision::Half,
+        _ if dtype.bits_per_weight() <= 5.0 => Precision::Nibble,
         _ => Precision::Byte,
     }
 }

@@ -11,3 +11,16 @@ pub mod lora;
 pub mod norm;
 pub mod rope;
 pub mod vector;
+
+/// Asks for the line at `p`, which may be any address.
+#[inline(always)]
+fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which does nothing where the address is none.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}

@@ -45,7 +45,7 @@ pub(super) struct Unit {
 }
 
 /// The values of IQ4_NL's and IQ4_XS's sixteen codes.
-pub(super) const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(super) use crate::quant::IQ4_VALUES as IQ4;
 
 /// Twice the values of MXFP4's sixteen codes (E2M1), plus 12 to make them unsigned.
 pub(super) const MXFP4_PLUS_12: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];

@@ -131,7 +131,7 @@ impl<'a> Ahead<'a> {
             if self.at >= self.end && !self.next() {
                 return;
             }
-            prefetch(self.at);
+            super::super::prefetch(self.at);
             self.at = self.at.wrapping_add(64);
         }
     }
@@ -226,17 +226,4 @@ pub(super) unsafe fn run<K: Tile>(task: &LinearTask<'_>, scratch: &mut Scratch) 
             }
         }
     }
-}
-
-/// Asks for the line at `p`, which may be any address.
-#[inline(always)]
-fn prefetch(p: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint, which does nothing where the address is none.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(p.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = p;
 }

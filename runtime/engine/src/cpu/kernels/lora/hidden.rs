@@ -3,13 +3,15 @@
 //! A map of few rows is no matter for the kernels that take a row after the other: reducing a register to one number and
 //! beginning a row anew would be half of their work. So the rows of a tile lie side by side, `[tile][k / 4][8 rows][4]`, each
 //! lane sums one of them, and a tile is read front to back. Its integers count with a scale for each row, and the
-//! activations with theirs for every 32 values.
+//! activations with theirs for every 32 values. A tile begins with the scales of its rows.
 //!
 //! The scalar form is the specification, up to the order of sums: the integers of 32 values are summed exactly, the sums as
 //! f32. A row's result depends neither on the range of rows it is in nor on the number of tokens.
 
 use std::ops::Range;
 
+use crate::Result;
+use crate::cpu::buffer::{Shelf, Table};
 use crate::cpu::isa::Isa;
 use crate::cpu::kernels::linear::{GROUP, Q8};
 
@@ -18,43 +20,58 @@ pub const ROWS: usize = 8;
 /// Values of a row that lie together.
 const DEPTH: usize = 4;
 /// What makes the integers unsigned, as the instructions want one factor to be.
-const OFFSET: u8 = 128;
+pub(super) const OFFSET: u8 = 128;
+/// Bytes of a tile's scales, an f32 for each row, zero for those behind the last.
+const SCALES: usize = 4 * ROWS;
 
 /// `A` in tiles.
 #[derive(Clone, Debug)]
 pub struct Rows {
     rows: usize,
     k: usize,
-    values: Vec<u8>,
-    /// Of each row, zero for those behind the last.
-    scales: Vec<f32>,
+    tiles: Table<u8>,
 }
 
 impl Rows {
-    /// From `a`, `[rows][k]`, `k` being a multiple of 32.
-    pub fn new(a: &[f32], k: usize) -> Rows {
+    /// From `a`, `[rows][k]`, `k` being a multiple of 32, put on a shelf.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub fn new(a: &[f32], k: usize, shelf: &mut Shelf) -> Result<Rows> {
         assert!(k > 0 && k.is_multiple_of(GROUP) && a.len().is_multiple_of(k), "{} values in rows of {k}", a.len());
         let rows = a.len() / k;
-        let padded = rows.div_ceil(ROWS) * ROWS;
-        let (mut values, mut scales) = (vec![OFFSET; padded * k], vec![0.0; padded]);
-        for (r, row) in a.chunks_exact(k).enumerate() {
-            let scale = row.iter().fold(0.0f32, |most, v| most.max(v.abs())) / 127.0;
-            scales[r] = scale;
-            for (i, v) in row.iter().enumerate().filter(|_| scale > 0.0) {
-                let at = ((r / ROWS * (k / DEPTH) + i / DEPTH) * ROWS + r % ROWS) * DEPTH + i % DEPTH;
-                values[at] = ((v / scale).round() as i8 as u8).wrapping_add(OFFSET);
+        let mut tiles = vec![0; Rows::size(rows, k)];
+        for (tile, rows) in tiles.chunks_exact_mut(SCALES + ROWS * k).zip(a.chunks(ROWS * k)) {
+            let (scales, values) = tile.split_at_mut(SCALES);
+            values.fill(OFFSET);
+            for ((r, row), to) in rows.chunks_exact(k).enumerate().zip(scales.chunks_exact_mut(4)) {
+                let scale = row.iter().fold(0.0f32, |most, v| most.max(v.abs())) / 127.0;
+                to.copy_from_slice(&scale.to_le_bytes());
+                for (i, v) in row.iter().enumerate().filter(|_| scale > 0.0) {
+                    values[(i / DEPTH * ROWS + r) * DEPTH + i % DEPTH] =
+                        ((v / scale).round() as i8 as u8).wrapping_add(OFFSET);
+                }
             }
         }
-        Rows { rows, k, values, scales }
+        Ok(Rows { rows, k, tiles: shelf.put(&tiles)? })
+    }
+
+    /// Bytes that tiles take.
+    pub fn size(rows: usize, k: usize) -> usize {
+        rows.div_ceil(ROWS) * (SCALES + ROWS * k)
     }
 
     /// Bytes it takes.
     pub fn bytes(&self) -> usize {
-        self.values.len() + self.scales.len() * 4
+        self.tiles.len()
     }
 
-    fn tile(&self, index: usize) -> &[u8] {
-        &self.values[index * ROWS * self.k..][..ROWS * self.k]
+    /// Scales and values of a tile.
+    fn tile(&self, index: usize) -> ([f32; ROWS], &[u8]) {
+        let bytes = SCALES + ROWS * self.k;
+        let (scales, values) = self.tiles[index * bytes..][..bytes].split_at(SCALES);
+        let scale = |r: usize| f32::from_le_bytes([0, 1, 2, 3].map(|i| scales[4 * r + i]));
+        (std::array::from_fn(scale), values)
     }
 }
 
@@ -75,7 +92,7 @@ pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *m
         // What the offset has added to every row.
         let excess = f32::from(OFFSET) * sums.iter().sum::<f32>();
         for first in rows.clone().step_by(ROWS) {
-            let tile = a.tile(first / ROWS);
+            let (scales, tile) = a.tile(first / ROWS);
             let sums = match isa {
                 // SAFETY: the token proves the features; sizes were checked.
                 #[cfg(target_arch = "x86_64")]
@@ -88,7 +105,7 @@ pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *m
             let count = ROWS.min(rows.end - first);
             for (r, sum) in sums.into_iter().enumerate().take(count) {
                 // SAFETY: by the caller's promise.
-                unsafe { *out.add(t * stride + first + r) = a.scales[first + r] * (sum - excess) };
+                unsafe { *out.add(t * stride + first + r) = scales[r] * (sum - excess) };
             }
         }
     }
@@ -181,7 +198,7 @@ mod tests {
             let to = unsafe { Q8Mut::new(buffer.as_mut_ptr().cast(), tokens, k) };
             quantize_rows(Isa::Scalar, &x, k, 0..tokens, &to).unwrap();
             let q8 = Q8::new(bytemuck::cast_slice(&buffer), tokens, k).unwrap();
-            let packed = Rows::new(&a, k);
+            let packed = Rows::new(&a, k, &mut Shelf::new(Rows::size(rows, k), "tiles").unwrap()).unwrap();
             let mut first: Option<Vec<f32>> = None;
             for isa in Isa::available() {
                 let mut h = vec![f32::NAN; tokens * (rows + 3)];

@@ -2,22 +2,28 @@
 //!
 //! `B` lies in tiles of 32 columns, `[tile][rank][32]` with zeros behind the last column, so that a thread streams its
 //! columns front to back and a column's sum stays in a register without a horizontal addition. Values are kept as the base's
-//! weights are ([`Precision`]): in decoding each is read once, so their bytes are what a correction costs. (The first half,
+//! weights are ([`Precision`]): in decoding each is read once, so their bytes are what a correction costs. A tile of bytes
+//! begins with the scales of its columns. (The first half,
 //! `h = x·Aᵀ`, is a linear map like any other, but in 8 bits, where it has a kernel of its own: [`hidden`].)
 //!
 //! The scalar form is the specification: sums start from 0, go up in `j`, are multiplied with the column's scale, where there is
 //! one, and added to `y`. A column's result depends neither on the range of columns it is in nor on the number of rows.
 
 pub mod hidden;
+pub mod nibbles;
 
 use std::ops::Range;
 
-use half::f16;
+use half::{bf16, f16};
 
+use crate::Result;
+use crate::cpu::buffer::{Shelf, Table};
 use crate::cpu::isa::Isa;
 
 /// Columns of a tile.
 pub const TILE: usize = 32;
+/// Bytes of a tile's scales, one bf16 for each column.
+const SCALES: usize = 2 * TILE;
 
 /// How the copies of a correction are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,8 +32,10 @@ pub enum Precision {
     Single,
     /// 16 bits, beside weights of 16.
     Half,
-    /// 8-bit integers with a scale for each column of `B`, and for every 32 values of `A`: beside quantized weights.
+    /// 8-bit integers with a scale for each column of `B` and each row of `A`: beside quantized weights.
     Byte,
+    /// 4 bits with a scale for each column of `B`, and for every 32 values of `A`: beside weights of as few. (See [`nibbles`].)
+    Nibble,
 }
 
 /// `B` in tiles.
@@ -41,53 +49,98 @@ pub struct Tiles {
 #[derive(Clone, Debug)]
 enum Values {
     /// Bits of an f16.
-    F16(Vec<u16>),
-    F32(Vec<f32>),
-    /// Integers, and the scale of each column.
-    I8(Vec<i8>, Vec<f32>),
+    F16(Table<u16>),
+    F32(Table<f32>),
+    /// Tiles of scales and integers.
+    Bytes(Table<u8>),
+    /// As [`nibbles`] has them.
+    Nibbles(Table<u8>),
 }
 
 impl Tiles {
-    /// From `b`, `[columns][rank]`; as f32 where it is out of f16's range.
-    pub fn new(b: &[f32], rank: usize, precision: Precision) -> Tiles {
+    /// From `b`, `[columns][rank]`, put on a shelf; as f32 where it is out of f16's range.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub fn new(b: &[f32], rank: usize, precision: Precision, shelf: &mut Shelf) -> Result<Tiles> {
         let columns = b.len() / rank.max(1);
-        let padded = columns.div_ceil(TILE) * TILE;
-        let mut tiled = vec![0.0f32; padded * rank];
-        let mut scales = vec![0.0f32; padded];
-        for (c, row) in b.chunks_exact(rank.max(1)).enumerate() {
-            scales[c] = row.iter().fold(0.0f32, |most, v| most.max(v.abs())) / 127.0;
-            for (j, value) in row.iter().enumerate() {
-                tiled[(c / TILE * rank + j) * TILE + c % TILE] = *value;
-            }
-        }
         let values = match precision {
-            Precision::Half if fits_f16(b) => Values::F16(tiled.iter().map(|v| f16::from_f32(*v).to_bits()).collect()),
-            Precision::Byte if fits_f16(b) => {
-                let mut integers = Vec::with_capacity(tiled.len());
-                for (tile, scales) in tiled.chunks_exact((rank * TILE).max(1)).zip(scales.chunks_exact(TILE)) {
-                    let byte = |(v, scale): (&f32, &f32)| if *scale > 0.0 { (v / scale).round() as i8 } else { 0 };
-                    integers.extend(tile.iter().zip(scales.iter().cycle()).map(byte));
-                }
-                Values::I8(integers, scales)
+            Precision::Half if fits_f16(b) => {
+                let bits: Vec<u16> = tiled(b, rank).iter().map(|v| f16::from_f32(*v).to_bits()).collect();
+                Values::F16(shelf.put(&bits)?)
             }
-            _ => Values::F32(tiled),
+            Precision::Nibble if fits_f16(b) && rank <= nibbles::MAX_RANK => {
+                Values::Nibbles(shelf.put(&nibbles::tiles(b, rank))?)
+            }
+            Precision::Byte | Precision::Nibble if fits_f16(b) => {
+                let mut bytes = Vec::with_capacity(Tiles::size(columns, rank, precision));
+                for (tile, columns) in tiled(b, rank).chunks_exact((rank * TILE).max(1)).zip((0..columns).step_by(TILE))
+                {
+                    let rows = b.chunks_exact(rank.max(1)).skip(columns).take(TILE);
+                    let largest = |row: &[f32]| row.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+                    let mut scales = [bf16::ZERO; TILE];
+                    scales.iter_mut().zip(rows).for_each(|(s, row)| *s = bf16::from_f32(largest(row) / 127.0));
+                    bytes.extend(scales.iter().flat_map(|s| s.to_le_bytes()));
+                    let byte = |(v, scale): (&f32, &bf16)| match scale.to_f32() {
+                        scale if scale > 0.0 => (v / scale).round().clamp(-127.0, 127.0) as i8 as u8,
+                        _ => 0,
+                    };
+                    bytes.extend(tile.iter().zip(scales.iter().cycle()).map(byte));
+                }
+                Values::Bytes(shelf.put(&bytes)?)
+            }
+            _ => Values::F32(shelf.put(&tiled(b, rank))?),
         };
-        Tiles { rank, columns, values }
+        Ok(Tiles { rank, columns, values })
+    }
+
+    /// Bytes that tiles take.
+    pub fn size(columns: usize, rank: usize, precision: Precision) -> usize {
+        let per_tile = match precision {
+            Precision::Single => 4 * TILE * rank,
+            Precision::Half => 2 * TILE * rank,
+            Precision::Nibble if rank <= nibbles::MAX_RANK => return nibbles::size(columns, rank),
+            Precision::Byte | Precision::Nibble => SCALES + TILE * rank,
+        };
+        columns.div_ceil(TILE) * per_tile
     }
 
     /// Bytes it takes.
     pub fn bytes(&self) -> usize {
         match &self.values {
-            Values::F16(v) => v.len() * 2,
-            Values::F32(v) => v.len() * 4,
-            Values::I8(v, scales) => v.len() + scales.len() * 4,
+            Values::F16(v) => size_of_val(&**v),
+            Values::F32(v) => size_of_val(&**v),
+            Values::Bytes(v) | Values::Nibbles(v) => v.len(),
+        }
+    }
+
+    /// Asks for some columns, which begin at a multiple of [`TILE`].
+    pub fn prefetch(&self, columns: Range<usize>) {
+        let tile = Tiles::size(TILE, self.rank, self.precision());
+        let bytes: &[u8] = match &self.values {
+            Values::F16(v) => bytemuck::cast_slice(v),
+            Values::F32(v) => bytemuck::cast_slice(v),
+            Values::Bytes(v) | Values::Nibbles(v) => v,
+        };
+        prefetch(&bytes[columns.start / TILE * tile..columns.end.div_ceil(TILE) * tile]);
+    }
+
+    fn precision(&self) -> Precision {
+        match &self.values {
+            Values::F16(_) => Precision::Half,
+            Values::F32(_) => Precision::Single,
+            Values::Bytes(_) => Precision::Byte,
+            Values::Nibbles(_) => Precision::Nibble,
         }
     }
 
     /// What the sum of a column is multiplied with.
     fn scale(&self, c: usize) -> f32 {
         match &self.values {
-            Values::I8(_, scales) => scales[c],
+            Values::Bytes(v) => {
+                let at = c / TILE * (SCALES + self.rank * TILE) + 2 * (c % TILE);
+                bf16::from_le_bytes([v[at], v[at + 1]]).to_f32()
+            }
             _ => 1.0,
         }
     }
@@ -97,9 +150,27 @@ impl Tiles {
         match &self.values {
             Values::F16(v) => f16::from_bits(v[at]).to_f32(),
             Values::F32(v) => v[at],
-            Values::I8(v, _) => f32::from(v[at]),
+            Values::Bytes(v) => f32::from(v[at + (c / TILE + 1) * SCALES] as i8),
+            Values::Nibbles(_) => unreachable!("has a kernel of its own"),
         }
     }
+}
+
+/// Asks for all lines of `bytes`.
+fn prefetch(bytes: &[u8]) {
+    bytes.chunks(64).for_each(|line| super::prefetch(line.as_ptr()));
+}
+
+/// `[columns][rank]` as `[tile][rank][32]`.
+fn tiled(b: &[f32], rank: usize) -> Vec<f32> {
+    let columns = b.len() / rank.max(1);
+    let mut tiled = vec![0.0f32; columns.div_ceil(TILE) * TILE * rank];
+    for (c, row) in b.chunks_exact(rank.max(1)).enumerate() {
+        for (j, value) in row.iter().enumerate() {
+            tiled[(c / TILE * rank + j) * TILE + c % TILE] = *value;
+        }
+    }
+    tiled
 }
 
 /// Whether all of `values` keep their size as f16.
@@ -141,17 +212,20 @@ pub unsafe fn add_low_rank(isa: Isa, task: &LowRankTask<'_>) {
         return;
     }
     assert!(task.hidden.len() >= (rows - 1) * task.stride + tiles.rank);
+    if let Values::Nibbles(v) = &tiles.values {
+        // SAFETY: sizes were checked, the output is the caller's promise.
+        return unsafe { nibbles::add(isa, task, v) };
+    }
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::kernels::vector::has_avx2(isa) {
         // SAFETY: the token proves the features; sizes were checked, the output is the caller's promise.
         unsafe {
             match &tiles.values {
-                Values::F16(v) => avx2::run(task, v.as_slice(), None),
-                Values::F32(v) => avx2::run(task, v.as_slice(), None),
-                Values::I8(v, scales) if matches!(isa, Isa::Avx512(_)) && task.rows == 1 => {
-                    avx512::run(task, v, scales)
-                }
-                Values::I8(v, scales) => avx2::run(task, v.as_slice(), Some(scales)),
+                Values::F16(v) => avx2::run::<u16>(task, bytemuck::cast_slice(v)),
+                Values::F32(v) => avx2::run::<f32>(task, bytemuck::cast_slice(v)),
+                Values::Bytes(v) if matches!(isa, Isa::Avx512(_)) && task.rows == 1 => avx512::run(task, v),
+                Values::Bytes(v) => avx2::run::<i8>(task, v),
+                Values::Nibbles(_) => {}
             }
         }
         return;
@@ -177,10 +251,14 @@ unsafe fn scalar(task: &LowRankTask<'_>) {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     //! AVX2, FMA and F16C: a tile's 32 sums of two rows in eight registers.
-    use super::{LowRankTask, TILE};
+    use super::{LowRankTask, SCALES, TILE};
     use std::arch::x86_64::*;
 
     pub(super) trait Element: Copy {
+        /// Bytes of scales before a tile's values.
+        const SCALES: usize = 0;
+        const ONES: [f32; TILE] = [1.0; TILE];
+
         /// # Safety
         /// Eight values at `p`; the caller has AVX2 and F16C.
         unsafe fn load(p: *const Self) -> __m256;
@@ -203,6 +281,8 @@ mod avx2 {
     }
 
     impl Element for i8 {
+        const SCALES: usize = SCALES;
+
         #[inline(always)]
         unsafe fn load(p: *const i8) -> __m256 {
             // SAFETY: by the contract.
@@ -211,15 +291,19 @@ mod avx2 {
     }
 
     /// # Safety
-    /// The features, and as `add_low_rank`, whose checks were made; a scale for every column of all tiles.
+    /// The features, and as `add_low_rank`, whose checks were made; whole tiles of `E`, aligned to it.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn run<E: Element>(task: &LowRankTask<'_>, values: &[E], scales: Option<&[f32]>) {
-        const ONES: [f32; TILE] = [1.0; TILE];
+    pub(super) unsafe fn run<E: Element>(task: &LowRankTask<'_>, values: &[u8]) {
         let rank = task.tiles.rank;
+        let tile_bytes = E::SCALES + rank * TILE * size_of::<E>();
         for first in task.columns.clone().step_by(TILE) {
             let count = TILE.min(task.columns.end - first);
-            let tile = values[first / TILE * rank * TILE..][..rank * TILE].as_ptr();
-            let scales = scales.map_or(ONES.as_ptr(), |scales| scales[first / TILE * TILE..][..TILE].as_ptr());
+            let (scales, tile) = values[first / TILE * tile_bytes..][..tile_bytes].split_at(E::SCALES);
+            let mut wide = E::ONES;
+            for (wide, scale) in wide.iter_mut().zip(scales.chunks_exact(2)) {
+                *wide = f32::from_bits(u32::from(u16::from_le_bytes([scale[0], scale[1]])) << 16);
+            }
+            let (tile, scales) = (tile.as_ptr().cast::<E>(), wide.as_ptr());
             let mut t = 0;
             while t < task.rows {
                 let pair = t + 1 < task.rows;
@@ -281,26 +365,27 @@ mod avx2 {
 mod avx512 {
     //! AVX-512, for decoding: one row, a tile's 32 sums in two registers. What is read is used once, in short streams, so it is
     //! asked for ahead.
-    use super::{LowRankTask, TILE};
+    use super::{LowRankTask, SCALES, TILE};
     use std::arch::x86_64::*;
 
     /// Bytes from what is computed to what is asked for.
     const AHEAD: usize = 4_096;
 
     /// # Safety
-    /// The features, and as `add_low_rank`, whose checks were made; one row, and a scale for every column of all tiles.
+    /// The features, and as `add_low_rank`, whose checks were made; one row, whole tiles.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub(super) unsafe fn run(task: &LowRankTask<'_>, values: &[i8], scales: &[f32]) {
+    pub(super) unsafe fn run(task: &LowRankTask<'_>, values: &[u8]) {
         let (rank, h) = (task.tiles.rank, task.hidden);
+        let tile_bytes = SCALES + rank * TILE;
         for first in task.columns.clone().step_by(TILE) {
             let count = TILE.min(task.columns.end - first);
-            let tile = &values[first / TILE * rank * TILE..][..rank * TILE];
+            let (scales, tile) = values[first / TILE * tile_bytes..][..tile_bytes].split_at(SCALES);
             let (low, high) = tile_masks(count);
             // SAFETY: a whole tile, its scales, and of the results those that the masks name. A hint may point anywhere.
             unsafe {
                 let mut sums = [_mm512_setzero_ps(); 2];
                 for (j, h) in h[..rank].iter().enumerate() {
-                    let b = tile.as_ptr().add(j * TILE);
+                    let b = tile.as_ptr().add(j * TILE).cast::<i8>();
                     if j % 2 == 0 {
                         _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD));
                     }
@@ -308,10 +393,14 @@ mod avx512 {
                     let wide = |at: usize| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(b.add(at).cast())));
                     sums = [_mm512_fmadd_ps(h, wide(0), sums[0]), _mm512_fmadd_ps(h, wide(16), sums[1])];
                 }
-                let (y, scale) = (task.out.add(first - task.columns.start), scales[first / TILE * TILE..].as_ptr());
+                let y = task.out.add(first - task.columns.start);
+                let scale = |i: usize| {
+                    let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(scales.as_ptr().add(32 * i).cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+                };
                 for (i, (sum, mask)) in sums.into_iter().zip([low, high]).enumerate() {
                     let old = _mm512_maskz_loadu_ps(mask, y.wrapping_add(16 * i));
-                    let new = _mm512_fmadd_ps(_mm512_loadu_ps(scale.add(16 * i)), sum, old);
+                    let new = _mm512_fmadd_ps(scale(i), sum, old);
                     _mm512_mask_storeu_ps(y.wrapping_add(16 * i), mask, new);
                 }
             }
@@ -344,7 +433,9 @@ mod tests {
             for precision in [Precision::Single, Precision::Half, Precision::Byte] {
                 let (b, stride) = (pseudo(columns * rank, 1), rank + 3);
                 let (hidden, start) = (pseudo(rows * stride, 2), pseudo(rows * columns, 3));
-                let tiles = Tiles::new(&b, rank, precision);
+                let mut shelf = Shelf::new(Tiles::size(columns, rank, precision), "tiles").unwrap();
+                let tiles = Tiles::new(&b, rank, precision, &mut shelf).unwrap();
+                assert_eq!(tiles.bytes(), Tiles::size(columns, rank, precision));
                 for isa in Isa::available() {
                     let mut y = start.clone();
                     // Two shares, as two threads have them.
@@ -372,7 +463,7 @@ mod tests {
                                 Precision::Single => 1e-6,
                                 Precision::Half => 1e-3,
                                 // Half a step of the largest value's 127.
-                                Precision::Byte => 4e-3,
+                                Precision::Byte | Precision::Nibble => 4e-3,
                             } * (1.0 + rank as f64);
                             let got = f64::from(y[t * columns + c]);
                             assert!((got - exact).abs() <= bound, "{isa:?} {rank} {columns} {t} {c}: {got} {exact}");

@@ -1,0 +1,543 @@
+//! Both halves of a low-rank correction in 4 bits, for weights that are kept as coarsely: indices into the values of IQ4_NL,
+//! which lie as numbers of a bell curve do, with a bf16 scale for 32 of them in a row of `A` or all of a column of `B`.
+//!
+//! Rows of `A` lie as in [`hidden`](super::hidden): eight side by side make a tile, which has for each 32 values of its rows
+//! the scales `[8]` and then two lines `[8 rows][8]`, the bytes' low halves being values 0 to 7 of 16 and the high ones 8 to 15.
+//! Columns of `B` make tiles of 32 with their scales in front; for every eight of the rank follow two lines `[16 columns][4]`
+//! with ranks 0 to 3 in the low halves and 4 to 7 in the high ones. `h` is rounded to 8 bits for it.
+//!
+//! The scalar forms are the specification: integers are summed exactly, in `A` 32 at a time and the sums as f32 in order.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::hidden::ROWS;
+use super::{LowRankTask, SCALES, TILE};
+use crate::Result;
+use crate::cpu::buffer::{Shelf, Table};
+use crate::cpu::isa::Isa;
+use crate::cpu::kernels::linear::{GROUP, Q8};
+use crate::quant::IQ4_VALUES;
+
+/// Bytes of a tile of `A` for every 32 values of its rows.
+const STEP: usize = 2 * ROWS + ROWS * GROUP / 2;
+/// Ranks of `B` that lie together.
+const OCTET: usize = 8;
+/// Most ranks whose `h` is rounded on the stack.
+pub(super) const MAX_RANK: usize = 512;
+
+/// The index of the value nearest to each of -128 to 127.
+const NEAREST: [u8; 256] = {
+    let mut nearest = [0; 256];
+    let (mut v, mut index) = (0, 0);
+    while v < 256 {
+        // Beyond the middle between a value and the next.
+        while index < 15 && 2 * (v as i32 - 128) > IQ4_VALUES[index] as i32 + IQ4_VALUES[index + 1] as i32 {
+            index += 1;
+        }
+        nearest[v] = index as u8;
+        v += 1;
+    }
+    nearest
+};
+
+/// The index of the value nearest to `v`.
+fn nearest(v: f32) -> u8 {
+    NEAREST[(v + 128.5).clamp(0.0, 255.0) as usize]
+}
+
+/// Indices of the values nearest to `values` over a scale, and the scale: the one with the least error among some.
+fn quantize(values: &[f32], indices: &mut [u8]) -> bf16 {
+    let largest = values.iter().fold(0.0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
+    // By how much the error shrinks, and the scale with which it does.
+    let mut best = (0.0, 0.0);
+    // The largest becomes about the longest of the values, which is a negative one, or goes somewhat beyond it.
+    for longest in [-139.0, -127.0, -117.0, -108.0, -100.0] {
+        let inverse = if largest == 0.0 { 0.0 } else { longest / largest };
+        let (mut xy, mut yy) = (0.0, 0.0);
+        for v in values {
+            let value = f32::from(IQ4_VALUES[nearest(v * inverse) as usize]);
+            (xy, yy) = (xy + v * value, yy + value * value);
+        }
+        if xy * xy / yy > best.0 {
+            best = (xy * xy / yy, xy / yy);
+        }
+    }
+    let scale = bf16::from_f32(best.1);
+    let inverse = if scale == bf16::ZERO { 0.0 } else { 1.0 / scale.to_f32() };
+    indices.iter_mut().zip(values).for_each(|(index, v)| *index = nearest(v * inverse));
+    scale
+}
+
+/// `A` in tiles.
+#[derive(Clone, Debug)]
+pub struct Rows {
+    rows: usize,
+    k: usize,
+    tiles: Table<u8>,
+}
+
+impl Rows {
+    /// From `a`, `[rows][k]`, `k` being a multiple of 32, put on a shelf.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::Error::Memory).
+    pub fn new(a: &[f32], k: usize, shelf: &mut Shelf) -> Result<Rows> {
+        assert!(k > 0 && k.is_multiple_of(GROUP) && a.len().is_multiple_of(k), "{} values in rows of {k}", a.len());
+        let rows = a.len() / k;
+        let mut tiles = vec![0u8; Rows::size(rows, k)];
+        for (tile, rows) in tiles.chunks_exact_mut(k / GROUP * STEP).zip(a.chunks(ROWS * k)) {
+            for (r, row) in rows.chunks_exact(k).enumerate() {
+                for (step, values) in tile.chunks_exact_mut(STEP).zip(row.chunks_exact(GROUP)) {
+                    let mut indices = [0; GROUP];
+                    let scale = quantize(values, &mut indices);
+                    step[2 * r..2 * r + 2].copy_from_slice(&scale.to_le_bytes());
+                    for (i, index) in indices.into_iter().enumerate() {
+                        let (line, high, at) = (i / 16, i / 8 % 2, i % 8);
+                        step[2 * ROWS + 64 * line + 8 * r + at] |= index << (4 * high);
+                    }
+                }
+            }
+        }
+        Ok(Rows { rows, k, tiles: shelf.put(&tiles)? })
+    }
+
+    /// Bytes that tiles take.
+    pub fn size(rows: usize, k: usize) -> usize {
+        rows.div_ceil(ROWS) * (k / GROUP) * STEP
+    }
+
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        self.tiles.len()
+    }
+}
+
+/// As [`hidden`](super::hidden::hidden), in 4 bits.
+///
+/// # Safety
+/// As there.
+///
+/// # Panics
+/// As there.
+pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *mut f32, stride: usize) {
+    let layout = x.layout();
+    assert!(rows.start.is_multiple_of(ROWS) && rows.end <= a.rows && layout.k == a.k && rows.end <= stride);
+    let tile_bytes = a.k / GROUP * STEP;
+    for t in 0..layout.tokens {
+        let q = &x.values()[t * a.k..][..a.k];
+        let d = &x.scales()[t * layout.groups..][..a.k / GROUP];
+        let sums = &x.sums()[t * layout.groups..][..a.k / GROUP];
+        for first in rows.clone().step_by(ROWS) {
+            let tile = &a.tiles[first / ROWS * tile_bytes..][..tile_bytes];
+            let h = match isa {
+                // SAFETY: the token proves the features; sizes were checked.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512(_) => unsafe { x86::hidden_vnni(tile, q, d, sums) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2(_) => unsafe { x86::hidden_avx2(tile, q, d) },
+                _ => scalar_hidden(tile, q, d),
+            };
+            for (r, h) in h.into_iter().enumerate().take(ROWS.min(rows.end - first)) {
+                // SAFETY: by the caller's promise.
+                unsafe { *out.add(t * stride + first + r) = h };
+            }
+        }
+    }
+}
+
+fn scalar_hidden(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+    let mut h = [0.0; ROWS];
+    for ((step, q), d) in tile.chunks_exact(STEP).zip(q.chunks_exact(GROUP)).zip(d) {
+        for (r, h) in h.iter_mut().enumerate() {
+            let value = |i: usize| {
+                let byte = step[2 * ROWS + 64 * (i / 16) + 8 * r + i % 8];
+                i32::from(IQ4_VALUES[(byte >> (4 * (i / 8 % 2)) & 15) as usize])
+            };
+            let sum: i32 = q.iter().enumerate().map(|(i, q)| value(i) * i32::from(*q)).sum();
+            *h += scale_of(step, r) * (d * sum as f32);
+        }
+    }
+    h
+}
+
+/// The bf16 number `index` of those that `bytes` begin with.
+fn scale_of(bytes: &[u8], index: usize) -> f32 {
+    bf16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]).to_f32()
+}
+
+/// Bytes of a tile of `B`.
+fn tile_bytes(rank: usize) -> usize {
+    SCALES + rank.div_ceil(OCTET) * 2 * 64
+}
+
+/// Tiles of `b`, `[columns][rank]`.
+pub(super) fn tiles(b: &[f32], rank: usize) -> Vec<u8> {
+    let columns = b.len() / rank.max(1);
+    let mut tiles = vec![0u8; columns.div_ceil(TILE) * tile_bytes(rank)];
+    let mut indices = vec![0; rank];
+    for (tile, rows) in tiles.chunks_exact_mut(tile_bytes(rank)).zip(b.chunks((TILE * rank).max(1))) {
+        for (c, row) in rows.chunks_exact(rank.max(1)).enumerate() {
+            let scale = quantize(row, &mut indices);
+            tile[2 * c..2 * c + 2].copy_from_slice(&scale.to_le_bytes());
+            for (j, index) in indices.iter().enumerate() {
+                let (octet, high, at) = (j / OCTET, j / 4 % 2, j % 4);
+                tile[SCALES + 128 * octet + 4 * c + at] |= index << (4 * high);
+            }
+        }
+    }
+    tiles
+}
+
+/// Bytes that [`tiles`] take.
+pub(super) fn size(columns: usize, rank: usize) -> usize {
+    columns.div_ceil(TILE) * tile_bytes(rank)
+}
+
+/// As [`add_low_rank`](super::add_low_rank), whose checks were made.
+///
+/// # Safety
+/// As there.
+pub(super) unsafe fn add(isa: Isa, task: &LowRankTask<'_>, tiles: &[u8]) {
+    let rank = task.tiles.rank;
+    let mut rounded = [0i8; MAX_RANK];
+    let rounded = &mut rounded[..rank.next_multiple_of(OCTET)];
+    for t in 0..task.rows {
+        let h = &task.hidden[t * task.stride..][..rank];
+        let largest = h.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        let scale = largest / 127.0;
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        // (A conversion, not `round`, which is a call where the instruction is not known to be there.)
+        for (q, h) in rounded.iter_mut().zip(h) {
+            let v = h * inverse;
+            *q = (v + 0.5f32.copysign(v)) as i8;
+        }
+        for first in task.columns.clone().step_by(TILE) {
+            let count = TILE.min(task.columns.end - first);
+            let tile = &tiles[first / TILE * tile_bytes(rank)..][..tile_bytes(rank)];
+            // SAFETY: columns of this row, by the caller's promise; the token proves the features.
+            unsafe {
+                let y = task.out.add(t * task.out_stride + first - task.columns.start);
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512(_) => x86::add_vnni(tile, rounded, scale, y, count),
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2(_) => x86::add_avx2(tile, rounded, scale, y, count),
+                    _ => scalar_add(tile, rounded, scale, std::slice::from_raw_parts_mut(y, count)),
+                }
+            }
+        }
+    }
+}
+
+fn scalar_add(tile: &[u8], h: &[i8], scale: f32, y: &mut [f32]) {
+    for (c, y) in y.iter_mut().enumerate() {
+        let value = |j: usize| {
+            let byte = tile[SCALES + 128 * (j / OCTET) + 4 * c + j % 4];
+            i32::from(IQ4_VALUES[(byte >> (4 * (j / 4 % 2)) & 15) as usize])
+        };
+        let sum: i32 = h.iter().enumerate().map(|(j, h)| value(j) * i32::from(*h)).sum();
+        *y += scale_of(tile, c) * (scale * sum as f32);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::super::hidden::OFFSET;
+    use super::{GROUP, IQ4_VALUES, OCTET, ROWS, SCALES, STEP, TILE};
+    use std::arch::x86_64::*;
+
+    /// Bytes from what is computed to what is asked for: what is read is used once, in streams that are short for what
+    /// prefetches by itself.
+    const AHEAD: usize = 2_048;
+
+    /// The values, made unsigned, as one factor of `vpdpbusd` has to be.
+    const UNSIGNED: [u8; 16] = {
+        let mut values = [0; 16];
+        let mut i = 0;
+        while i < 16 {
+            values[i] = (IQ4_VALUES[i] as u8).wrapping_add(OFFSET);
+            i += 1;
+        }
+        values
+    };
+
+    /// # Safety
+    /// The features; whole steps, each with 32 of `q`, one of `d` and of `sums`, which are `d` times the sum of those `q`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+    pub(super) unsafe fn hidden_vnni(tile: &[u8], q: &[i8], d: &[f32], sums: &[f32]) -> [f32; ROWS] {
+        // SAFETY: sixteen bytes.
+        let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(UNSIGNED.as_ptr().cast()) });
+        let low = _mm512_set1_epi8(15);
+        // Two lanes a row.
+        let mut h = _mm512_setzero_ps();
+        for (((step, q), d), sum) in tile.chunks_exact(STEP).zip(q.chunks_exact(GROUP)).zip(d).zip(sums) {
+            let mut acc = _mm512_setzero_si512();
+            for line in 0..2 {
+                // SAFETY: within the step and its values; a hint may point anywhere.
+                unsafe {
+                    let at = step.as_ptr().add(2 * ROWS + 64 * line);
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                    let bytes = _mm512_loadu_si512(at.cast());
+                    let q = q.as_ptr().add(16 * line).cast::<i64>();
+                    let of = |indices| _mm512_shuffle_epi8(table, _mm512_and_si512(indices, low));
+                    acc = _mm512_dpbusd_epi32(acc, of(bytes), _mm512_set1_epi64(q.read_unaligned()));
+                    let high = of(_mm512_srli_epi16::<4>(bytes));
+                    acc = _mm512_dpbusd_epi32(acc, high, _mm512_set1_epi64(q.add(1).read_unaligned()));
+                }
+            }
+            // SAFETY: eight scales.
+            let scales = _mm512_cvtepu16_epi64(unsafe { _mm_loadu_si128(step.as_ptr().cast()) });
+            let scales = _mm512_or_si512(_mm512_slli_epi64::<16>(scales), _mm512_slli_epi64::<48>(scales));
+            // What the offset has added is in one lane of each row.
+            let excess = _mm512_maskz_mov_ps(0x5555, _mm512_set1_ps(-f32::from(OFFSET) * sum));
+            let product = _mm512_fmadd_ps(_mm512_set1_ps(*d), _mm512_cvtepi32_ps(acc), excess);
+            h = _mm512_fmadd_ps(_mm512_castsi512_ps(scales), product, h);
+        }
+        let mut lanes = [0.0; 2 * ROWS];
+        // SAFETY: sixteen floats.
+        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), h) };
+        std::array::from_fn(|r| lanes[2 * r] + lanes[2 * r + 1])
+    }
+
+    /// Adds products of four bytes of each lane with four of the activations, given in each lane.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn dot(acc: __m256i, values: __m256i, q: __m256i) -> __m256i {
+        // The sign of q goes to the values: pairs then stay within 16 bits (2 · 127 · 127).
+        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(values, q));
+        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn signed_table() -> __m256i {
+        // SAFETY: sixteen bytes.
+        _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(IQ4_VALUES.as_ptr().cast()) })
+    }
+
+    /// # Safety
+    /// As [`hidden_vnni`].
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn hidden_avx2(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+        let (table, low) = (signed_table(), _mm256_set1_epi8(15));
+        // Two lanes a row, in two halves.
+        let mut h = [_mm256_setzero_ps(); 2];
+        for ((step, q), d) in tile.chunks_exact(STEP).zip(q.chunks_exact(GROUP)).zip(d) {
+            for (half, h) in h.iter_mut().enumerate() {
+                let mut acc = _mm256_setzero_si256();
+                for line in 0..2 {
+                    // SAFETY: within the step and its values.
+                    unsafe {
+                        let at = step.as_ptr().add(2 * ROWS + 64 * line + 32 * half);
+                        let bytes = _mm256_loadu_si256(at.cast());
+                        let q = q.as_ptr().add(16 * line).cast::<i64>();
+                        let first = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
+                        let second = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low);
+                        acc = dot(acc, first, _mm256_set1_epi64x(q.read_unaligned()));
+                        let second = _mm256_shuffle_epi8(table, second);
+                        acc = dot(acc, second, _mm256_set1_epi64x(q.add(1).read_unaligned()));
+                    }
+                }
+                // SAFETY: four scales.
+                let scales = _mm256_cvtepu16_epi64(unsafe { _mm_loadl_epi64(step.as_ptr().add(8 * half).cast()) });
+                let scales = _mm256_or_si256(_mm256_slli_epi64::<16>(scales), _mm256_slli_epi64::<48>(scales));
+                let product = _mm256_mul_ps(_mm256_set1_ps(*d), _mm256_cvtepi32_ps(acc));
+                *h = _mm256_fmadd_ps(_mm256_castsi256_ps(scales), product, *h);
+            }
+        }
+        let mut lanes = [0.0; 2 * ROWS];
+        // SAFETY: twice eight floats.
+        unsafe {
+            _mm256_storeu_ps(lanes.as_mut_ptr(), h[0]);
+            _mm256_storeu_ps(lanes.as_mut_ptr().add(8), h[1]);
+        }
+        std::array::from_fn(|r| lanes[2 * r] + lanes[2 * r + 1])
+    }
+
+    /// # Safety
+    /// The features; a whole tile of as many ranks as `h` has, and `count` columns at `y`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+    pub(super) unsafe fn add_vnni(tile: &[u8], h: &[i8], scale: f32, y: *mut f32, count: usize) {
+        // SAFETY: sixteen bytes.
+        let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(UNSIGNED.as_ptr().cast()) });
+        let low = _mm512_set1_epi8(15);
+        // What the offset adds to every column.
+        let excess: i32 = h.iter().map(|h| i32::from(*h)).sum::<i32>() * i32::from(OFFSET);
+        let mut acc = [_mm512_set1_epi32(-excess); 2];
+        for (octet, h) in h.chunks_exact(OCTET).enumerate() {
+            for (half, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: within the tile and `h`; a hint may point anywhere.
+                unsafe {
+                    let at = tile.as_ptr().add(SCALES + 128 * octet + 64 * half);
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                    let bytes = _mm512_loadu_si512(at.cast());
+                    let h = h.as_ptr().cast::<i32>();
+                    let of = |indices| _mm512_shuffle_epi8(table, _mm512_and_si512(indices, low));
+                    *acc = _mm512_dpbusd_epi32(*acc, of(bytes), _mm512_set1_epi32(h.read_unaligned()));
+                    let high = of(_mm512_srli_epi16::<4>(bytes));
+                    *acc = _mm512_dpbusd_epi32(*acc, high, _mm512_set1_epi32(h.add(1).read_unaligned()));
+                }
+            }
+        }
+        let all = ((1u64 << count) - 1) as u32;
+        for (half, (acc, mask)) in acc.into_iter().zip([all as u16, (all >> 16) as u16]).enumerate() {
+            // SAFETY: the tile's scales, and of the results those that the mask names.
+            unsafe {
+                let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(tile.as_ptr().add(32 * half).cast()));
+                let scales = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits));
+                let sum = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(acc));
+                let y = y.wrapping_add(16 * half);
+                let new = _mm512_fmadd_ps(scales, sum, _mm512_maskz_loadu_ps(mask, y));
+                _mm512_mask_storeu_ps(y, mask, new);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`add_vnni`].
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn add_avx2(tile: &[u8], h: &[i8], scale: f32, y: *mut f32, count: usize) {
+        let (table, low) = (signed_table(), _mm256_set1_epi8(15));
+        let mut sums = [0.0f32; TILE];
+        for (quarter, sums) in sums.chunks_exact_mut(8).enumerate() {
+            let mut acc = _mm256_setzero_si256();
+            for (octet, h) in h.chunks_exact(OCTET).enumerate() {
+                // SAFETY: within the tile and `h`.
+                unsafe {
+                    let bytes = _mm256_loadu_si256(tile.as_ptr().add(SCALES + 128 * octet + 32 * quarter).cast());
+                    let h = h.as_ptr().cast::<i32>();
+                    let first = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
+                    acc = dot(acc, first, _mm256_set1_epi32(h.read_unaligned()));
+                    let second = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low);
+                    acc = dot(acc, _mm256_shuffle_epi8(table, second), _mm256_set1_epi32(h.add(1).read_unaligned()));
+                }
+            }
+            // SAFETY: eight scales, eight sums.
+            unsafe {
+                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(tile.as_ptr().add(16 * quarter).cast()));
+                let scales = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits));
+                let sum = _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(acc));
+                _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_mul_ps(scales, sum));
+            }
+        }
+        // SAFETY: `count` columns.
+        let y = unsafe { std::slice::from_raw_parts_mut(y, count) };
+        y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::kernels::linear::{Q8Mut, activation_bytes, quantize_rows};
+    use crate::cpu::kernels::lora::{Precision, Tiles, add_low_rank};
+
+    /// Near enough a normal number.
+    fn normal(seed: u64, i: usize) -> f32 {
+        (0..4).map(|j| crate::random::uniform(seed, (4 * i + j) as u64) - 0.5).sum::<f64>() as f32
+    }
+
+    #[test]
+    fn four_bits_keep_bell_curves_to_a_thirteenth() {
+        let values: Vec<f32> = (0..32 * 500).map(|i| 1e-6 * normal(3, i)).collect();
+        let (mut error, mut size) = (0.0f64, 0.0f64);
+        for group in values.chunks_exact(32) {
+            let mut indices = [0; 32];
+            let scale = quantize(group, &mut indices).to_f32();
+            for (v, i) in group.iter().zip(indices) {
+                error += f64::from(v - scale * f32::from(IQ4_VALUES[i as usize])).powi(2);
+                size += f64::from(*v).powi(2);
+            }
+        }
+        let relative = (error / size).sqrt();
+        assert!(relative < 1.0 / 13.0, "{relative}");
+        let mut indices = [7; 4];
+        assert_eq!(quantize(&[0.0; 4], &mut indices).to_f32(), 0.0);
+    }
+
+    #[test]
+    fn first_halves_agree_on_every_instruction_set() {
+        for (rows, k, tokens) in [(1, 32, 1), (16, 576, 1), (7, 96, 3), (48, 1536, 2), (20, 4864, 1)] {
+            let a: Vec<f32> = (0..rows * k).map(|i| normal(1, i)).collect();
+            let x: Vec<f32> = (0..tokens * k).map(|i| normal(2, i) * 3.0 + 0.5).collect();
+            let mut buffer = vec![0u64; activation_bytes(tokens, k).div_ceil(8)];
+            // SAFETY: as large as asked for, and used by this thread alone.
+            let to = unsafe { Q8Mut::new(buffer.as_mut_ptr().cast(), tokens, k) };
+            quantize_rows(Isa::Scalar, &x, k, 0..tokens, &to).unwrap();
+            let q8 = Q8::new(bytemuck::cast_slice(&buffer), tokens, k).unwrap();
+            let packed = Rows::new(&a, k, &mut Shelf::new(Rows::size(rows, k), "tiles").unwrap()).unwrap();
+            let mut first: Option<Vec<f32>> = None;
+            for isa in Isa::available() {
+                let mut h = vec![f32::NAN; tokens * (rows + 3)];
+                let cut = rows / 2 / ROWS * ROWS;
+                for part in [0..cut, cut..rows] {
+                    // SAFETY: the rows of all tokens, this thread's alone.
+                    unsafe { hidden(isa, &packed, &q8, part, h.as_mut_ptr(), rows + 3) };
+                }
+                for t in 0..tokens {
+                    for r in 0..rows {
+                        let exact: f64 = (0..k).map(|i| f64::from(x[t * k + i]) * f64::from(a[r * k + i])).sum();
+                        let got = f64::from(h[t * (rows + 3) + r]);
+                        // Five times the error of a thirteenth of each value of A, at random.
+                        assert!((got - exact).abs() < 0.4 * (k as f64).sqrt(), "{isa:?} {k} {t} {r}: {got} {exact}");
+                    }
+                    assert!(h[t * (rows + 3) + rows..][..3].iter().all(|v| v.is_nan()));
+                }
+                let h: Vec<f32> = h.into_iter().filter(|v| !v.is_nan()).collect();
+                let same = first.get_or_insert_with(|| h.clone());
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() < 2e-4 * (k as f32).sqrt();
+                assert!(h.iter().zip(same.iter()).all(near), "{isa:?}: {h:?} {same:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn second_halves_agree_on_every_instruction_set() {
+        for (rank, columns, rows) in [(1, 1, 1), (3, 31, 2), (16, 1100, 1), (17, 96, 5), (64, 2050, 3)] {
+            let b: Vec<f32> = (0..columns * rank).map(|i| 1e-3 * normal(1, i)).collect();
+            let stride = rank + 3;
+            let hidden: Vec<f32> = (0..rows * stride).map(|i| normal(2, i)).collect();
+            let start: Vec<f32> = (0..rows * columns).map(|i| 1e-3 * normal(3, i)).collect();
+            let mut shelf = Shelf::new(size(columns, rank), "tiles").unwrap();
+            let tiles = Tiles::new(&b, rank, Precision::Nibble, &mut shelf).unwrap();
+            assert_eq!(tiles.bytes(), size(columns, rank));
+            let mut first: Option<Vec<f32>> = None;
+            for isa in Isa::available() {
+                let mut y = start.clone();
+                let cut = columns / 2 / TILE * TILE;
+                for part in [0..cut, cut..columns] {
+                    let out = y[part.start..].as_mut_ptr();
+                    let task = LowRankTask {
+                        tiles: &tiles,
+                        hidden: &hidden,
+                        stride,
+                        rows,
+                        columns: part,
+                        out,
+                        out_stride: columns,
+                    };
+                    // SAFETY: `y` holds every row's columns, and this thread alone uses it.
+                    unsafe { add_low_rank(isa, &task) };
+                }
+                let (mut error, mut size) = (0.0f64, 0.0f64);
+                for t in 0..rows {
+                    for c in 0..columns {
+                        let term = |j: usize| f64::from(hidden[t * stride + j]) * f64::from(b[c * rank + j]);
+                        let exact = (0..rank).map(term).sum::<f64>();
+                        let got = f64::from(y[t * columns + c]) - f64::from(start[t * columns + c]);
+                        error += (got - exact).powi(2);
+                        size += (0..rank).map(|j| term(j).powi(2)).sum::<f64>();
+                    }
+                }
+                // (A single value is kept to a few bits of its scale, and rounded with it.)
+                assert!(error.sqrt() < size.sqrt() / 11.0, "{isa:?} {rank} {columns}: {error} {size}");
+                let same = first.get_or_insert_with(|| y.clone());
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-8;
+                assert!(y.iter().zip(same.iter()).all(near), "{isa:?} {rank} {columns}");
+            }
+        }
+    }
+}
