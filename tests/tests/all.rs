@@ -29,6 +29,7 @@ mod full_disk;
 mod full_training;
 mod gguf_real;
 mod gpu;
+mod gpu_divided;
 mod gpu_kv;
 mod gpu_life;
 mod gradients;

@@ -17,8 +17,8 @@ use super::shift::Dropped;
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
-    Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, SoftTargets, Spec, Tape, Timing, Timings, Trained, Weights,
-    check_dropped, decoder,
+    Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained,
+    Weights, check_dropped, decoder,
 };
 use crate::{Error, Result, random};
 
@@ -42,7 +42,9 @@ pub struct ExecutorOptions {
     pub window: usize,
     /// Type of keys and values: F16, F32 or, for heads of a multiple of 32, Q8_0.
     pub kv_type: DType,
-    /// What is trained: the tapes are those of learning then.
+    /// Which part of the model it computes, the whole or the last; the spec has that part's layers.
+    pub stage: Stage,
+    /// What is trained: the tapes are those of learning then, of the whole model.
     pub trained: Option<Trained>,
     /// Whether linear maps are computed in single precision throughout.
     pub exact: bool,
@@ -147,7 +149,7 @@ impl Program {
             }
         };
         let mut tape = match &options.trained {
-            None => decoder::build(spec, weights, purpose),
+            None => decoder::build(spec, weights, purpose, options.stage),
             Some(trained) => decoder::build_learning(spec, weights, trained, purpose, options.kept_layers),
         };
         if purpose == Purpose::Generate {
@@ -259,7 +261,7 @@ impl Executor {
         options: &ExecutorOptions,
     ) -> Result<Executor> {
         let program = Program::checked(spec, &weights, options)?;
-        let uploaded = Uploaded::new(device, spec, &weights)?;
+        let uploaded = Uploaded::new(device, spec, &weights, &program.tape.matrices())?;
         let pool = Pool::new(device.clone(), spec, options.kv_type, options.window)?;
         let shared = Arc::new(Mutex::new(Shared { uploaded, pool }));
         Executor::with(device, spec, weights, options, program, shared)
@@ -344,7 +346,7 @@ impl Executor {
             + results as u64
             + descriptions;
         Ok(Footprint {
-            weights: Uploaded::needs(device, weights)?,
+            weights: Uploaded::needs(device, weights, &program.tape.matrices())?,
             kv_cache: Pool::needs(spec, options.kv_type, options.window),
             values,
         })
@@ -493,7 +495,7 @@ impl Executor {
                 cache.reserve(&mut shared.pool, cache.len(), len)?;
             }
         }
-        self.upload(&mut batch, purpose)?;
+        self.upload(&mut batch, purpose, program)?;
         let singles = sequences <= DECODED && (0..sequences).all(|i| batch.segments.rows(i) == 1);
         let longest = (0..sequences).filter_map(|i| batch.segments.cache(i).map(|c| c.len())).max().unwrap_or(0);
         let decoding = (purpose == Purpose::Generate && singles).then(|| Decoding {
@@ -584,15 +586,38 @@ impl Executor {
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`], and what `write` says.
     pub fn contents(&self, cache: &KvCache, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        lock(&self.shared).pool.contents(cache, write)
+        lock(&self.shared).pool.contents(cache, 0..cache.len().div_ceil(PAGE), write)
+    }
+
+    /// Of [`Executor::contents`] what is in one page.
+    ///
+    /// # Errors
+    /// As [`Executor::contents`].
+    pub fn page_contents(&self, cache: &KvCache, page: usize, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        lock(&self.shared).pool.contents(cache, page..page + 1, write)
     }
 
     /// Fills a cache, as [`cpu::KvCache::fill`](crate::cpu::KvCache::fill) does.
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`], and what `read` says; nothing is held then.
-    pub fn fill(&self, cache: &mut KvCache, len: usize, read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
-        lock(&self.shared).pool.fill(cache, len, read)
+    pub fn fill(&self, cache: &mut KvCache, len: usize, mut read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        cache.truncate(0);
+        (0..len.div_ceil(PAGE)).try_for_each(|page| self.fill_page(cache, page, len, &mut read))
+    }
+
+    /// Of [`Executor::fill`] what is in one page, as [`cpu::KvCache::fill_page`](crate::cpu::KvCache::fill_page) does.
+    ///
+    /// # Errors
+    /// As [`Executor::fill`].
+    pub fn fill_page(
+        &self,
+        cache: &mut KvCache,
+        page: usize,
+        len: usize,
+        read: impl FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        lock(&self.shared).pool.fill_page(cache, page, len, read)
     }
 
     /// Drops a part of a cache, as [`cpu::KvCache::shift`](crate::cpu::KvCache::shift) does.
@@ -690,8 +715,8 @@ impl Executor {
         &mut self.result
     }
 
-    /// Writes the tables of a run, and what is learned.
-    fn upload(&mut self, batch: &mut Batch<'_, KvCache>, purpose: Purpose) -> Result<()> {
+    /// Writes the tables of a run, what its tape begins with, and what is learned.
+    fn upload(&mut self, batch: &mut Batch<'_, KvCache>, purpose: Purpose, program: usize) -> Result<()> {
         let (rows, outputs) = (batch.tokens.len(), batch.outputs.len());
         let rope_row: usize = self.frequencies.iter().map(|f| 2 * f.pairs()).sum();
         let outputs_at = HEADER + 4 * rows;
@@ -746,6 +771,11 @@ impl Executor {
             words.extend(tokens.iter().zip(shares).flat_map(|(token, share)| [*token, share.to_bits()]));
         }
         self.upload_tables()?;
+        let program = &self.programs[program];
+        if let Some(input) = program.tape.input() {
+            let at = program.plan.place(input).offset as u64;
+            self.device.queue.write_buffer(&self.arena, at, bytemuck::cast_slice(batch.input));
+        }
         if let Some(l) = batch.learning.as_ref().filter(|l| !l.within.begun) {
             self.device.queue.write_buffer(&self.params, 0, bytemuck::cast_slice(l.params));
             if purpose == Purpose::Learn {
@@ -785,6 +815,9 @@ fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
             "a KV cache of type {} for heads of {} elements on the GPU; choose F16 or F32",
             options.kv_type, spec.head_dim
         )));
+    }
+    if options.stage == Stage::First {
+        return Err(Error::Unsupported("the first part of a divided model on the GPU, which takes the last".into()));
     }
     if !spec.heads.is_multiple_of(spec.kv_heads.max(1)) {
         return Err(Error::argument("heads must be a multiple of kv_heads"));
