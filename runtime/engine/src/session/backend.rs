@@ -248,15 +248,23 @@ impl Backend {
     pub fn run(&mut self, purpose: Purpose, batch: Batch<'_, Cache>, cancel: &AtomicBool) -> Result<&mut [f32]> {
         match self {
             Backend::Cpu(executor) => {
-                let Batch { tokens, input, segments, outputs, targets, alone, learning } = batch;
+                let Batch { tokens, input, segments, outputs, largest, targets, alone, learning } = batch;
                 let segments = &mut Picked::new(segments, Cache::cpu)?;
-                executor.run(purpose, Batch { tokens, input, segments, outputs, targets, alone, learning }, cancel)
+                executor.run(
+                    purpose,
+                    Batch { tokens, input, segments, outputs, largest, targets, alone, learning },
+                    cancel,
+                )
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => {
-                let Batch { tokens, input, segments, outputs, targets, alone, learning } = batch;
+                let Batch { tokens, input, segments, outputs, largest, targets, alone, learning } = batch;
                 let segments = &mut Picked::new(segments, Cache::gpu)?;
-                executor.run(purpose, Batch { tokens, input, segments, outputs, targets, alone, learning }, cancel)
+                executor.run(
+                    purpose,
+                    Batch { tokens, input, segments, outputs, largest, targets, alone, learning },
+                    cancel,
+                )
             }
             #[cfg(feature = "gpu")]
             Backend::Divided(divided) => {
@@ -305,6 +313,32 @@ impl Backend {
             #[cfg(feature = "gpu")]
             Backend::Divided(divided) => divided.last.result(),
         }
+    }
+
+    /// As [`gpu::Executor::largest`]; the CPU gives all logits.
+    pub fn largest(&self, row: usize) -> Option<&[(u32, f32)]> {
+        match self {
+            Backend::Cpu(_) => {
+                let _ = row;
+                None
+            }
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.largest(row),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.last.largest(row),
+        }
+    }
+
+    /// The logits of the last run, brought from a GPU if it gave the largest alone.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`].
+    pub fn logits(&mut self) -> Result<&mut [f32]> {
+        #[cfg(feature = "gpu")]
+        if let Some(executor) = self.gpu() {
+            executor.read_logits()?;
+        }
+        Ok(self.result())
     }
 
     /// As [`cpu::KvCache::contents`].

@@ -58,12 +58,13 @@ impl Divided {
 
     /// As [`Backend::run`](super::backend::Backend::run); the caches of both parts advance, or none.
     pub fn run(&mut self, purpose: Purpose, batch: Batch<'_, Cache>, cancel: &AtomicBool) -> Result<()> {
-        let Batch { tokens, segments, outputs, targets, alone, .. } = batch;
+        let Batch { tokens, segments, outputs, largest, targets, alone, .. } = batch;
         let first = Batch {
             tokens,
             input: &[],
             segments: &mut Picked::new(segments, Cache::first)?,
             outputs: &[],
+            largest: 0,
             targets: &[],
             alone,
             learning: None,
@@ -74,6 +75,7 @@ impl Divided {
             input,
             segments: &mut Picked::new(segments, Cache::last)?,
             outputs,
+            largest,
             targets,
             alone,
             learning: None,

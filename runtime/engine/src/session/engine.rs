@@ -122,8 +122,8 @@ pub(super) enum Wanted<'a> {
     Last,
     /// Logits of all rows.
     All,
-    /// Logits of chosen rows, increasing.
-    Logits(&'a [u32]),
+    /// Logits of chosen rows, increasing; `largest` as in [`Batch::largest`].
+    Logits { outputs: &'a [u32], largest: usize },
     /// The states that the head would read, of all rows.
     States,
     /// Cross-entropies of chosen rows, increasing, with the target of each.
@@ -312,12 +312,13 @@ impl Engine {
                 self.outputs.push((self.tokens.len() as u32).saturating_sub(1));
             }
         }
+        let largest = if let Wanted::Logits { largest, .. } = wanted { largest } else { 0 };
         let (purpose, targets) = match wanted {
             Wanted::Scores { outputs, targets } => {
                 self.outputs.extend_from_slice(outputs);
                 (Purpose::Score, targets)
             }
-            Wanted::Logits(outputs) => {
+            Wanted::Logits { outputs, .. } => {
                 self.outputs.extend_from_slice(outputs);
                 (Purpose::Generate, [].as_slice())
             }
@@ -332,7 +333,8 @@ impl Engine {
             Wanted::Nothing | Wanted::Last => (Purpose::Generate, [].as_slice()),
         };
         let (tokens, outputs) = (&self.tokens, &self.outputs);
-        let batch = Batch { tokens, input: &[], segments: &mut Feeds(feeds), outputs, targets, alone, learning: None };
+        let batch =
+            Batch { tokens, input: &[], segments: &mut Feeds(feeds), outputs, largest, targets, alone, learning: None };
         self.backend.run(purpose, batch, cancel)?;
         for (sequence, feed) in feeds {
             if sequence.tokens.is_empty() {
@@ -394,9 +396,19 @@ impl Engine {
     }
 
     /// A row of the logits of the last run, the sampler's to change.
-    pub(super) fn logits_row(&mut self, row: usize) -> &mut [f32] {
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`] where a GPU has them still.
+    pub(super) fn logits_row(&mut self, row: usize) -> Result<&mut [f32]> {
         let vocab = self.model.spec().vocab;
-        &mut self.backend.result()[row * vocab..][..vocab]
+        Ok(&mut self.backend.logits()?[row * vocab..][..vocab])
+    }
+
+    /// The largest logits of a row of the last run, if it gave those alone and all is well with them: most first, of equals
+    /// the lower token first.
+    pub(super) fn largest(&self, row: usize) -> Option<&[(u32, f32)]> {
+        // What is no number comes first.
+        self.backend.largest(row).filter(|row| row.first().is_some_and(|(_, logit)| logit.is_finite()))
     }
 
     /// Puts `adapters`, each times its factor, in force from the next run on, in place of those before; none for the base

@@ -279,6 +279,7 @@ impl Learner {
                 input: &[],
                 segments: &mut &batch.lengths[first_sequence..sequence],
                 outputs: &shifted,
+                largest: 0,
                 targets: &batch.targets[targets],
                 alone: false,
                 learning: Some(Learning {

@@ -34,6 +34,9 @@ impl<C> Segments<C> for &[usize] {
     }
 }
 
+/// Most logits of a row that [`Batch::largest`] may ask for.
+pub const MOST_LARGEST: usize = 64;
+
 /// What to run.
 pub struct Batch<'a, C> {
     /// Token ids, segment after segment.
@@ -46,6 +49,9 @@ pub struct Batch<'a, C> {
     pub segments: &'a mut dyn Segments<C>,
     /// Rows whose result is wanted, increasing.
     pub outputs: &'a [u32],
+    /// How many of each output row's largest logits decide what is done with them, for [`Purpose::Generate`]; 0 where all do.
+    /// A GPU may give those alone, at most [`MOST_LARGEST`].
+    pub largest: usize,
     /// The token to be predicted at each output row, for [`Purpose::Score`] and [`Purpose::Learn`]; else empty.
     pub targets: &'a [u32],
     /// Compute every row as if it were run by itself, to the last bit, instead of in the fastest way for so many. The

@@ -21,7 +21,7 @@ mod timing;
 mod weights;
 
 pub(crate) use batch::check_dropped;
-pub use batch::{Batch, Learning, Segments, SoftTargets, Within};
+pub use batch::{Batch, Learning, MOST_LARGEST, Segments, SoftTargets, Within};
 pub use builder::{Builder, LoraSpec, Trained};
 pub use decoder::{Purpose, Stage};
 pub use dora::{adapted_norm, magnitude_ratio};
