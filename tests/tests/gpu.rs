@@ -48,7 +48,7 @@ pub(crate) fn options(device: Device) -> SessionOptions {
 }
 
 /// Logits after a prompt and after each of some further tokens.
-fn logits(model: &Model, options: &SessionOptions, prompt: &[u32], more: &[u32]) -> Vec<Vec<f32>> {
+pub(crate) fn logits(model: &Model, options: &SessionOptions, prompt: &[u32], more: &[u32]) -> Vec<Vec<f32>> {
     let mut session = Session::new(model, options).expect("a session");
     let mut all = vec![session.feed(prompt).expect("the prompt").to_vec()];
     all.extend(more.iter().map(|token| session.feed(&[*token]).expect("a token").to_vec()));
@@ -78,7 +78,7 @@ fn compare(name: &str, model: &Model, device: &Arc<gpu::Device>) {
     }
 }
 
-fn architectures() -> Vec<TinyConfig> {
+pub(crate) fn architectures() -> Vec<TinyConfig> {
     TinyConfig::architectures()
         .filter(|arch| kinglet_models::families::known().contains(arch))
         .map(TinyConfig::new)
@@ -121,7 +121,7 @@ fn gpu_logits_are_the_cpus_for_every_type() {
 }
 
 /// An adapter of all linear maps of the layers.
-fn adapter(model: &Model, rank: usize, seed: u64) -> Arc<Adapter> {
+pub(crate) fn adapter(model: &Model, rank: usize, seed: u64) -> Arc<Adapter> {
     let mut random = Random::new(seed);
     let mut entry = |inputs: usize, outputs: usize| LowRank {
         rank,
@@ -417,8 +417,8 @@ fn gpu_gradients_are_the_cpus_for_every_type() {
     }
 }
 
-/// Sixteen tokens of a real model: each step's distribution is the CPU's.
-fn real(name: &str) {
+/// Sixteen tokens of a real model, all of whose layers or the last ones run on the GPU: each step's distribution is the CPU's.
+pub(crate) fn real(name: &str, gpu_layers: Option<usize>) {
     let _alone = alone();
     let model = kinglet_models::open(data::model(name)).expect("the model opens");
     let device = whole();
@@ -428,7 +428,8 @@ fn real(name: &str) {
     let options =
         |device| SessionOptions { context: 64, chunk: 32, threads: 0, kv_type: DType::F16, ..options(device) };
     let mut cpu = Session::new(&model, &options(Device::Cpu)).expect("a session");
-    let mut gpu = Session::new(&model, &options(Device::Open(device))).expect("a session");
+    let on_gpu = SessionOptions { gpu_layers, ..options(Device::Open(device)) };
+    let mut gpu = Session::new(&model, &on_gpu).expect("a session");
     let mut feed = prompt;
     for step in 0..16 {
         let wanted = cpu.feed(&feed).expect("the CPU").to_vec();
@@ -441,20 +442,20 @@ fn real(name: &str) {
 
 #[test]
 fn gpu_smollm2_says_what_the_cpu_says() {
-    real("smollm2");
+    real("smollm2", None);
 }
 
 #[test]
 fn gpu_gemma3_says_what_the_cpu_says() {
     if heavy() {
-        real("gemma3");
+        real("gemma3", None);
     }
 }
 
 #[test]
 fn gpu_qwen_says_what_the_cpu_says() {
     if heavy() {
-        real("qwen2.5-coder");
+        real("qwen2.5-coder", None);
     }
 }
 

@@ -85,6 +85,12 @@ pub struct MemoryArgs {
     /// Refuse to start if more memory would be needed, such as 800M or 2G
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub memory_budget: Option<u64>,
+    /// Layers that the GPU runs, the last ones; the CPU runs the others [default: all, or as many as fit with --backend auto]
+    #[arg(long, value_name = "N")]
+    pub gpu_layers: Option<usize>,
+    /// Most memory of the GPU to take: it gets as many layers as that holds
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub gpu_memory: Option<u64>,
 }
 
 impl MemoryArgs {
@@ -97,6 +103,8 @@ impl MemoryArgs {
             chunk: self.chunk,
             device: global.backend.clone(),
             memory_budget: self.memory_budget,
+            gpu_layers: self.gpu_layers,
+            gpu_memory: self.gpu_memory,
             ..SessionOptions::default()
         }
     }

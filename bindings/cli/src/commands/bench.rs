@@ -110,14 +110,14 @@ struct Place {
 impl Place {
     fn of(engine: &mut Engine, threads: usize) -> anyhow::Result<Place> {
         #[cfg(feature = "gpu")]
-        if let (Some(t), Some(device)) = (engine.decode_traffic()?, engine.gpu()) {
+        if let Some(t) = engine.decode_traffic()? {
             let traffic = format!(
-                "\nA generated token takes {} dispatches, which read {} of weights and move {} of values.",
+                "\nOn the GPU a generated token takes {} dispatches, which read {} of weights and move {} of values.",
                 t.dispatches,
                 output::bytes(t.weight_bytes),
                 output::bytes(t.value_bytes)
             );
-            return Ok(Place { name: device.info().name.clone(), roofs: None, traffic });
+            return Ok(Place { name: engine.device_name(), roofs: None, traffic });
         }
         #[cfg(not(feature = "gpu"))]
         let _ = engine;

@@ -11,12 +11,14 @@ use serde_json::json;
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Weights are mapped from the file: read in place, shared by all programs that use the model, and given
-back by the system under pressure. The rest is allocated. On a GPU everything is allocated there.
+back by the system under pressure. The rest is allocated. On a GPU everything is allocated there; where
+its memory does not hold all layers, the last ones are there and the others on the CPU.
 
 Examples:
   kinglet estimate smollm2
   kinglet estimate qwen2.5-coder --context 32768 --kv-type Q8_0
   kinglet estimate smollm2 --backend gpu
+  kinglet estimate model.gguf --gpu-memory 4G         how many layers a GPU gets
   kinglet estimate model.gguf --memory-budget 2G      exits with 1 if that is not enough")]
 pub struct Arguments {
     #[arg(help = MODEL_HELP, value_name = "MODEL")]
@@ -41,6 +43,12 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             output::bytes(budget)
         );
     }
+    let layers = model.spec().layers.len();
+    let gpu_layers = match estimate.shared {
+        Some(shared) => shared.gpu_layers,
+        None if estimate.on_gpu => layers,
+        None => 0,
+    };
     if global.json {
         return output::json(&json!({
             "model": arguments.model,
@@ -48,6 +56,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             "kv_type": options.kv_type.name(),
             "chunk": options.chunk,
             "on_gpu": estimate.on_gpu,
+            "layers": layers,
+            "gpu_layers": gpu_layers,
+            "gpu_bytes": estimate.on_gpu_bytes(),
             "weights": estimate.weights,
             "kv_cache": estimate.kv_cache,
             "arena": estimate.arena,
@@ -58,15 +69,23 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     }
     let mut table = Table::new(&["what", ">bytes", ""]);
     let mut row = |what: &str, bytes: u64, note: String| table.row(vec![what.into(), output::bytes(bytes), note]);
-    let weights = if estimate.on_gpu { "on the GPU, as is all of this" } else { "mapped from the file" };
-    row("weights", estimate.weights, weights.into());
+    let weights = match estimate.shared {
+        Some(shared) => format!("{} of them mapped from the file", output::bytes(shared.mapped)),
+        None if estimate.on_gpu => "on the GPU, as is all of this".into(),
+        None => "mapped from the file".into(),
+    };
+    row("weights", estimate.weights, weights);
     let cache = format!("{} tokens of {}, taken as the window fills", options.context, options.kv_type);
     row("KV cache", estimate.kv_cache, cache);
     row("activations", estimate.arena, format!("for {} tokens at a time", options.chunk));
     if !estimate.on_gpu {
         row("scratch", estimate.scratch, "of all threads".into());
-        row("allocated", estimate.allocated(), "all but the weights".into());
+        row("allocated", estimate.allocated(), "all but the mapped weights".into());
     }
     row(if estimate.on_gpu { "allocated" } else { "resident" }, estimate.resident(), "all".into());
+    if estimate.shared.is_some() {
+        let note = format!("of all: {gpu_layers} of {layers} layers and the head");
+        row("on the GPU", estimate.on_gpu_bytes(), note);
+    }
     Ok(output::text(&table.aligned())?)
 }

@@ -119,6 +119,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     if options.speculation == Speculation::Model {
         let draft = models::open(&arguments.speculate)?;
         session_options.logit_rows = 1;
+        // Those are of the model.
+        (session_options.gpu_layers, session_options.gpu_memory) = (None, None);
         // Adapters may have brought the session to the CPU.
         session_options.device = session.options().device.clone();
         session.set_draft(Some(Session::new(&draft, &session_options)?))?;

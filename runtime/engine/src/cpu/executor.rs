@@ -18,7 +18,7 @@ use super::pool::{Pool, Team};
 use crate::quant::DType;
 use crate::system::Stopwatch;
 use crate::tape::{
-    Batch, Frequencies, Op, Plan, PlanLimits, Purpose, SoftTargets, Spec, Tape, Timing, Timings, Trained, Value,
+    Batch, Frequencies, Op, Plan, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Value,
     Weights, decoder,
 };
 use crate::{Error, Result};
@@ -45,7 +45,9 @@ pub struct ExecutorOptions {
     pub threads: usize,
     /// Most rows per run.
     pub limits: PlanLimits,
-    /// What is trained: the tapes are those of learning then.
+    /// Which part of the model it computes; the spec has that part's layers.
+    pub stage: Stage,
+    /// What is trained: the tapes are those of learning then, of the whole model.
     pub trained: Option<Trained>,
     /// Arithmetic of the linear maps; [`Arithmetic::Narrow`] unless something is trained.
     pub arithmetic: Arithmetic,
@@ -67,6 +69,8 @@ pub struct ExecutorNeeds {
     pub arena: usize,
     /// Scratch of all threads.
     pub scratch: usize,
+    /// Matrices that are read where the file is mapped.
+    pub weights: usize,
     /// Trained parameters.
     pub param_count: usize,
 }
@@ -91,7 +95,7 @@ impl Program {
             }
         };
         let tape = match &options.trained {
-            None => decoder::build(spec, weights, purpose),
+            None => decoder::build(spec, weights, purpose, options.stage),
             Some(trained) => decoder::build_learning(spec, weights, trained, purpose, options.kept_layers),
         };
         let narrow = options.arithmetic == Arithmetic::Narrow;
@@ -237,6 +241,7 @@ pub(super) struct Context<'a> {
     pub soft_targets: SoftTargets<'a>,
     pub dropout_seed: u64,
     pub tokens: &'a [u32],
+    pub input: &'a [f32],
     pub outputs: &'a [u32],
     pub targets: &'a [u32],
     /// Position of each row in its sequence.
@@ -293,12 +298,21 @@ impl Executor {
         Ok(executor)
     }
 
+    /// A second executor for the same tapes, with threads and activations of its own. No patches are in force in it.
+    ///
+    /// # Errors
+    /// As [`Executor::new`].
+    pub fn fork(&self) -> Result<Executor> {
+        Executor::new(&self.spec, self.weights.clone(), &self.options)
+    }
+
     /// What [`Executor::new`] comes to need.
     pub fn needs(spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> ExecutorNeeds {
         let program = Program::new(spec, weights, options.purpose(), options);
         ExecutorNeeds {
             arena: program.tables.end,
             scratch: (program.scratch_floats * 4 + linear::scratch_bytes()) * options.threads,
+            weights: program.tape.matrices().into_iter().map(|id| weights.get(id).len_bytes()).sum(),
             // f32 both.
             param_count: program.tape.param_count(),
         }
@@ -345,7 +359,8 @@ impl Executor {
         Ok(bytes)
     }
 
-    /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies. The caches have advanced then.
+    /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies; of a first stage, the residual stream
+    /// of all tokens. The caches have advanced then.
     ///
     /// # Errors
     /// A batch over the limits, token ids outside the vocabulary, [`Error::Memory`] for KV pages, [`Error::Cancelled`].
@@ -364,6 +379,11 @@ impl Executor {
             let rows = batch.segments.rows(i);
             let (mut position, first_page) = (0, pages.len());
             if let Some(cache) = batch.segments.cache(i) {
+                let layout = cache.layout();
+                // Pages of others would be read beyond their end.
+                if kv.is_some_and(|kv| kv != layout) || layout != KvLayout::new(&self.spec, layout.dtype)? {
+                    return Err(Error::argument("the sequence belongs to another model, or to another part of it"));
+                }
                 position = cache.len();
                 cache.reserve(position + rows)?;
                 pages.extend(cache.page_pointers());
@@ -395,6 +415,7 @@ impl Executor {
             soft_targets,
             dropout_seed,
             tokens: batch.tokens,
+            input: batch.input,
             outputs: batch.outputs,
             targets: batch.targets,
             positions,
@@ -418,7 +439,7 @@ impl Executor {
         }
         let info = program.tape.info(program.tape.result);
         let start = program.plan.place(program.tape.result).offset;
-        self.result = start..start + batch.outputs.len() * info.width * 4;
+        self.result = start..start + batch.rows(info.rows) * info.width * 4;
         Ok(self.result())
     }
 

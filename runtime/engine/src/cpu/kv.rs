@@ -155,12 +155,15 @@ impl KvCache {
     /// The bytes of what is held: page after page, in each `[layer][K, V][kv_head]`, of each head the positions that are
     /// held of the page.
     pub fn contents(&self) -> impl Iterator<Item = &[u8]> + '_ {
-        let layout = self.layout;
-        self.pages.iter().enumerate().flat_map(move |(i, page)| {
-            // A run that was stopped may have left pages that hold nothing.
-            let held = self.len.saturating_sub(i * PAGE).min(PAGE) * layout.row_bytes;
-            page.bytes().chunks_exact(layout.head_stride()).map(move |head| &head[..held])
-        })
+        (0..self.pages.len()).flat_map(|page| self.page_contents(page))
+    }
+
+    /// Of [`KvCache::contents`] what is in page `index`, if there is such a page.
+    pub fn page_contents(&self, index: usize) -> impl Iterator<Item = &[u8]> + '_ {
+        // A run that was stopped may have left pages that hold nothing.
+        let held = self.len.saturating_sub(index * PAGE).min(PAGE) * self.layout.row_bytes;
+        let bytes = self.pages.get(index).map(|page| page.bytes()).unwrap_or_default();
+        bytes.chunks_exact(self.layout.head_stride()).map(move |head| &head[..held])
     }
 
     /// Holds `len` positions in place of what it holds; `read` is to fill their bytes, which come as
@@ -170,15 +173,24 @@ impl KvCache {
     /// [`Error::Memory`], and what `read` says; nothing is held then.
     pub fn fill(&mut self, len: usize, mut read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
         self.truncate(0);
-        self.reserve(len)?;
-        let layout = self.layout;
-        for (i, page) in self.pages.iter_mut().enumerate() {
-            let held = (len - i * PAGE).min(PAGE) * layout.row_bytes;
-            // Its own since `reserve`.
-            let bytes = Arc::get_mut(page).map(Buffer::bytes_mut).unwrap_or_default();
-            bytes.chunks_exact_mut(layout.head_stride()).try_for_each(|head| read(&mut head[..held]))?;
+        (0..len.div_ceil(PAGE)).try_for_each(|page| self.fill_page(page, len, &mut read))
+    }
+
+    /// Of [`KvCache::fill`] what is in page `index`. Pages come in order, to a cache that holds nothing; it holds `len`
+    /// positions when the last one has come.
+    ///
+    /// # Errors
+    /// As [`KvCache::fill`].
+    pub fn fill_page(&mut self, index: usize, len: usize, read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        let (first, end) = (index * PAGE, len.min((index + 1) * PAGE));
+        self.reserve(end)?;
+        let (stride, held) = (self.layout.head_stride(), (end - first) * self.layout.row_bytes);
+        // Its own since `reserve`.
+        let bytes = self.pages.get_mut(index).and_then(Arc::get_mut).map(Buffer::bytes_mut).unwrap_or_default();
+        bytes.chunks_exact_mut(stride).map(|head| &mut head[..held]).try_for_each(read)?;
+        if end == len {
+            self.len = len;
         }
-        self.len = len;
         Ok(())
     }
 

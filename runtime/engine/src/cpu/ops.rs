@@ -317,6 +317,12 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
     // last barrier have written.
     unsafe {
         match op {
+            Op::Input { out } => {
+                let y = c.matrix(*out);
+                for row in team.share(y.rows, 1) {
+                    y.row_mut(row).copy_from_slice(&c.input[row * y.width..][..y.width]);
+                }
+            }
             Op::Embed { table, scale, out } => embed_rows(c, *table, *scale, *out, team),
             Op::RmsNorm { x, weight, out } => {
                 let (x, y) = (c.matrix(*x), c.matrix(*out));

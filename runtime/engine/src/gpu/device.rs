@@ -15,6 +15,9 @@ pub(super) const SLOT: u64 = 256;
 /// Storage buffers every kernel may bind.
 const STORAGE_BUFFERS: u32 = 8;
 
+/// Bytes that are asked for at once to see whether there is room.
+const ROOM_PIECE: u64 = 1 << 30;
+
 /// What sort of device an adapter is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
@@ -274,6 +277,18 @@ impl Device {
     /// Bytes that buffers take on the device, as the driver's allocator counts; none where it does not count.
     pub fn allocated_bytes(&self) -> Option<u64> {
         self.device.generate_allocator_report().map(|report| report.total_allocated_bytes)
+    }
+
+    /// Whether so many bytes can be had at this moment: they are asked for, and given back.
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        let piece = self.binding_bytes.clamp(1, ROOM_PIECE);
+        let sizes = (0..bytes.div_ceil(piece)).map(|i| piece.min(bytes - i * piece));
+        // Nothing touches them, so that nothing but their places is taken.
+        let taken: Vec<_> = sizes.map_while(|size| self.storage(size, "a trial").ok()).collect();
+        let all = taken.len() as u64 == bytes.div_ceil(piece);
+        taken.into_iter().for_each(|buffer| buffer.destroy());
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        all
     }
 
     pub(super) fn error(&self, what: impl Into<String>) -> Error {

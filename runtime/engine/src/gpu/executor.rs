@@ -12,13 +12,14 @@ use super::adapters::{self, Correction, Placed};
 use super::device::{Device, DeviceKind, SLOT, lock};
 use super::forward::{self, CHUNK, DECODED};
 use super::kv::{KvCache, PAGE, Pool};
+use super::largest;
 use super::record::{Binds, Decoding, Dispatch, PackedRows, Recorder, Scratch};
 use super::shift::Dropped;
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
-    Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, SoftTargets, Spec, Tape, Timing, Timings, Trained, Weights,
-    check_dropped, decoder,
+    Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained,
+    Weights, check_dropped, decoder,
 };
 use crate::{Error, Result, random};
 
@@ -42,7 +43,9 @@ pub struct ExecutorOptions {
     pub window: usize,
     /// Type of keys and values: F16, F32 or, for heads of a multiple of 32, Q8_0.
     pub kv_type: DType,
-    /// What is trained: the tapes are those of learning then.
+    /// Which part of the model it computes, the whole or the last; the spec has that part's layers.
+    pub stage: Stage,
+    /// What is trained: the tapes are those of learning then, of the whole model.
     pub trained: Option<Trained>,
     /// Whether linear maps are computed in single precision throughout.
     pub exact: bool,
@@ -118,6 +121,14 @@ struct Copies {
     gradient_bytes: u64,
 }
 
+/// Logits that were left on the device: their place in the arena in bytes, rows, and elements from row to row.
+#[derive(Clone, Copy, Debug)]
+struct Unread {
+    at: u64,
+    rows: usize,
+    width: usize,
+}
+
 /// Commands made ahead, and for what: program, how rows are decoded, outputs, tokens, generation of the buffers.
 #[derive(Debug)]
 struct Ready {
@@ -147,7 +158,7 @@ impl Program {
             }
         };
         let mut tape = match &options.trained {
-            None => decoder::build(spec, weights, purpose),
+            None => decoder::build(spec, weights, purpose, options.stage),
             Some(trained) => decoder::build_learning(spec, weights, trained, purpose, options.kept_layers),
         };
         if purpose == Purpose::Generate {
@@ -178,6 +189,7 @@ impl Program {
         }
         if purpose == Purpose::Generate {
             scratch.parts = place(DECODED * spec.heads * LONG.1 as usize * (spec.head_dim + 4));
+            scratch.largest = place(largest::floats(spec.vocab, limits.outputs.min(DECODED)));
         }
         if purpose == Purpose::Learn {
             scratch.delta = place(limits.tokens * spec.heads);
@@ -238,6 +250,10 @@ pub struct Executor {
     frequencies: Vec<Frequencies>,
     words: Vec<u32>,
     result: Vec<f32>,
+    /// Where the last run gave the largest logits alone: those of every row, how many a row has, and where all are.
+    largest: Vec<(u32, f32)>,
+    largest_row: usize,
+    unread: Option<Unread>,
     ready: Option<Ready>,
     corrections: Vec<Placed>,
     /// Longest row that corrections make.
@@ -259,7 +275,7 @@ impl Executor {
         options: &ExecutorOptions,
     ) -> Result<Executor> {
         let program = Program::checked(spec, &weights, options)?;
-        let uploaded = Uploaded::new(device, spec, &weights)?;
+        let uploaded = Uploaded::new(device, spec, &weights, &program.tape.matrices())?;
         let pool = Pool::new(device.clone(), spec, options.kv_type, options.window)?;
         let shared = Arc::new(Mutex::new(Shared { uploaded, pool }));
         Executor::with(device, spec, weights, options, program, shared)
@@ -306,6 +322,9 @@ impl Executor {
             frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
             words: Vec::new(),
             result: Vec::new(),
+            largest: Vec::new(),
+            largest_row: 0,
+            unread: None,
             ready: None,
             corrections: Vec::new(),
             hidden: 0,
@@ -344,7 +363,7 @@ impl Executor {
             + results as u64
             + descriptions;
         Ok(Footprint {
-            weights: Uploaded::needs(device, weights)?,
+            weights: Uploaded::needs(device, weights, &program.tape.matrices())?,
             kv_cache: Pool::needs(spec, options.kv_type, options.window),
             values,
         })
@@ -369,7 +388,7 @@ impl Executor {
         let mut shared = lock(&shared);
         shared.wake()?;
         let program = self.program(Purpose::Generate)?;
-        let recording = self.recording(&shared, program, Some(Decoding { rows: 1, splits: 1 }))?;
+        let recording = self.recording(&shared, program, Some(Decoding { rows: 1, splits: 1, largest: 0 }))?;
         let dispatches = &self.programs[program].recordings[recording].dispatches;
         Ok(dispatches.iter().fold(Traffic::default(), |t, d| Traffic {
             dispatches: t.dispatches + 1,
@@ -424,6 +443,7 @@ impl Executor {
         (self.params, self.corrections, self.hidden) = (params, placed, hidden);
         self.generation += 1;
         self.ready = None;
+        self.forget();
         // They are recorded anew when they are needed.
         self.programs.iter_mut().for_each(|p| p.recordings.clear());
         Ok(4 * values.len())
@@ -472,13 +492,14 @@ impl Executor {
         self.device.bind(uniforms, [run, &shared.uploaded.constants, weights, arena, cache, params, gradients, packed])
     }
 
-    /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies. The caches have advanced then.
+    /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies; nothing where [`Executor::largest`]
+    /// has the logits that decide. The caches have advanced then.
     ///
     /// # Errors
     /// A batch over the limits, token ids outside the vocabulary, [`Error::Memory`] for KV pages, [`Error::Cancelled`],
     /// [`Error::Device`]. The caches are as before then.
     pub fn run(&mut self, purpose: Purpose, mut batch: Batch<'_, KvCache>, cancel: &AtomicBool) -> Result<&mut [f32]> {
-        self.result.clear();
+        self.forget();
         self.device.check()?;
         let shared = self.shared.clone();
         let mut shared = lock(&shared);
@@ -493,13 +514,15 @@ impl Executor {
                 cache.reserve(&mut shared.pool, cache.len(), len)?;
             }
         }
-        self.upload(&mut batch, purpose)?;
+        self.upload(&mut batch, purpose, program)?;
         let singles = sequences <= DECODED && (0..sequences).all(|i| batch.segments.rows(i) == 1);
         let longest = (0..sequences).filter_map(|i| batch.segments.cache(i).map(|c| c.len())).max().unwrap_or(0);
         let decoding = (purpose == Purpose::Generate && singles).then(|| Decoding {
             rows: sequences.next_power_of_two() as u32,
             splits: if longest >= LONG.0 { LONG.1 } else { 1 },
+            largest: largest::found(self.spec.vocab, batch.largest),
         });
+        let found = decoding.map_or(0, |d| d.largest) as usize;
         let recording = self.recording(&shared, program, decoding)?;
         let rows = |kind| match kind {
             Rows::Tokens => batch.tokens.len(),
@@ -508,7 +531,12 @@ impl Executor {
         };
         let p = &self.programs[program];
         let width = p.tape.info(p.tape.result).width;
-        let bytes = (batch.outputs.len() * width * 4) as u64;
+        let all_at = p.plan.place(p.tape.result).offset as u64;
+        let (result_at, floats) = match found {
+            0 => (all_at, width),
+            _ => (4 * u64::from(p.scratch.largest), 2 * found),
+        };
+        let bytes = (batch.outputs.len() * floats * 4) as u64;
         let within = batch.learning.as_ref().map(|l| l.within).unwrap_or_default();
         let read_gradients = purpose == Purpose::Learn && !within.goes_on;
         let gradient_bytes = if read_gradients { 4 * p.tape.param_count() as u64 } else { 0 };
@@ -517,7 +545,7 @@ impl Executor {
             self.ready = None;
         }
         let p = &self.programs[program];
-        let copies = Copies { result_at: p.plan.place(p.tape.result).offset as u64, bytes, gradient_bytes };
+        let copies = Copies { result_at, bytes, gradient_bytes };
         let recording = &p.recordings[recording];
         if self.timings.on {
             replay_timed(&self.device, recording, rows, &mut self.timings)?;
@@ -568,15 +596,60 @@ impl Executor {
             }
         }
         self.result.truncate(bytes as usize / 4);
-        // Rows of logits are padded on the device.
-        let wanted = if purpose == Purpose::Generate { self.spec.vocab } else { width };
-        if wanted != width {
-            for row in 0..batch.outputs.len() {
-                self.result.copy_within(row * width..row * width + wanted, row * wanted);
-            }
-            self.result.truncate(batch.outputs.len() * wanted);
+        if found > 0 {
+            self.largest.extend(largest::pairs(&self.result));
+            self.largest_row = found;
+            self.unread = Some(Unread { at: all_at, rows: batch.outputs.len(), width });
+            self.result.clear();
+        } else if purpose == Purpose::Generate {
+            self.unpad(batch.outputs.len(), width);
         }
         Ok(&mut self.result)
+    }
+
+    /// Rows of logits are padded on the device.
+    fn unpad(&mut self, rows: usize, width: usize) {
+        let vocab = self.spec.vocab;
+        if vocab != width {
+            for row in 0..rows {
+                self.result.copy_within(row * width..row * width + vocab, row * vocab);
+            }
+            self.result.truncate(rows * vocab);
+        }
+    }
+
+    /// The largest logits of an output row of the last run, most first, of equals the lower token first: at least as many as
+    /// were asked for, behind a row's end −∞. None where the run gave all logits.
+    pub fn largest(&self, row: usize) -> Option<&[(u32, f32)]> {
+        (self.largest_row > 0).then(|| self.largest.chunks_exact(self.largest_row).nth(row)).flatten()
+    }
+
+    /// Brings all logits of a run that gave the largest ones; the result is as without then.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`].
+    pub fn read_logits(&mut self) -> Result<()> {
+        let Some(Unread { at, rows, width }) = self.unread.take() else { return Ok(()) };
+        let bytes = (rows * width * 4) as u64;
+        if self.staging.size() < bytes {
+            self.staging = self.device.staging(bytes)?;
+            self.ready = None;
+        }
+        let mut encoder = self.device.encoder();
+        encoder.copy_buffer_to_buffer(&self.arena, at, &self.staging, 0, bytes);
+        self.device.queue.submit([encoder.finish()]);
+        self.result.resize(bytes as usize / 4, 0.0);
+        self.device.read(&self.staging, bytes, bytemuck::cast_slice_mut(&mut self.result))?;
+        self.unpad(rows, width);
+        Ok(())
+    }
+
+    /// Forgets what the last run gave.
+    fn forget(&mut self) {
+        self.result.clear();
+        self.largest.clear();
+        self.largest_row = 0;
+        self.unread = None;
     }
 
     /// Hands over what a cache holds, as [`cpu::KvCache::contents`](crate::cpu::KvCache::contents) does.
@@ -584,15 +657,38 @@ impl Executor {
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`], and what `write` says.
     pub fn contents(&self, cache: &KvCache, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        lock(&self.shared).pool.contents(cache, write)
+        lock(&self.shared).pool.contents(cache, 0..cache.len().div_ceil(PAGE), write)
+    }
+
+    /// Of [`Executor::contents`] what is in one page.
+    ///
+    /// # Errors
+    /// As [`Executor::contents`].
+    pub fn page_contents(&self, cache: &KvCache, page: usize, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        lock(&self.shared).pool.contents(cache, page..page + 1, write)
     }
 
     /// Fills a cache, as [`cpu::KvCache::fill`](crate::cpu::KvCache::fill) does.
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`], and what `read` says; nothing is held then.
-    pub fn fill(&self, cache: &mut KvCache, len: usize, read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
-        lock(&self.shared).pool.fill(cache, len, read)
+    pub fn fill(&self, cache: &mut KvCache, len: usize, mut read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        cache.truncate(0);
+        (0..len.div_ceil(PAGE)).try_for_each(|page| self.fill_page(cache, page, len, &mut read))
+    }
+
+    /// Of [`Executor::fill`] what is in one page, as [`cpu::KvCache::fill_page`](crate::cpu::KvCache::fill_page) does.
+    ///
+    /// # Errors
+    /// As [`Executor::fill`].
+    pub fn fill_page(
+        &self,
+        cache: &mut KvCache,
+        page: usize,
+        len: usize,
+        read: impl FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        lock(&self.shared).pool.fill_page(cache, page, len, read)
     }
 
     /// Drops a part of a cache, as [`cpu::KvCache::shift`](crate::cpu::KvCache::shift) does.
@@ -624,6 +720,7 @@ impl Executor {
     /// # Errors
     /// [`Error::Memory`], for a handful of bytes; [`Error::Device`].
     pub fn trim(&mut self) -> Result<u64> {
+        self.forget();
         self.result = Vec::new();
         self.ready = None;
         let (device, least) = (&self.device, SLOT);
@@ -690,8 +787,8 @@ impl Executor {
         &mut self.result
     }
 
-    /// Writes the tables of a run, and what is learned.
-    fn upload(&mut self, batch: &mut Batch<'_, KvCache>, purpose: Purpose) -> Result<()> {
+    /// Writes the tables of a run, what its tape begins with, and what is learned.
+    fn upload(&mut self, batch: &mut Batch<'_, KvCache>, purpose: Purpose, program: usize) -> Result<()> {
         let (rows, outputs) = (batch.tokens.len(), batch.outputs.len());
         let rope_row: usize = self.frequencies.iter().map(|f| 2 * f.pairs()).sum();
         let outputs_at = HEADER + 4 * rows;
@@ -746,6 +843,11 @@ impl Executor {
             words.extend(tokens.iter().zip(shares).flat_map(|(token, share)| [*token, share.to_bits()]));
         }
         self.upload_tables()?;
+        let program = &self.programs[program];
+        if let Some(input) = program.tape.input() {
+            let at = program.plan.place(input).offset as u64;
+            self.device.queue.write_buffer(&self.arena, at, bytemuck::cast_slice(batch.input));
+        }
         if let Some(l) = batch.learning.as_ref().filter(|l| !l.within.begun) {
             self.device.queue.write_buffer(&self.params, 0, bytemuck::cast_slice(l.params));
             if purpose == Purpose::Learn {
@@ -785,6 +887,9 @@ fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
             "a KV cache of type {} for heads of {} elements on the GPU; choose F16 or F32",
             options.kv_type, spec.head_dim
         )));
+    }
+    if options.stage == Stage::First {
+        return Err(Error::Unsupported("the first part of a divided model on the GPU, which takes the last".into()));
     }
     if !spec.heads.is_multiple_of(spec.kv_heads.max(1)) {
         return Err(Error::argument("heads must be a multiple of kv_heads"));

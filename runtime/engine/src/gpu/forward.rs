@@ -233,6 +233,8 @@ impl Recorder<'_> {
         let tape = self.tape;
         let op = &tape.ops[index];
         match op {
+            // Written before the run.
+            Op::Input { .. } => {}
             Op::Embed { table, scale, out } => self.embed(*table, *scale, *out)?,
             Op::RmsNorm { x, weight, out } => {
                 // The next op may do it on the way; nobody else reads its result then.

@@ -77,6 +77,10 @@ pub(super) enum Kernel {
     Softmax {
         gradient: bool,
     },
+    /// The largest logits of a chunk of a row; merged, of all its chunks.
+    Largest {
+        merge: bool,
+    },
     Dropout,
     RmsNormBackward,
     GatedBackward(Gate),
@@ -269,6 +273,10 @@ impl Kernel {
                 add(include_str!("shaders/reduce.wgsl"));
                 add(&format!("const GRADIENT = {gradient};"));
                 add(include_str!("shaders/softmax.wgsl"));
+            }
+            Kernel::Largest { merge } => {
+                add(&format!("const MERGE = {merge};"));
+                add(include_str!("shaders/largest.wgsl"));
             }
             Kernel::Dropout => add(include_str!("shaders/dropout.wgsl")),
             Kernel::RmsNormBackward => {

@@ -198,17 +198,23 @@ impl Pool {
         self.device.wait()
     }
 
-    /// Hands over what a cache holds, as saved sessions have it: page after page, in each `[layer][K, V][kv_head]`, of
+    /// Hands over what a cache holds in some of its pages, as saved sessions have it: page after page, in each `[layer][K, V][kv_head]`, of
     /// each head the positions that are held of the page.
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`], and what `write` says.
-    pub fn contents(&self, cache: &KvCache, mut write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    pub fn contents(
+        &self,
+        cache: &KvCache,
+        pages: Range<usize>,
+        mut write: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let on_device = !self.layers.is_empty();
         let staging = on_device.then(|| self.device.staging(self.whole_bytes() as u64)).transpose()?;
         let mut bytes = vec![0; self.whole_bytes()];
         let (mut saved, row_saved) = (Vec::new(), self.row_saved());
-        for (page, first) in cache.pages.iter().zip((0..cache.len).step_by(PAGE)) {
+        let held = cache.pages.iter().zip((0..cache.len).step_by(PAGE));
+        for (page, first) in held.skip(pages.start).take(pages.len()) {
             self.download(page.index, staging.as_ref(), &mut bytes)?;
             let held = (cache.len - first).min(PAGE);
             for head in bytes.chunks_exact(PAGE * self.row_bytes) {
@@ -226,34 +232,36 @@ impl Pool {
         Ok(())
     }
 
-    /// Lets a cache hold `len` positions in place of what it holds; `read` is to fill their bytes, which come as
-    /// [`Pool::contents`] gives them.
+    /// Fills a page of a cache that is to hold `len` positions; `read` is to fill their bytes, which come as
+    /// [`Pool::contents`] gives them. Pages come in order, to a cache that holds nothing; it holds the positions when the last
+    /// one has come.
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`], and what `read` says; nothing is held then.
-    pub fn fill(
+    pub fn fill_page(
         &mut self,
         cache: &mut KvCache,
+        index: usize,
         len: usize,
         mut read: impl FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
         self.wake()?;
-        cache.truncate(0);
-        cache.reserve(self, 0, len)?;
+        let (first, end) = (index * PAGE, len.min((index + 1) * PAGE));
+        cache.reserve(self, first, end)?;
         let mut bytes = vec![0; self.whole_bytes()];
-        let (mut saved, row_saved) = (Vec::new(), self.row_saved());
-        for (page, first) in cache.pages.iter().zip((0..len).step_by(PAGE)) {
-            let held = (len - first).min(PAGE);
-            for head in bytes.chunks_exact_mut(PAGE * self.row_bytes) {
-                saved.resize(held * row_saved, 0);
-                read(&mut saved)?;
-                for (row, saved) in head.chunks_exact_mut(self.row_bytes).zip(saved.chunks_exact(row_saved)) {
-                    same_bytes(self.dtype, self.head_dim, |device, file| row[device].copy_from_slice(&saved[file]));
-                }
+        let mut saved = vec![0; (end - first) * self.row_saved()];
+        for head in bytes.chunks_exact_mut(PAGE * self.row_bytes) {
+            read(&mut saved)?;
+            for (row, saved) in head.chunks_exact_mut(self.row_bytes).zip(saved.chunks_exact(self.row_saved())) {
+                same_bytes(self.dtype, self.head_dim, |device, file| row[device].copy_from_slice(&saved[file]));
             }
-            self.upload(page.index, &bytes)?;
         }
-        cache.len = len;
+        for page in cache.pages().skip(index).take(1) {
+            self.upload(page, &bytes)?;
+        }
+        if end == len {
+            cache.len = len;
+        }
         Ok(())
     }
 

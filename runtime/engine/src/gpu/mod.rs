@@ -9,6 +9,7 @@
 //! | `shift` | dropping a part of a sequence |
 //! | `record` | a dispatch, its description and its bind group |
 //! | `forward`, `backward` | from ops to dispatches |
+//! | `largest` | the largest logits, so that not all are read back |
 //! | `adapters` | low-rank corrections of maps at run time |
 //! | `trial` | whether kernels that use what is young in drivers give right results |
 //! | `executor` | uploads what a run needs, submits, reads back |
@@ -27,6 +28,7 @@ mod executor;
 mod forward;
 mod kernel;
 mod kv;
+mod largest;
 mod record;
 mod shift;
 mod trial;

@@ -75,6 +75,8 @@ pub(super) struct Decoding {
     pub rows: u32,
     /// In how many parts a head's attention is computed.
     pub splits: u32,
+    /// How many of the largest logits of each row are found; 0 for none, where all are read.
+    pub largest: u32,
 }
 
 /// Collects dispatches.
@@ -98,7 +100,8 @@ pub(super) struct Recorder<'a> {
     pub dispatches: Vec<Dispatch>,
     pub slots: Vec<u8>,
     pub binds: Vec<Binds>,
-    op: &'static str,
+    /// The op whose dispatches come, for tables.
+    pub op: &'static str,
 }
 
 /// Where packed rows lie, in vectors of four, and their scales, in the arena.
@@ -116,6 +119,8 @@ pub(super) struct Scratch {
     pub delta: u32,
     /// Parts of heads in decoding.
     pub parts: u32,
+    /// The largest logits of decoded rows, and behind them those of chunks.
+    pub largest: u32,
     /// Rows packed for cooperative matrices: those of values, and those of chunks of logits.
     pub packed: [PackedRows; 2],
     /// End of the packed rows, in vectors of four.
@@ -166,6 +171,7 @@ impl<'a> Recorder<'a> {
             self.op = self.tape.ops[index].name();
             index += self.forward(index)?;
         }
+        self.largest()?;
         self.add_slices()
     }
 

@@ -3,6 +3,7 @@
 //! Matrices are packed one behind the other into buffers no larger than what a kernel can bind; one that does not fit is
 //! split by rows. They go up in chunks straight from the map, so that at most a few chunks exist twice.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::device::Device;
@@ -46,12 +47,17 @@ pub(super) struct Uploaded {
 }
 
 impl Uploaded {
-    /// Brings everything up.
+    /// Brings all vectors up, and of the matrices those that are `used`.
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`], rows that no buffer holds.
-    pub fn new(device: &Arc<Device>, spec: &Spec, weights: &Arc<Weights>) -> Result<Uploaded> {
-        let (sizes, pieces) = divide(weights, device.binding_bytes)?;
+    pub fn new(
+        device: &Arc<Device>,
+        spec: &Spec,
+        weights: &Arc<Weights>,
+        used: &BTreeSet<WeightId>,
+    ) -> Result<Uploaded> {
+        let (sizes, pieces) = divide(weights, used, device.binding_bytes)?;
         let mut constants = Vec::new();
         let mut vectors = Vec::new();
         for (_, weight) in weights.iter() {
@@ -86,8 +92,8 @@ impl Uploaded {
     ///
     /// # Errors
     /// Rows that no buffer holds.
-    pub fn needs(device: &Device, weights: &Weights) -> Result<u64> {
-        let (sizes, _) = divide(weights, device.binding_bytes)?;
+    pub fn needs(device: &Device, weights: &Weights, used: &BTreeSet<WeightId>) -> Result<u64> {
+        let (sizes, _) = divide(weights, used, device.binding_bytes)?;
         let vector = |len: usize| 4 * (len.next_multiple_of(ALIGN as usize)) as u64;
         Ok(sizes.iter().sum::<u64>() + weights.iter().map(|(_, w)| vector(w.vector().len())).sum::<u64>())
     }
@@ -131,19 +137,19 @@ impl Uploaded {
     }
 }
 
-/// Sizes of the buffers, and the pieces of every matrix.
-fn divide(weights: &Weights, limit: u64) -> Result<(Vec<u64>, Vec<Vec<Piece>>)> {
+/// Sizes of the buffers, and the pieces of every matrix that is `used`.
+fn divide(weights: &Weights, used: &BTreeSet<WeightId>, limit: u64) -> Result<(Vec<u64>, Vec<Vec<Piece>>)> {
     let mut sizes: Vec<u64> = Vec::new();
     let mut pieces = Vec::new();
-    for (_, weight) in weights.iter() {
+    for (id, weight) in weights.iter() {
         let mut mine = Vec::new();
-        if weight.vector().is_empty() {
+        if used.contains(&id) {
             let row_bytes = (weight.len_bytes() / weight.rows.max(1)) as u64;
-            let fits = |used: u64| ((limit.saturating_sub(used + ALIGN)) / row_bytes) as usize;
+            let fits = |end: u64| ((limit.saturating_sub(end + ALIGN)) / row_bytes) as usize;
             let mut first = 0;
             while first < weight.rows {
                 let left = weight.rows - first;
-                let room = sizes.last().map_or(0, |used| fits(*used));
+                let room = sizes.last().map_or(0, |end| fits(*end));
                 let rows = match room >= left {
                     true => left,
                     false => {
@@ -151,15 +157,15 @@ fn divide(weights: &Weights, limit: u64) -> Result<(Vec<u64>, Vec<Vec<Piece>>)> 
                         left.min(fits(0) / UNIT * UNIT)
                     }
                 };
-                let (buffer, Some(used)) = (sizes.len() - 1, sizes.last_mut()) else { unreachable!() };
+                let (buffer, Some(end)) = (sizes.len() - 1, sizes.last_mut()) else { unreachable!() };
                 if rows == 0 {
                     return Err(Error::Unsupported(format!(
                         "{} rows of {row_bytes} bytes of {} do not fit into a buffer of {limit} bytes of the GPU; use the CPU",
                         UNIT, weight.name
                     )));
                 }
-                mine.push(Piece { buffer, at: *used as u32, first, rows, row_bytes: row_bytes as u32 });
-                *used = (*used + rows as u64 * row_bytes).next_multiple_of(ALIGN);
+                mine.push(Piece { buffer, at: *end as u32, first, rows, row_bytes: row_bytes as u32 });
+                *end = (*end + rows as u64 * row_bytes).next_multiple_of(ALIGN);
                 first += rows;
             }
         }

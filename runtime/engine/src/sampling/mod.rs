@@ -264,23 +264,64 @@ impl Sampler {
         let chosen = match self.options.mirostat {
             Some(m) => self.mirostat(m, logits),
             None => {
-                self.filter(logits);
-                // A subnormal temperature has no finite inverse; the smallest normal one is as good as greedy.
-                filters::softmax(&mut self.candidates, 1.0 / self.options.temperature.max(f32::MIN_POSITIVE));
-                filters::race(&self.candidates, self.rng.next()).map(|c| c.id)
+                match self.options.top_k {
+                    k if k > 0 && k < logits.len() => filters::top_k(logits, k, &mut self.candidates),
+                    _ => filters::all(logits, &mut self.candidates),
+                }
+                self.draw()
             }
         };
         Ok(chosen.unwrap_or_else(|| position_of(logits, most)))
     }
 
-    /// Leaves in `candidates` what the filters let through: never nothing, for each keeps the most probable token.
-    fn filter(&mut self, logits: &[f32]) {
+    /// How many of the largest logits decide what [`Sampler::sample`] chooses: whoever has found so many may call
+    /// [`Sampler::sample_among`]. 0 where all may.
+    pub fn largest(&self) -> usize {
+        let o = &self.options;
+        if !o.logit_bias.is_empty() || self.penalties.is_some() || self.dry.is_some() || o.mirostat.is_some() {
+            return 0;
+        }
+        match o.top_k {
+            _ if o.temperature == 0.0 => 1,
+            k if k < self.vocab => k,
+            _ => 0,
+        }
+    }
+
+    /// As [`Sampler::sample`], by the [`Sampler::largest`] logits or more of them, with their tokens: most first, of equals the
+    /// lower token first.
+    ///
+    /// # Errors
+    /// [`Error::Numeric`] if there is none above −∞, or the first is no finite number.
+    pub fn sample_among(&mut self, largest: &[(u32, f32)]) -> Result<u32> {
+        let first = match largest.first() {
+            Some((token, logit)) if logit.is_finite() => *token,
+            Some((token, logit)) => {
+                return Err(Error::Numeric(format!("the largest logit, of token {token}, is {logit}")));
+            }
+            None => return Err(Error::Numeric("there are no logits to choose among".into())),
+        };
+        if self.options.temperature == 0.0 {
+            return Ok(first);
+        }
+        self.candidates.clear();
+        let open = largest.iter().take(self.options.top_k).filter(|(_, logit)| *logit > f32::NEG_INFINITY);
+        self.candidates.extend(open.map(|(id, logit)| Candidate { id: *id, logit: *logit, weight: 0.0 }));
+        Ok(self.draw().unwrap_or(first))
+    }
+
+    /// Filters the candidates, and draws from those that are left.
+    fn draw(&mut self) -> Option<u32> {
+        self.filter();
+        // A subnormal temperature has no finite inverse; the smallest normal one is as good as greedy.
+        filters::softmax(&mut self.candidates, 1.0 / self.options.temperature.max(f32::MIN_POSITIVE));
+        filters::race(&self.candidates, self.rng.next()).map(|c| c.id)
+    }
+
+    /// Leaves in `candidates` what the filters behind top-k let through: never nothing, for each keeps the most probable token.
+    fn filter(&mut self) {
         let o = &self.options;
         let list = &mut self.candidates;
-        match o.top_k {
-            k if k > 0 && k < logits.len() => filters::top_k(logits, k, list),
-            _ => filters::all(logits, list),
-        }
         if o.typical_p < 1.0 {
             filters::typical(list, o.typical_p);
         }

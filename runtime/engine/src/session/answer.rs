@@ -192,6 +192,18 @@ impl Answer {
         Ok(token)
     }
 
+    /// How many of the largest logits decide the next token; 0 where all may.
+    pub fn largest(&self) -> usize {
+        if self.constraint.is_some() { 0 } else { self.sampler.largest() }
+    }
+
+    /// As [`Answer::choose`], by the [`Answer::largest`] logits.
+    pub fn choose_among(&mut self, largest: &[(u32, f32)]) -> Result<u32> {
+        let token = self.sampler.sample_among(largest)?;
+        self.sampler.accept(token);
+        Ok(token)
+    }
+
     /// Appends a chosen token and gives the piece it makes; none where it ends the answer and nothing was held back.
     pub fn add(&mut self, model: &Model, token: u32) -> Option<Piece<'_>> {
         let tokenizer = model.tokenizer();

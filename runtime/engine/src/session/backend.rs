@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use crate::cpu;
+#[cfg(feature = "gpu")]
+use super::divided::Divided;
+use crate::cpu::{self, Correction, KvLayout, Patches};
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::tape::{Batch, Purpose, Segments, Spec, Tape, Timing};
@@ -73,6 +75,9 @@ pub(super) enum Backend {
     Cpu(Box<cpu::Executor>),
     #[cfg(feature = "gpu")]
     Gpu(Box<gpu::Executor>),
+    /// The first layers on the CPU, the others on a GPU.
+    #[cfg(feature = "gpu")]
+    Divided(Box<Divided>),
 }
 
 /// The cache of one sequence, on the device that fills it.
@@ -81,6 +86,9 @@ pub(super) enum Cache {
     Cpu(cpu::KvCache),
     #[cfg(feature = "gpu")]
     Gpu(gpu::KvCache),
+    /// Of the layers on the CPU, and of those on the GPU.
+    #[cfg(feature = "gpu")]
+    Divided(cpu::KvCache, gpu::KvCache),
 }
 
 impl Cache {
@@ -89,6 +97,11 @@ impl Cache {
             Cache::Cpu(cache) => cache.truncate(len),
             #[cfg(feature = "gpu")]
             Cache::Gpu(cache) => cache.truncate(len),
+            #[cfg(feature = "gpu")]
+            Cache::Divided(first, last) => {
+                first.truncate(len);
+                last.truncate(len);
+            }
         }
     }
 
@@ -97,6 +110,8 @@ impl Cache {
             Cache::Cpu(cache) => cache.bytes(),
             #[cfg(feature = "gpu")]
             Cache::Gpu(cache) => cache.bytes(),
+            #[cfg(feature = "gpu")]
+            Cache::Divided(first, last) => first.bytes() + last.bytes(),
         }
     }
 
@@ -106,6 +121,8 @@ impl Cache {
             Cache::Cpu(cache) => Box::new(cache.page_sizes()),
             #[cfg(feature = "gpu")]
             Cache::Gpu(cache) => Box::new(cache.page_sizes()),
+            #[cfg(feature = "gpu")]
+            Cache::Divided(first, last) => Box::new(first.page_sizes().chain(last.page_sizes())),
         }
     }
 
@@ -113,7 +130,7 @@ impl Cache {
         match self {
             Cache::Cpu(cache) => Some(cache),
             #[cfg(feature = "gpu")]
-            Cache::Gpu(_) => None,
+            Cache::Gpu(_) | Cache::Divided(..) => None,
         }
     }
 
@@ -121,24 +138,42 @@ impl Cache {
     fn gpu(&mut self) -> Option<&mut gpu::KvCache> {
         match self {
             Cache::Gpu(cache) => Some(cache),
-            Cache::Cpu(_) => None,
+            Cache::Cpu(_) | Cache::Divided(..) => None,
+        }
+    }
+
+    /// The part of the layers on the CPU, where a model is divided.
+    #[cfg(feature = "gpu")]
+    pub fn first(&mut self) -> Option<&mut cpu::KvCache> {
+        match self {
+            Cache::Divided(first, _) => Some(first),
+            Cache::Cpu(_) | Cache::Gpu(_) => None,
+        }
+    }
+
+    /// The part of the layers on the GPU, where a model is divided.
+    #[cfg(feature = "gpu")]
+    pub fn last(&mut self) -> Option<&mut gpu::KvCache> {
+        match self {
+            Cache::Divided(_, last) => Some(last),
+            Cache::Cpu(_) | Cache::Gpu(_) => None,
         }
     }
 }
 
 /// What a sequence of another engine comes to.
-fn foreign() -> Error {
+pub(super) fn foreign() -> Error {
     Error::argument("the sequence belongs to an engine on another device")
 }
 
 /// Sequences with caches of one kind.
-struct Picked<'a, C> {
+pub(super) struct Picked<'a, C> {
     segments: &'a mut dyn Segments<Cache>,
     pick: fn(&mut Cache) -> Option<&mut C>,
 }
 
 impl<'a, C> Picked<'a, C> {
-    fn new(segments: &'a mut dyn Segments<Cache>, pick: fn(&mut Cache) -> Option<&mut C>) -> Result<Picked<'a, C>> {
+    pub fn new(segments: &'a mut dyn Segments<Cache>, pick: fn(&mut Cache) -> Option<&mut C>) -> Result<Picked<'a, C>> {
         match (0..segments.count()).all(|i| segments.cache(i).is_none_or(|cache| pick(cache).is_some())) {
             true => Ok(Picked { segments, pick }),
             false => Err(foreign()),
@@ -160,20 +195,112 @@ impl<C> Segments<C> for Picked<'_, C> {
     }
 }
 
+/// Corrections as the CPU takes them; none for none.
+pub(super) fn patches(executor: &mut cpu::Executor, corrections: Vec<Correction>) -> Result<Option<Patches>> {
+    match corrections.is_empty() {
+        true => Ok(None),
+        false => executor.patches(corrections).map(Some),
+    }
+}
+
+/// Corrections as a GPU takes them.
+#[cfg(feature = "gpu")]
+pub(super) fn gpu_corrections(corrections: &[Correction]) -> Result<Vec<gpu::Correction<'_>>> {
+    if corrections.iter().any(|c| c.gain.is_some()) {
+        return Err(Error::Unsupported(
+            "DoRA at run time on the GPU; merge the adapter into the model, or use the CPU".into(),
+        ));
+    }
+    let plain = corrections.iter().map(|c| gpu::Correction { weight: c.weight, rank: c.rank, a: &c.a, b: &c.b });
+    Ok(plain.collect())
+}
+
+/// Bytes of the low-rank matrices on a GPU.
+#[cfg(feature = "gpu")]
+pub(super) fn low_rank_bytes(corrections: &[Correction]) -> usize {
+    corrections.iter().map(|c| (c.a.len() + c.b.len()) * 4).sum()
+}
+
 impl Backend {
+    /// An empty cache; `layout` is that of the model.
+    pub fn cache(&self, layout: KvLayout) -> Cache {
+        match self {
+            Backend::Cpu(_) => Cache::Cpu(cpu::KvCache::new(layout)),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(_) => Cache::Gpu(gpu::KvCache::default()),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.cache(),
+        }
+    }
+
+    /// A second backend for the same caches, which on a GPU shares the weights with this one.
+    pub fn fork(&self) -> Result<Backend> {
+        match self {
+            Backend::Cpu(executor) => executor.fork().map(|executor| Backend::Cpu(Box::new(executor))),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.fork().map(|executor| Backend::Gpu(Box::new(executor))),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.fork().map(|divided| Backend::Divided(Box::new(divided))),
+        }
+    }
+
     /// Runs `batch` and gives the result, `[outputs, width]`, which [`Backend::result`] gives again.
     pub fn run(&mut self, purpose: Purpose, batch: Batch<'_, Cache>, cancel: &AtomicBool) -> Result<&mut [f32]> {
-        let Batch { tokens, segments, outputs, targets, alone, learning } = batch;
         match self {
             Backend::Cpu(executor) => {
+                let Batch { tokens, input, segments, outputs, largest, targets, alone, learning } = batch;
                 let segments = &mut Picked::new(segments, Cache::cpu)?;
-                executor.run(purpose, Batch { tokens, segments, outputs, targets, alone, learning }, cancel)
+                executor.run(
+                    purpose,
+                    Batch { tokens, input, segments, outputs, largest, targets, alone, learning },
+                    cancel,
+                )
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => {
+                let Batch { tokens, input, segments, outputs, largest, targets, alone, learning } = batch;
                 let segments = &mut Picked::new(segments, Cache::gpu)?;
-                executor.run(purpose, Batch { tokens, segments, outputs, targets, alone, learning }, cancel)
+                executor.run(
+                    purpose,
+                    Batch { tokens, input, segments, outputs, largest, targets, alone, learning },
+                    cancel,
+                )
             }
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => {
+                divided.run(purpose, batch, cancel)?;
+                Ok(divided.last.result())
+            }
+        }
+    }
+
+    /// Puts corrections in force from the next run on, in place of those before, if `check` agrees to the bytes that they
+    /// take. Gives the bytes.
+    ///
+    /// # Errors
+    /// Corrections that the device does not know, [`Error::Memory`], [`Error::Device`], and what `check` says. Those before
+    /// stay in force then.
+    pub fn set_corrections(
+        &mut self,
+        corrections: Vec<Correction>,
+        check: impl Fn(usize) -> Result<()>,
+    ) -> Result<usize> {
+        match self {
+            Backend::Cpu(executor) => {
+                let patches = patches(executor, corrections)?;
+                let bytes = patches.as_ref().map_or(0, |p| p.bytes());
+                check(bytes)?;
+                executor.set_patches(patches);
+                Ok(bytes)
+            }
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => {
+                let plain = gpu_corrections(&corrections)?;
+                check(low_rank_bytes(&corrections))?;
+                executor.set_corrections(&plain)
+            }
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.set_corrections(corrections, check),
         }
     }
 
@@ -183,7 +310,35 @@ impl Backend {
             Backend::Cpu(executor) => executor.result(),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.result(),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.last.result(),
         }
+    }
+
+    /// As [`gpu::Executor::largest`]; the CPU gives all logits.
+    pub fn largest(&self, row: usize) -> Option<&[(u32, f32)]> {
+        match self {
+            Backend::Cpu(_) => {
+                let _ = row;
+                None
+            }
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.largest(row),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.last.largest(row),
+        }
+    }
+
+    /// The logits of the last run, brought from a GPU if it gave the largest alone.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`].
+    pub fn logits(&mut self) -> Result<&mut [f32]> {
+        #[cfg(feature = "gpu")]
+        if let Some(executor) = self.gpu() {
+            executor.read_logits()?;
+        }
+        Ok(self.result())
     }
 
     /// As [`cpu::KvCache::contents`].
@@ -192,6 +347,8 @@ impl Backend {
             (Backend::Cpu(_), Cache::Cpu(cache)) => cache.contents().try_for_each(write),
             #[cfg(feature = "gpu")]
             (Backend::Gpu(executor), Cache::Gpu(cache)) => executor.contents(cache, write),
+            #[cfg(feature = "gpu")]
+            (Backend::Divided(divided), Cache::Divided(first, last)) => divided.contents((first, last), write),
             #[cfg(feature = "gpu")]
             _ => Err(foreign()),
         }
@@ -204,6 +361,8 @@ impl Backend {
             #[cfg(feature = "gpu")]
             (Backend::Gpu(executor), Cache::Gpu(cache)) => executor.fill(cache, len, read),
             #[cfg(feature = "gpu")]
+            (Backend::Divided(divided), cache) => divided.fill(divided.caches(cache)?, len, read),
+            #[cfg(feature = "gpu")]
             _ => Err(foreign()),
         }
     }
@@ -215,6 +374,11 @@ impl Backend {
             #[cfg(feature = "gpu")]
             (Backend::Gpu(executor), Cache::Gpu(cache)) => executor.shift(cache, keep, drop),
             #[cfg(feature = "gpu")]
+            (Backend::Divided(divided), cache) => {
+                let caches = divided.caches(cache)?;
+                divided.shift(caches, keep, drop)
+            }
+            #[cfg(feature = "gpu")]
             _ => Err(foreign()),
         }
     }
@@ -225,6 +389,8 @@ impl Backend {
             Backend::Cpu(executor) => executor.trim(),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.trim().map(|bytes| bytes as usize),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => Ok(divided.first.trim()? + divided.last.trim()? as usize),
         }
     }
 
@@ -234,6 +400,8 @@ impl Backend {
             Backend::Cpu(_) => Ok(0),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.park(),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.last.park(),
         }
     }
 
@@ -242,15 +410,34 @@ impl Backend {
             Backend::Cpu(executor) => executor.tape(),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.tape(),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.last.tape(),
         }
     }
 
-    /// What runs, for people: `cpu`, or the GPU's name.
+    /// The executor on a GPU, of the whole model or of its last part; none on the CPU.
+    #[cfg(feature = "gpu")]
+    pub fn gpu(&mut self) -> Option<&mut gpu::Executor> {
+        match self {
+            Backend::Cpu(_) => None,
+            Backend::Gpu(executor) => Some(executor),
+            Backend::Divided(divided) => Some(&mut divided.last),
+        }
+    }
+
+    /// Whether caches are of use to this backend and its forks only: on a GPU.
+    pub fn owns_caches(&self) -> bool {
+        !matches!(self, Backend::Cpu(_))
+    }
+
+    /// What runs, for people: `cpu`, the GPU's name, or both.
     pub fn name(&self) -> String {
         match self {
             Backend::Cpu(_) => "cpu".into(),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.device().info().name.clone(),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.name(),
         }
     }
 
@@ -259,6 +446,11 @@ impl Backend {
             Backend::Cpu(executor) => executor.set_timing(on),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.set_timing(on),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => {
+                divided.first.set_timing(on);
+                divided.last.set_timing(on);
+            }
         }
     }
 
@@ -267,6 +459,8 @@ impl Backend {
             Backend::Cpu(executor) => executor.take_timings(),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.take_timings(),
+            #[cfg(feature = "gpu")]
+            Backend::Divided(divided) => divided.take_timings(),
         }
     }
 }

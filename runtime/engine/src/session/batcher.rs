@@ -210,6 +210,9 @@ impl Batcher {
     fn run(&mut self, alone: bool, report: &mut impl FnMut(Progress<'_>)) -> Result<()> {
         let started = Stopwatch::start();
         self.outputs.clear();
+        // As many as the one that looks at most, which may be all.
+        let chosen = self.requests.iter().filter(|r| r.fed > 0 && r.fed == r.pending.len());
+        let largest = chosen.map(|r| r.answer.largest().wrapping_sub(1)).max().map_or(0, |most| most.wrapping_add(1));
         let mut rows = 0;
         let mut feeds = Vec::with_capacity(self.engine.options().logit_rows);
         for request in self.requests.iter_mut().filter(|r| r.fed > 0) {
@@ -223,7 +226,8 @@ impl Batcher {
             return Ok(());
         }
         let cancel: &AtomicBool = self.cancel.flag();
-        let done = self.engine.run(&mut feeds, Wanted::Logits(&self.outputs), alone, cancel).map(|_| ());
+        let wanted = Wanted::Logits { outputs: &self.outputs, largest };
+        let done = self.engine.run(&mut feeds, wanted, alone, cancel).map(|_| ());
         if done.is_err() {
             self.requests.iter_mut().for_each(|r| r.fed = 0);
             return done;
@@ -261,7 +265,10 @@ impl Request {
         if first {
             engine.remember(&self.sequence);
         }
-        let token = self.answer.choose(engine.logits_row(row))?;
+        let token = match engine.largest(row) {
+            Some(largest) => self.answer.choose_among(largest)?,
+            None => self.answer.choose(engine.logits_row(row)?)?,
+        };
         self.pending.push(token);
         let token = self.answer.add(engine.model(), token).and_then(|piece| piece.token);
         report(Progress { request: self.id, text: self.answer.text(), token, stats: &self.answer.stats });

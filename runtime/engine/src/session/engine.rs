@@ -1,17 +1,16 @@
 //! Runs rows of any number of sequences through a model's tape.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-#[cfg(feature = "gpu")]
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::adapters::{self, AdapterReport, ScaledAdapter};
 use super::backend::{Backend, Cache, Device};
+use super::placement::Placement;
 use super::prefix::{Origin, PrefixCache};
 use super::{Estimate, Model};
-use crate::cpu::{Arithmetic, Executor, ExecutorOptions, KvCache, KvLayout};
+use crate::cpu::{Arithmetic, KvLayout};
 use crate::quant::DType;
-use crate::tape::{Batch, PlanLimits, Purpose, Segments, Timing};
+use crate::tape::{Batch, Purpose, Segments, Timing};
 use crate::{Error, Result};
 
 /// How a session is set up. The default suits a chat on a laptop.
@@ -29,6 +28,11 @@ pub struct SessionOptions {
     pub logit_rows: usize,
     /// Where the model runs.
     pub device: Device,
+    /// How many of the last layers the GPU runs, with the head, while the CPU runs those before; from all on, as many as there
+    /// are. None for all of them, or as many as its memory holds where [`Device::Auto`] chose it or `gpu_memory` bounds it.
+    pub gpu_layers: Option<usize>,
+    /// Most bytes of the GPU's memory to take for layers, their part of the cache and what they compute in.
+    pub gpu_memory: Option<u64>,
     /// How the CPU computes linear maps with quantized weights: narrow is the fast way, exact the one to compare with.
     pub arithmetic: Arithmetic,
     /// Refuse to open when the peak would be above this many bytes, the mapped file included.
@@ -46,6 +50,8 @@ impl Default for SessionOptions {
             chunk: 512,
             logit_rows: 1,
             device: Device::Cpu,
+            gpu_layers: None,
+            gpu_memory: None,
             arithmetic: Arithmetic::Narrow,
             memory_budget: None,
             prefix_cache: None,
@@ -116,8 +122,8 @@ pub(super) enum Wanted<'a> {
     Last,
     /// Logits of all rows.
     All,
-    /// Logits of chosen rows, increasing.
-    Logits(&'a [u32]),
+    /// Logits of chosen rows, increasing; `largest` as in [`Batch::largest`].
+    Logits { outputs: &'a [u32], largest: usize },
     /// The states that the head would read, of all rows.
     States,
     /// Cross-entropies of chosen rows, increasing, with the target of each.
@@ -151,15 +157,9 @@ impl Engine {
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Engine> {
         let options = complete(model, options)?;
         let layout = KvLayout::new(model.spec(), options.kv_type)?;
-        let Opened { backend, estimate, fallback } = Opened::new(model, &options)?;
-        let owner = match &backend {
-            Backend::Cpu(_) => None,
-            #[cfg(feature = "gpu")]
-            Backend::Gpu(_) => {
-                static COUNT: AtomicU64 = AtomicU64::new(0);
-                Some(COUNT.fetch_add(1, Ordering::Relaxed))
-            }
-        };
+        let (backend, Placement { estimate, fallback, .. }) = Placement::new(model, &options)?.open(model, &options)?;
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let owner = backend.owns_caches().then(|| COUNT.fetch_add(1, Ordering::Relaxed));
         Ok(Engine {
             model: model.clone(),
             options,
@@ -175,24 +175,12 @@ impl Engine {
     }
 
     /// What [`Engine::new`] with the same arguments will come to need, with one sequence of the full context. A GPU is
-    /// asked what it can, and nothing is allocated on it.
+    /// asked what it can; nothing stays allocated on it.
     ///
     /// # Errors
     /// Parameters out of range; a GPU that was asked for and cannot run the model.
     pub fn estimate(model: &Model, options: &SessionOptions) -> Result<Estimate> {
-        let options = complete(model, options)?;
-        #[cfg(feature = "gpu")]
-        {
-            let on_gpu = || options.device.open()?.map(|gpu| estimate_on_gpu(model, &options, &gpu)).transpose();
-            match on_gpu() {
-                Ok(Some(estimate)) => return Ok(estimate),
-                Err(e) if !matches!(options.device, Device::Auto) => return Err(e),
-                _ => {}
-            }
-        }
-        #[cfg(not(feature = "gpu"))]
-        options.device.check()?;
-        estimate_on_cpu(model, &options)
+        Ok(Placement::new(model, &complete(model, options)?)?.estimate)
     }
 
     /// What it comes to need with one sequence of the full context, adapters apart.
@@ -210,7 +198,7 @@ impl Engine {
         &self.options
     }
 
-    /// What runs the model, for people: `cpu`, or the GPU's name.
+    /// What runs the model, for people: `cpu`, the GPU's name, or both with the number of layers.
     pub fn device_name(&self) -> String {
         self.backend.name()
     }
@@ -220,34 +208,18 @@ impl Engine {
         self.fallback.as_deref()
     }
 
-    /// What decoding one token moves on a GPU; none on the CPU.
+    /// What decoding one token moves on a GPU, of a divided model there; none on the CPU.
     ///
     /// # Errors
     /// [`Error::Device`].
     #[cfg(feature = "gpu")]
     pub fn decode_traffic(&mut self) -> Result<Option<crate::gpu::Traffic>> {
-        match &mut self.backend {
-            Backend::Cpu(_) => Ok(None),
-            Backend::Gpu(executor) => executor.decode_traffic().map(Some),
-        }
-    }
-
-    /// The GPU that runs the model; none on the CPU.
-    #[cfg(feature = "gpu")]
-    pub fn gpu(&self) -> Option<&Arc<crate::gpu::Device>> {
-        match &self.backend {
-            Backend::Cpu(_) => None,
-            Backend::Gpu(executor) => Some(executor.device()),
-        }
+        self.backend.gpu().map(|executor| executor.decode_traffic()).transpose()
     }
 
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence {
-        let cache = match &self.backend {
-            Backend::Cpu(_) => Cache::Cpu(KvCache::new(self.layout)),
-            #[cfg(feature = "gpu")]
-            Backend::Gpu(_) => Cache::Gpu(crate::gpu::KvCache::default()),
-        };
+        let cache = self.backend.cache(self.layout);
         Sequence { cache, tokens: Vec::new(), adapters: self.adapters.clone(), shifted: None }
     }
 
@@ -340,12 +312,13 @@ impl Engine {
                 self.outputs.push((self.tokens.len() as u32).saturating_sub(1));
             }
         }
+        let largest = if let Wanted::Logits { largest, .. } = wanted { largest } else { 0 };
         let (purpose, targets) = match wanted {
             Wanted::Scores { outputs, targets } => {
                 self.outputs.extend_from_slice(outputs);
                 (Purpose::Score, targets)
             }
-            Wanted::Logits(outputs) => {
+            Wanted::Logits { outputs, .. } => {
                 self.outputs.extend_from_slice(outputs);
                 (Purpose::Generate, [].as_slice())
             }
@@ -360,7 +333,8 @@ impl Engine {
             Wanted::Nothing | Wanted::Last => (Purpose::Generate, [].as_slice()),
         };
         let (tokens, outputs) = (&self.tokens, &self.outputs);
-        let batch = Batch { tokens, segments: &mut Feeds(feeds), outputs, targets, alone, learning: None };
+        let batch =
+            Batch { tokens, input: &[], segments: &mut Feeds(feeds), outputs, largest, targets, alone, learning: None };
         self.backend.run(purpose, batch, cancel)?;
         for (sequence, feed) in feeds {
             if sequence.tokens.is_empty() {
@@ -387,12 +361,12 @@ impl Engine {
         self.backend.park()
     }
 
-    /// Hands over the keys and values of a sequence as [`KvCache::contents`] gives them.
+    /// Hands over the keys and values of a sequence as [`KvCache::contents`](crate::cpu::KvCache::contents) gives them.
     pub(super) fn contents(&self, sequence: &Sequence, write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         self.backend.contents(&sequence.cache, write)
     }
 
-    /// Fills the keys and values of all tokens of a sequence, as [`KvCache::fill`] does.
+    /// Fills the keys and values of all tokens of a sequence, as [`KvCache::fill`](crate::cpu::KvCache::fill) does.
     pub(super) fn fill(&mut self, sequence: &mut Sequence, read: impl FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
         self.backend.fill(&mut sequence.cache, sequence.tokens.len(), read)
     }
@@ -402,16 +376,11 @@ impl Engine {
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`].
     pub(super) fn fork(&self) -> Result<Engine> {
-        let backend = match &self.backend {
-            Backend::Cpu(_) => on_cpu(&self.model, &self.options)?,
-            #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => Backend::Gpu(Box::new(executor.fork()?)),
-        };
         Ok(Engine {
             model: self.model.clone(),
             options: self.options.clone(),
             layout: self.layout,
-            backend,
+            backend: self.backend.fork()?,
             estimate: self.estimate,
             fallback: self.fallback.clone(),
             adapters: Arc::new([]),
@@ -427,9 +396,19 @@ impl Engine {
     }
 
     /// A row of the logits of the last run, the sampler's to change.
-    pub(super) fn logits_row(&mut self, row: usize) -> &mut [f32] {
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`] where a GPU has them still.
+    pub(super) fn logits_row(&mut self, row: usize) -> Result<&mut [f32]> {
         let vocab = self.model.spec().vocab;
-        &mut self.backend.result()[row * vocab..][..vocab]
+        Ok(&mut self.backend.logits()?[row * vocab..][..vocab])
+    }
+
+    /// The largest logits of a row of the last run, if it gave those alone and all is well with them: most first, of equals
+    /// the lower token first.
+    pub(super) fn largest(&self, row: usize) -> Option<&[(u32, f32)]> {
+        // What is no number comes first.
+        self.backend.largest(row).filter(|row| row.first().is_some_and(|(_, logit)| logit.is_finite()))
     }
 
     /// Puts `adapters`, each times its factor, in force from the next run on, in place of those before; none for the base
@@ -443,33 +422,7 @@ impl Engine {
         let (tensors, corrections) = adapters::corrections(&self.model, adapters)?;
         let (estimate, budget) = (self.estimate, self.options.memory_budget);
         let check = |bytes: usize| Estimate { adapters: bytes as u64, ..estimate }.check(budget);
-        let bytes = match &mut self.backend {
-            Backend::Cpu(executor) => {
-                let patches = match corrections.is_empty() {
-                    true => None,
-                    false => Some(executor.patches(corrections)?),
-                };
-                let bytes = patches.as_ref().map_or(0, |p| p.bytes());
-                check(bytes)?;
-                executor.set_patches(patches);
-                bytes
-            }
-            #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => {
-                if corrections.iter().any(|c| c.gain.is_some()) {
-                    return Err(Error::Unsupported(
-                        "DoRA at run time on the GPU; merge the adapter into the model, or use the CPU".into(),
-                    ));
-                }
-                let low_rank = |c: &crate::cpu::Correction| (c.a.len() + c.b.len()) * 4;
-                check(corrections.iter().map(low_rank).sum())?;
-                let plain: Vec<_> = corrections
-                    .iter()
-                    .map(|c| crate::gpu::Correction { weight: c.weight, rank: c.rank, a: &c.a, b: &c.b })
-                    .collect();
-                executor.set_corrections(&plain)?
-            }
-        };
+        let bytes = self.backend.set_corrections(corrections, check)?;
         self.adapters = adapters.into();
         Ok(AdapterReport { tensors, bytes })
     }
@@ -512,101 +465,4 @@ fn complete(model: &Model, options: &SessionOptions) -> Result<SessionOptions> {
     options.chunk = options.chunk.min(options.context);
     options.logit_rows = options.logit_rows.min(options.chunk);
     Ok(options)
-}
-
-fn executor_options(options: &SessionOptions) -> ExecutorOptions {
-    ExecutorOptions {
-        threads: options.threads,
-        limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
-        trained: None,
-        kept_layers: 0,
-        arithmetic: options.arithmetic,
-    }
-}
-
-fn estimate_on_cpu(model: &Model, options: &SessionOptions) -> Result<Estimate> {
-    let layout = KvLayout::new(model.spec(), options.kv_type)?;
-    let needs = Executor::needs(model.spec(), model.weights(), &executor_options(options));
-    Ok(Estimate {
-        weights: model.gguf().file_bytes(),
-        kv_cache: layout.bytes(options.context) as u64,
-        arena: needs.arena as u64,
-        scratch: needs.scratch as u64,
-        adapters: 0,
-        on_gpu: false,
-    })
-}
-
-#[cfg(feature = "gpu")]
-fn estimate_on_gpu(model: &Model, options: &SessionOptions, device: &Arc<crate::gpu::Device>) -> Result<Estimate> {
-    let gpu_options = gpu_options(options);
-    let needs = crate::gpu::Executor::footprint(device, model.spec(), model.weights(), &gpu_options)?;
-    Ok(Estimate {
-        weights: needs.weights,
-        kv_cache: needs.kv_cache,
-        arena: needs.values,
-        scratch: 0,
-        adapters: 0,
-        on_gpu: true,
-    })
-}
-
-#[cfg(feature = "gpu")]
-fn gpu_options(options: &SessionOptions) -> crate::gpu::ExecutorOptions {
-    crate::gpu::ExecutorOptions {
-        limits: PlanLimits { tokens: options.chunk, outputs: options.logit_rows },
-        window: options.context,
-        kv_type: options.kv_type,
-        trained: None,
-        exact: options.arithmetic == Arithmetic::Exact,
-        kept_layers: 0,
-    }
-}
-
-/// The executor for what was asked for, what it comes to need, and why it is the CPU's if it was to be another.
-struct Opened {
-    backend: Backend,
-    estimate: Estimate,
-    fallback: Option<String>,
-}
-
-impl Opened {
-    #[cfg(feature = "gpu")]
-    fn new(model: &Model, options: &SessionOptions) -> Result<Opened> {
-        let on_gpu = || -> Result<Option<Opened>> {
-            let Some(device) = options.device.open()? else { return Ok(None) };
-            let estimate = estimate_on_gpu(model, options, &device)?;
-            estimate.check(options.memory_budget)?;
-            let (spec, weights) = (model.spec(), model.weights().clone());
-            let executor = crate::gpu::Executor::new(&device, spec, weights, &gpu_options(options))?;
-            Ok(Some(Opened { backend: Backend::Gpu(Box::new(executor)), estimate, fallback: None }))
-        };
-        let fallback = match on_gpu() {
-            Ok(Some(opened)) => return Ok(opened),
-            Ok(None) => None,
-            Err(e) if matches!(options.device, Device::Auto) => {
-                log::warn!("the CPU runs the model: {e}");
-                Some(e.to_string())
-            }
-            Err(e) => return Err(e),
-        };
-        Opened::on_cpu(model, options, fallback)
-    }
-
-    #[cfg(not(feature = "gpu"))]
-    fn new(model: &Model, options: &SessionOptions) -> Result<Opened> {
-        options.device.check()?;
-        Opened::on_cpu(model, options, None)
-    }
-
-    fn on_cpu(model: &Model, options: &SessionOptions, fallback: Option<String>) -> Result<Opened> {
-        let estimate = estimate_on_cpu(model, options)?;
-        estimate.check(options.memory_budget)?;
-        Ok(Opened { backend: on_cpu(model, options)?, estimate, fallback })
-    }
-}
-
-fn on_cpu(model: &Model, options: &SessionOptions) -> Result<Backend> {
-    let executor = Executor::new(model.spec(), model.weights().clone(), &executor_options(options))?;
-    Ok(Backend::Cpu(Box::new(executor)))
 }

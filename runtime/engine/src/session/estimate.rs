@@ -20,12 +20,39 @@ pub struct Estimate {
     pub adapters: u64,
     /// Whether all of this is memory of a GPU.
     pub on_gpu: bool,
+    /// How it is shared out where the model is divided between CPU and GPU.
+    pub shared: Option<Shared>,
+}
+
+/// What of an [`Estimate`] is where, of a model whose last layers run on a GPU and the others on the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Shared {
+    /// Layers that run on the GPU; the head with them.
+    pub gpu_layers: usize,
+    /// Bytes of the GPU's memory.
+    pub gpu_bytes: u64,
+    /// Bytes of the weights that stay in the map.
+    pub mapped: u64,
 }
 
 impl Estimate {
     /// Everything that is allocated: the mapped weights are not, those on a GPU are.
     pub fn allocated(&self) -> u64 {
-        self.resident() - if self.on_gpu { 0 } else { self.weights }
+        let mapped = match self.shared {
+            Some(shared) => shared.mapped,
+            None if self.on_gpu => 0,
+            None => self.weights,
+        };
+        self.resident() - mapped
+    }
+
+    /// What is memory of a GPU.
+    pub fn on_gpu_bytes(&self) -> u64 {
+        match self.shared {
+            Some(shared) => shared.gpu_bytes,
+            None if self.on_gpu => self.resident(),
+            None => 0,
+        }
     }
 
     /// Everything that is resident when all weights have been read.

@@ -89,7 +89,10 @@ impl<'s> Generation<'s> {
             None => self.compute()?,
         };
         self.row = Some(row);
-        let token = self.answer.choose(self.session.logits_row(row))?;
+        let token = match self.session.largest(row) {
+            Some(largest) => self.answer.choose_among(largest)?,
+            None => self.answer.choose(self.session.logits_row(row)?)?,
+        };
         if self.tokens.get(self.drafts + row) == Some(&token) {
             self.answer.stats.accepted_tokens += 1;
             self.row = Some(row + 1);
@@ -104,9 +107,10 @@ impl<'s> Generation<'s> {
 
     /// Feeds the tokens, and guesses behind them if there are any; gives the first row.
     fn compute(&mut self) -> Result<usize> {
-        let done = self.make_room().and_then(|()| self.guess()).and_then(|()| match self.tokens.len() == self.drafts {
-            true => self.session.feed(&self.tokens).map(|_| ()),
-            false => self.session.feed_alone(&self.tokens).map(|_| ()),
+        let done = self.make_room().and_then(|()| self.guess()).and_then(|()| match self.tokens[..] {
+            [token] => self.session.feed_one(token, self.answer.largest()),
+            _ if self.tokens.len() == self.drafts => self.session.feed(&self.tokens).map(|_| ()),
+            _ => self.session.feed_alone(&self.tokens),
         });
         match done {
             Ok(()) if self.answer.stats.output_tokens == 0 => self.session.remember(),

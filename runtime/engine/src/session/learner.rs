@@ -10,7 +10,7 @@ use super::backend::{Backend, Device};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions};
 use crate::tape::{
-    Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, SoftTargets, Timing, Trained, Within, adapted_norm,
+    Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, SoftTargets, Stage, Timing, Trained, Within, adapted_norm,
 };
 use crate::{Error, Result, quant};
 
@@ -276,8 +276,10 @@ impl Learner {
                 batch.outputs[outputs.clone()].iter().map(|o| o.wrapping_sub(first_row as u32)).collect();
             let run = Batch {
                 tokens: &batch.tokens[first_row..row],
+                input: &[],
                 segments: &mut &batch.lengths[first_sequence..sequence],
                 outputs: &shifted,
+                largest: 0,
                 targets: &batch.targets[targets],
                 alone: false,
                 learning: Some(Learning {
@@ -326,6 +328,7 @@ fn check(model: &Model, options: &LearnerOptions) -> Result<ExecutorOptions> {
     Ok(ExecutorOptions {
         threads,
         limits: PlanLimits { tokens: options.tokens, outputs: options.tokens },
+        stage: Stage::Whole,
         trained: Some(options.trained.clone()),
         kept_layers: 1,
         arithmetic: match options.trained {
@@ -396,6 +399,7 @@ fn open_gpu(
         // Nothing is cached.
         window: 0,
         kv_type: DType::F16,
+        stage: Stage::Whole,
         trained: options.trained.clone(),
         exact: options.arithmetic == Arithmetic::Exact,
         kept_layers: options.kept_layers,
@@ -433,6 +437,7 @@ fn plan(
             adapters: 8 * param_count as u64,
             scratch,
             on_gpu: most.is_some(),
+            shared: None,
         }
     };
     let fits = |e: &Estimate, scratch: u64| match options.memory_budget {

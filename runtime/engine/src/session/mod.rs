@@ -18,11 +18,14 @@ mod answer;
 mod backend;
 mod batcher;
 mod devices;
+#[cfg(feature = "gpu")]
+mod divided;
 mod engine;
 mod estimate;
 mod generate;
 mod learner;
 mod model;
+mod placement;
 mod prefix;
 mod saved;
 #[allow(clippy::module_inception)]
@@ -37,7 +40,7 @@ pub use backend::Device;
 pub use batcher::{Batcher, Progress, RequestId};
 pub use devices::{DeviceSummary, devices};
 pub use engine::{Engine, Sequence, SessionOptions};
-pub use estimate::Estimate;
+pub use estimate::{Estimate, Shared};
 pub use generate::Generation;
 pub use learner::{LearnBatch, Learner, LearnerOptions, SoftBatch};
 pub use model::Model;

@@ -315,8 +315,25 @@ impl Session {
     }
 
     /// A row of the logits of the last run, the sampler's to change.
-    pub(super) fn logits_row(&mut self, row: usize) -> &mut [f32] {
+    ///
+    /// # Errors
+    /// As [`Engine::logits_row`].
+    pub(super) fn logits_row(&mut self, row: usize) -> Result<&mut [f32]> {
         self.engine.logits_row(row)
+    }
+
+    /// As [`Engine::largest`].
+    pub(super) fn largest(&self, row: usize) -> Option<&[(u32, f32)]> {
+        self.engine.largest(row)
+    }
+
+    /// As [`Session::feed`], for one token, of whose logits the `largest` decide; 0 where all do. They are there as
+    /// [`Session::largest`] or [`Session::logits_row`].
+    pub(super) fn feed_one(&mut self, token: u32, largest: usize) -> Result<()> {
+        self.check(&[token])?;
+        let wanted = Wanted::Logits { outputs: &[0], largest };
+        self.engine.run(&mut [(&mut self.sequence, &[token])], wanted, false, &self.cancel.0)?;
+        Ok(())
     }
 
     /// Tokens that the window still has room for.

@@ -128,7 +128,7 @@ impl Speculator {
         let Some(sampler) = &mut self.sampler else { return Ok(()) };
         sampler.follow(follow);
         for left in (0..room).rev() {
-            let token = sampler.sample(draft.logits_row(0))?;
+            let token = sampler.sample(draft.logits_row(0)?)?;
             tokens.push(token);
             if left == 0 || draft.model().tokenizer().is_end_of_generation(token) {
                 break;

@@ -179,7 +179,8 @@ fn rule(b: &mut Builder<'_>, op: &Op, g: &mut Gradients) {
             }
         }
         // The first of a tape, the ends of others, and gradients themselves, which have no gradient here.
-        Op::Embed { .. }
+        Op::Input { .. }
+        | Op::Embed { .. }
         | Op::Head { .. }
         | Op::CrossEntropy { .. }
         | Op::CrossEntropyGrad { .. }

@@ -1,7 +1,7 @@
 //! What to run: the rows of one run of a tape, as every backend takes them. `C` is the backend's cache of a sequence.
 
 use super::decoder::Purpose;
-use super::op::Tape;
+use super::op::{Rows, Tape};
 use super::plan::PlanLimits;
 use super::spec::Spec;
 use crate::{Error, Result};
@@ -34,14 +34,24 @@ impl<C> Segments<C> for &[usize] {
     }
 }
 
+/// Most logits of a row that [`Batch::largest`] may ask for.
+pub const MOST_LARGEST: usize = 64;
+
 /// What to run.
 pub struct Batch<'a, C> {
     /// Token ids, segment after segment.
     pub tokens: &'a [u32],
+    /// The residual stream of every token, `[tokens, width]`, for a tape that begins with it ([`Stage::Last`]); else empty.
+    ///
+    /// [`Stage::Last`]: super::Stage::Last
+    pub input: &'a [f32],
     /// How they divide into sequences.
     pub segments: &'a mut dyn Segments<C>,
     /// Rows whose result is wanted, increasing.
     pub outputs: &'a [u32],
+    /// How many of each output row's largest logits decide what is done with them, for [`Purpose::Generate`]; 0 where all do.
+    /// A GPU may give those alone, at most [`MOST_LARGEST`].
+    pub largest: usize,
     /// The token to be predicted at each output row, for [`Purpose::Score`] and [`Purpose::Learn`]; else empty.
     pub targets: &'a [u32],
     /// Compute every row as if it were run by itself, to the last bit, instead of in the fastest way for so many. The
@@ -152,12 +162,28 @@ pub struct Learning<'a> {
 }
 
 impl<C> Batch<'_, C> {
+    /// How many rows of a kind the run has.
+    pub(crate) fn rows(&self, rows: Rows) -> usize {
+        match rows {
+            Rows::Tokens => self.tokens.len(),
+            Rows::Outputs => self.outputs.len(),
+            Rows::One => 1,
+        }
+    }
+
     /// Checks everything about a batch that a tape relies on.
     ///
     /// # Errors
     /// A batch over the limits, token ids outside the vocabulary, caches or parameters that are missing or misplaced.
     pub(crate) fn check(&mut self, tape: &Tape, limits: &PlanLimits, purpose: Purpose) -> Result<()> {
         check_rows(self, &tape.spec, limits, purpose)?;
+        let floats = tape.input().map_or(0, |input| self.tokens.len() * tape.info(input).width);
+        if self.input.len() != floats {
+            return Err(Error::argument(format!(
+                "{} floats of input are given, {floats} are needed",
+                self.input.len()
+            )));
+        }
         check_learning(self, tape, purpose)
     }
 }

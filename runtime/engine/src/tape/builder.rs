@@ -123,6 +123,13 @@ impl<'a> Builder<'a> {
         self.values[value.0 as usize].quantized |= dtype.is_quantized() && !self.trains_weights();
     }
 
+    /// The residual stream that a run is given, `[T, width]`.
+    pub fn input(&mut self) -> Value {
+        let out = self.value(Rows::Tokens, self.spec.width, "input");
+        self.ops.push(Op::Input { out });
+        out
+    }
+
     /// Token embedding, `[T, width]`.
     pub fn embed(&mut self) -> Value {
         let out = self.value(Rows::Tokens, self.spec.width, "embedding");

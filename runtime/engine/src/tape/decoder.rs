@@ -26,14 +26,34 @@ pub enum Purpose {
     Learn,
 }
 
+/// Which part of a model a tape computes, where a model is divided between two executors. The spec has the layers of that
+/// part only ([`Spec::with_layers`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stage {
+    /// From tokens to the result.
+    #[default]
+    Whole,
+    /// From tokens to the residual stream behind the part's last layer, `[T, width]`, whatever the purpose.
+    First,
+    /// From the residual stream before the part's first layer, which the run is given, to the result.
+    Last,
+}
+
 /// Writes the tape of `spec` for generating or scoring.
-pub fn build(spec: &Spec, weights: &Weights, purpose: Purpose) -> Tape {
+pub fn build(spec: &Spec, weights: &Weights, purpose: Purpose, stage: Stage) -> Tape {
     let mut b = Builder::new(spec, weights);
-    let mut x = b.embed();
+    let mut x = match stage {
+        Stage::Whole | Stage::First => b.embed(),
+        Stage::Last => b.input(),
+    };
     for index in 0..spec.layers.len() {
-        x = layer(&mut b, x, index);
+        let narrows = stage != Stage::First && index + 1 == spec.layers.len();
+        x = layer(&mut b, x, index, narrows);
     }
     b.section("");
+    if stage == Stage::First {
+        return b.finish(x);
+    }
     let h = b.rms_norm(x, &spec.output_norm);
     let result = match purpose {
         Purpose::Generate => b.head(h),
@@ -56,7 +76,7 @@ pub fn build_learning(spec: &Spec, weights: &Weights, trained: &Trained, purpose
     for index in 0..spec.layers.len() {
         inputs.push(x);
         let start = b.ops.len();
-        x = layer(&mut b, x, index);
+        x = layer(&mut b, x, index, index + 1 == spec.layers.len());
         ranges.push(start..b.ops.len());
     }
     b.section("");
@@ -85,7 +105,7 @@ pub fn build_learning(spec: &Spec, weights: &Weights, trained: &Trained, purpose
             (again(&mut b, &kept), x)
         } else {
             let start = b.ops.len();
-            let out = layer(&mut b, inputs[index], index);
+            let out = layer(&mut b, inputs[index], index, index + 1 == spec.layers.len());
             (b.ops[start..].to_vec(), out)
         };
         b.section(format!("blk.{index} gradient "));
@@ -99,16 +119,16 @@ pub fn build_learning(spec: &Spec, weights: &Weights, trained: &Trained, purpose
     b.finish(result)
 }
 
-/// One decoder layer.
-fn layer(b: &mut Builder<'_>, mut x: Value, index: usize) -> Value {
+/// One decoder layer; where it `narrows`, only rows whose result is wanted leave it.
+fn layer(b: &mut Builder<'_>, mut x: Value, index: usize, narrows: bool) -> Value {
     let spec = b.spec;
     let layer = &spec.layers[index];
     b.section(format!("blk.{index} "));
     let h = b.rms_norm(x, &layer.attention_norm);
     let qkv = b.qkv(h, layer);
     let mut attended = b.attention(qkv, layer, index);
-    if index + 1 == spec.layers.len() {
-        // Only rows whose result is wanted go on: the rest of a prompt has done its work in the cache.
+    if narrows {
+        // The rest of a prompt has done its work in the cache.
         attended = b.gather_outputs(attended);
         x = b.gather_outputs(x);
     }

@@ -21,9 +21,9 @@ mod timing;
 mod weights;
 
 pub(crate) use batch::check_dropped;
-pub use batch::{Batch, Learning, Segments, SoftTargets, Within};
+pub use batch::{Batch, Learning, MOST_LARGEST, Segments, SoftTargets, Within};
 pub use builder::{Builder, LoraSpec, Trained};
-pub use decoder::Purpose;
+pub use decoder::{Purpose, Stage};
 pub use dora::{adapted_norm, magnitude_ratio};
 pub use op::{
     Attention, Epilogue, KvSource, Linear, Op, Param, ParamId, Part, Rope, Rows, Tape, Value, ValueInfo, WeightId,

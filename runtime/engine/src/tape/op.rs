@@ -4,6 +4,8 @@
 //! Shapes in the comments are `[rows, width]`, T the rows of a run (tokens), S the rows whose logits are wanted. What the
 //! larger ops of learning consist of is in `op_learn`.
 
+use std::collections::BTreeSet;
+
 use super::op_learn::{AttentionBackward, Dropout, EmbedLora, HeadLora, Lora, LoraBackward, LoraHidden, Rescale};
 use super::spec::Spec;
 
@@ -146,6 +148,11 @@ pub struct Attention {
 /// An operation.
 #[derive(Clone, Debug)]
 pub enum Op {
+    /// `out` is what the run is given: the residual stream, where a tape does not begin with tokens.
+    Input {
+        /// `[T, width]`.
+        out: Value,
+    },
     /// `out[t] = scale · E[token t]`.
     Embed {
         /// `[vocab, width]`.
@@ -393,6 +400,7 @@ impl Op {
     /// Name in tables.
     pub fn name(&self) -> &'static str {
         match self {
+            Op::Input { .. } => "input",
             Op::Embed { .. } => "embed",
             Op::RmsNorm { .. } => "rms_norm",
             Op::AddRmsNorm { .. } => "add_rms_norm",
@@ -439,7 +447,7 @@ impl Op {
     /// Values the op reads.
     pub fn reads(&self) -> Vec<Value> {
         match self {
-            Op::Embed { .. } | Op::RowNorms { .. } => vec![],
+            Op::Input { .. } | Op::Embed { .. } | Op::RowNorms { .. } => vec![],
             Op::Dropout(d) => vec![d.x],
             Op::DropoutBackward { dy, dx, .. } => [*dy].into_iter().chain(*dx).collect(),
             Op::Rescale(r) => [r.y, r.norms].into_iter().chain(r.residual).collect(),
@@ -490,7 +498,8 @@ impl Op {
     /// Values the op writes.
     pub fn writes(&self) -> Vec<Value> {
         match self {
-            Op::Embed { out, .. }
+            Op::Input { out }
+            | Op::Embed { out, .. }
             | Op::RmsNorm { out, .. }
             | Op::AddRmsNorm { out, .. }
             | Op::GatherOutputs { out, .. }
@@ -529,6 +538,20 @@ impl Op {
             }
             Op::Rope(r) => vec![r.q_out, r.k_out],
             Op::Attention(a) => [a.out].into_iter().chain(a.lse).collect(),
+        }
+    }
+
+    /// Matrices of the model that the op reads; norms and biases apart.
+    pub fn matrices(&self) -> Vec<WeightId> {
+        match self {
+            Op::Embed { table, .. } => vec![*table],
+            Op::Linear(l) => l.parts.iter().map(|p| p.weight).collect(),
+            Op::Head { weight, .. }
+            | Op::CrossEntropy { weight, .. }
+            | Op::CrossEntropyGrad { weight, .. }
+            | Op::RowNorms { weight, .. } => vec![*weight],
+            Op::LinearBackward { parts, .. } => parts.iter().map(|(_, weight)| *weight).collect(),
+            _ => vec![],
         }
     }
 
@@ -587,6 +610,19 @@ impl Tape {
     /// Whether the output layer learns, by itself or with an adapter.
     pub fn learns_head(&self) -> bool {
         self.trains_weights || self.ops.iter().any(|op| matches!(op, Op::CrossEntropyGrad { lora: Some(_), .. }))
+    }
+
+    /// The matrices of the model that it reads.
+    pub fn matrices(&self) -> BTreeSet<WeightId> {
+        self.ops.iter().flat_map(Op::matrices).collect()
+    }
+
+    /// The residual stream that a run is given, if the tape begins with it.
+    pub fn input(&self) -> Option<Value> {
+        match self.ops.first() {
+            Some(Op::Input { out }) => Some(*out),
+            _ => None,
+        }
     }
 
     /// Shape of a value.

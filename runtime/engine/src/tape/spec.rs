@@ -174,6 +174,11 @@ pub struct Spec {
 }
 
 impl Spec {
+    /// The model with these of its layers only, which must exist.
+    pub fn with_layers(&self, layers: Range<usize>) -> Spec {
+        Spec { layers: self.layers[layers].to_vec(), ..self.clone() }
+    }
+
     /// Floats per position that a layer keeps in the KV cache: keys and values of all heads.
     pub fn kv_width(&self) -> usize {
         2 * self.kv_heads * self.head_dim
