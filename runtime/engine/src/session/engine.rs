@@ -186,7 +186,7 @@ impl Engine {
             let on_gpu = || options.device.open()?.map(|gpu| estimate_on_gpu(model, &options, &gpu)).transpose();
             match on_gpu() {
                 Ok(Some(estimate)) => return Ok(estimate),
-                Err(e) if !matches!(options.device, Device::Auto) => return Err(e),
+                Err(e) if !options.device.is_auto() => return Err(e),
                 _ => {}
             }
         }
@@ -584,7 +584,7 @@ impl Opened {
         let fallback = match on_gpu() {
             Ok(Some(opened)) => return Ok(opened),
             Ok(None) => None,
-            Err(e) if matches!(options.device, Device::Auto) => {
+            Err(e) if options.device.is_auto() => {
                 log::warn!("the CPU runs the model: {e}");
                 Some(e.to_string())
             }
