@@ -17,6 +17,11 @@ const LARGE_MATRIX: u64 = 2 << 20;
 const LEAD: f64 = 1.03;
 const LEAD_OF_INT8: f64 = 1.1;
 
+/// Seconds a dispatch may hold the device: screens are drawn in between.
+const LONGEST: f64 = 0.025;
+/// Columns that a dispatch has at least, and in multiples of which long ones are divided: those of the largest tile.
+const FEWEST_COLUMNS: u32 = Tile::LARGE.columns;
+
 /// What kernels compete for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Family {
@@ -196,6 +201,20 @@ impl Choices {
         times.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(form, _)| form)
     }
 
+    /// Columns of a product of `rows` rows and a matrix `[columns, k]` that take no longer than [`LONGEST`], by the time of the
+    /// shape that stands for it; all where that is not known.
+    fn columns_at_once(&self, form: Form, all: &[Shape], (rows, columns, k): (u32, u32, u32)) -> u32 {
+        let index = matmul_shape(rows, columns);
+        let seconds = self.candidates.iter().find(|c| c.form == form).and_then(|c| c.seconds.get(index));
+        let (Some(seconds), Some(shape)) = (seconds, all.get(index)) else { return columns };
+        let size = |rows: u32, n: u32, k: u32| f64::from(rows) * f64::from(n) * f64::from(k);
+        let column = seconds / size(shape.rows, shape.matrix.0, shape.matrix.1) * size(rows, 1, k);
+        if column * f64::from(columns) <= LONGEST {
+            return columns;
+        }
+        ((LONGEST / column) as u32 / FEWEST_COLUMNS * FEWEST_COLUMNS).max(FEWEST_COLUMNS)
+    }
+
     /// Whether products of eight bits were found to be right.
     fn int8(&self) -> bool {
         self.candidates.iter().any(|c| c.form.is_int8() && !c.seconds.is_empty())
@@ -341,6 +360,13 @@ impl Device {
         choices.best(matmul_shape(rows, columns), usual, may).unwrap_or(usual)
     }
 
+    /// Columns of a product of up to `rows` rows and a matrix `[columns, k]` that one dispatch is to compute.
+    pub(super) fn columns_at_once(&self, dtype: DType, form: Form, (rows, columns, k): (u32, u32, u32)) -> u32 {
+        let all = shapes(Family::Matmul, self.info().kind);
+        let choices = self.choices(Family::Matmul, dtype);
+        choices.map_or(columns, |c| c.columns_at_once(form, &all, (rows, columns, k)))
+    }
+
     /// Whether matrices of all these types can be multiplied in the way of `form`.
     pub(super) fn suits(self: &Arc<Self>, form: Form, types: &[DType]) -> bool {
         match form {
@@ -398,6 +424,21 @@ mod tests {
         assert_eq!(best(&choices(2.0, 0.8), Demands { exact: true, ..any }), Some(Form::Tile));
         assert_eq!(best(&Choices::default(), any), None);
         assert!(choices(1.0, 1.0).int8() && !Choices::default().int8());
+    }
+
+    /// 512 rows times 768 × 768 in 1 ms: half the rows and 65,536 columns take 43 times as long.
+    #[test]
+    fn long_products_are_divided() {
+        let timed = |seconds| Timed { form: Form::Tile, seconds, worst: 0.0, note: String::new() };
+        let all = shapes(Family::Matmul, DeviceKind::Discrete);
+        let choices = Choices { candidates: vec![timed(vec![1e-3, 5.4e-3, 10.67e-3])] };
+        let columns = |sizes| choices.columns_at_once(Form::Tile, &all, sizes);
+        assert_eq!(columns((512, 768, 768)), 768);
+        assert_eq!(columns((256, 65_536, 768)), 38_272);
+        assert_eq!(columns((65_536, 65_536, 768)), FEWEST_COLUMNS);
+        assert_eq!(choices.columns_at_once(Form::TileInt8, &all, (256, 65_536, 768)), 65_536);
+        let nothing = Choices::default();
+        assert_eq!(nothing.columns_at_once(Form::Tile, &all, (256, 65_536, 768)), 65_536);
     }
 
     #[test]

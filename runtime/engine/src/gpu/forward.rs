@@ -594,31 +594,45 @@ impl Recorder<'_> {
             if from >= to {
                 continue;
             }
-            let shift = (from - first) as u32;
-            let behind = |at: u32| if at == NONE { NONE } else { at + shift };
-            let (x, x_stride, scales) = input.place(0);
-            let op = MatmulOp {
-                x,
-                x_stride,
-                rows: rows_word(input.rows),
-                k: self.weights.get(map.weight).width as u32,
-                weight: p.at + (from - p.first) as u32 * p.row_bytes,
-                row_bytes: p.row_bytes,
-                columns: (to - from) as u32,
-                out: map.out + shift,
-                out_stride: map.out_stride,
-                bias: behind(map.bias),
-                residual: behind(map.residual),
-                scale: 1.0,
-                cap: map.cap,
-                scales,
-                ..MatmulOp::zeroed()
-            };
-            let (kernel, grid) = self.product(dtype, false, input, op.columns);
-            let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
-            self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+            let k = self.weights.get(map.weight).width as u32;
+            let step = self.columns_at_once(dtype, input, (to - from) as u32, k) as usize;
+            for from in (from..to).step_by(step) {
+                let shift = (from - first) as u32;
+                let behind = |at: u32| if at == NONE { NONE } else { at + shift };
+                let (x, x_stride, scales) = input.place(0);
+                let op = MatmulOp {
+                    x,
+                    x_stride,
+                    rows: rows_word(input.rows),
+                    k,
+                    weight: p.at + (from - p.first) as u32 * p.row_bytes,
+                    row_bytes: p.row_bytes,
+                    columns: step.min(to - from) as u32,
+                    out: map.out + shift,
+                    out_stride: map.out_stride,
+                    bias: behind(map.bias),
+                    residual: behind(map.residual),
+                    scale: 1.0,
+                    cap: map.cap,
+                    scales,
+                    ..MatmulOp::zeroed()
+                };
+                let (kernel, grid) = self.product(dtype, false, input, op.columns);
+                let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
+                self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+            }
         }
         Ok(())
+    }
+
+    /// Columns of a product that one dispatch may compute without holding the device for too long.
+    fn columns_at_once(&self, dtype: DType, input: &Input, columns: u32, k: u32) -> u32 {
+        let form = match input.made {
+            Made::Plain => Form::Tile,
+            Made::Quantized(..) => Form::TileInt8,
+            Made::Packed(..) => Form::Cooperative(self.cooperative_tile(dtype, false, input.rows, columns)),
+        };
+        self.device.columns_at_once(dtype, form, (self.row_limit(input.rows) as u32, columns, k))
     }
 
     pub(super) fn kv(&self, window: Option<usize>) -> Kv {

@@ -21,9 +21,12 @@ use super::trial::{self, Stopwatch};
 use crate::quant::DType;
 use crate::{Error, Result, file};
 
-/// How long the candidates for one family and type may take together; who comes later is not looked at.
-const BUDGET: Duration = Duration::from_millis(1_000);
-const BUDGET_OF_SOFTWARE: Duration = Duration::from_millis(1_500);
+/// How long the candidates for one family and type may take together, most of it in the driver's compiler; who comes later is
+/// not looked at. Where all is timed again on demand there is time.
+const BUDGET: Duration = Duration::from_millis(1_500);
+const BUDGET_ON_DEMAND: Duration = Duration::from_secs(60);
+/// A card that had nothing to do is slow at first.
+const WARM_UP: Duration = Duration::from_millis(60);
 /// Bytes of a file that are read: more is none of ours.
 const LARGEST_FILE: u64 = 4 << 20;
 /// Grows when what is written, timed or compared changes beside the kernels' text.
@@ -34,7 +37,7 @@ const VERSION: u32 = 1;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tuning {
     /// Where files of times are kept; made if it is not there. None: kernels are timed whenever a device is opened, which
-    /// takes up to two seconds for every type of weights of a model.
+    /// takes up to three seconds for every type of weights of a model.
     pub folder: Option<PathBuf>,
     /// Time software drivers too, which are there for tests.
     pub software: bool,
@@ -109,7 +112,8 @@ pub(super) fn prepare(device: &Arc<Device>, families: &[Family], types: &[DType]
         let is_it = |entry: &Entry| entry.family == family.name() && entry.weights == dtype.name();
         let known = times.tuned.iter().find(|e| is_it(e) && e.kernels == kernels && !tuning.again);
         let choices = known.and_then(|entry| recall(device, family, &forms, entry)).unwrap_or_else(|| {
-            let choices = measure(device, family, dtype, &forms);
+            let budget = if tuning.again { BUDGET_ON_DEMAND } else { BUDGET };
+            let choices = measure(device, family, dtype, &forms, budget);
             times.tuned.retain(|entry| !is_it(entry));
             times.tuned.push(record(family, dtype, kernels, &choices));
             is_new = true;
@@ -125,10 +129,19 @@ pub(super) fn prepare(device: &Arc<Device>, families: &[Family], types: &[DType]
 }
 
 /// Tries and times all candidates of a family and a type.
-fn measure(device: &Arc<Device>, family: Family, dtype: DType, forms: &[Form]) -> Choices {
+fn measure(device: &Arc<Device>, family: Family, dtype: DType, forms: &[Form], budget: Duration) -> Choices {
     let (begun, kind) = (Instant::now(), device.info().kind);
-    let budget = if kind == DeviceKind::Software { BUDGET_OF_SOFTWARE } else { BUDGET };
-    let watch = Stopwatch::new(device, dtype, shapes(family, kind));
+    let watch = Stopwatch::new(device, dtype, shapes(family, kind)).and_then(|watch| {
+        if kind != DeviceKind::Software {
+            // The first time is the compiler's.
+            watch.time(forms[0])?;
+            let begun = Instant::now();
+            while begun.elapsed() < WARM_UP {
+                watch.time(forms[0])?;
+            }
+        }
+        Ok(watch)
+    });
     let time = |form: Form| -> Result<(f32, Vec<f64>, String)> {
         if begun.elapsed() > budget {
             return Ok((0.0, Vec::new(), "not tried, for lack of time".into()));
