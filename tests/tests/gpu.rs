@@ -120,6 +120,59 @@ fn gpu_logits_are_the_cpus_for_every_type() {
     }
 }
 
+/// Kernels are timed and the times kept; then the file is made to say that products of eight bits are the quickest, and they
+/// are taken: nearly the CPU's logits, but where single precision is asked for, whose products come in parts then.
+#[test]
+fn gpu_products_of_eight_bits_are_nearly_the_cpus() {
+    for dtype in [DType::Q4_1, DType::Q4_K, DType::Q6_K, DType::Q8_0] {
+        let scratch = Scratch::new(&format!("gpu-int8-{dtype}"));
+        let config = TinyConfig::new("llama");
+        let sizes = TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..config };
+        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..sizes });
+        let folder = scratch.path("tuning");
+        let (prompt, more) = (tokens(&model, 1, 75), tokens(&model, 2, 6));
+        let run = |arithmetic| {
+            // Every time a device of its own, as in another process.
+            let tuning = gpu::Tuning { folder: Some(folder.clone()), software: true, again: false };
+            let device = Device::Tuned(Box::new(Device::Open(whole())), tuning);
+            let options = SessionOptions { arithmetic, chunk: 80, ..options(device) };
+            logits(&model, &options, &prompt, &more)
+        };
+        run(Arithmetic::Narrow);
+        let file = std::fs::read_dir(&folder).expect("a folder").next().expect("a file").expect("a file").path();
+        let text = std::fs::read_to_string(&file).expect("the file");
+        let mut times: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let mut forced = 0;
+        for entry in times["tuned"].as_array_mut().expect("entries") {
+            let shapes = if entry["family"] == "few rows" { 4 } else { 3 };
+            for c in entry["candidates"].as_array_mut().expect("candidates") {
+                if c["kernel"].as_str().is_some_and(|name| name.ends_with("int8")) {
+                    c["seconds"] = vec![1e-9; shapes].into();
+                    forced += 1;
+                } else if c["kernel"] == "tile" {
+                    // So slow that products are divided.
+                    c["seconds"] = vec![10.0; shapes].into();
+                }
+            }
+        }
+        assert_eq!(forced, 3, "{dtype}: {text}");
+        std::fs::write(&file, times.to_string()).expect("the file");
+
+        let wanted = logits(&model, &options(Device::Cpu), &prompt, &more);
+        for arithmetic in [Arithmetic::Narrow, Arithmetic::Exact] {
+            for (step, (ours, wanted)) in run(arithmetic).iter().zip(&wanted).enumerate() {
+                let (distance, divergence) = (distance(ours, wanted), divergence(wanted, ours));
+                let what = format!("{dtype}, {arithmetic:?}, step {step}: {distance}, {divergence}");
+                match arithmetic {
+                    Arithmetic::Exact => assert!(distance < 1e-3, "{what}"),
+                    // Rounded, and no more than that.
+                    _ => assert!((1e-3..0.2).contains(&distance) && divergence < 2e-3, "{what}"),
+                }
+            }
+        }
+    }
+}
+
 /// An adapter of all linear maps of the layers.
 pub(crate) fn adapter(model: &Model, rank: usize, seed: u64) -> Arc<Adapter> {
     let mut random = Random::new(seed);

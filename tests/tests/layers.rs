@@ -30,7 +30,7 @@ const MODULES: [(&str, &[&str]); 16] = [
     ("grammar", &["deep", "text"]),
     ("tape", &["gguf", "quant", "text", "random"]),
     ("cpu", &["gguf", "quant", "text", "tape", "random", "system"]),
-    ("gpu", &["gguf", "quant", "text", "tape", "random"]),
+    ("gpu", &["file", "gguf", "quant", "text", "tape", "random"]),
     ("adapter", &["gguf", "quant", "text", "tape"]),
     ("session", &["file", "gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter", "system"]),
     ("generate", &["gguf", "quant", "text", "tape", "cpu", "gpu", "sampling", "grammar", "adapter", "session"]),

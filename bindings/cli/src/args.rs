@@ -2,8 +2,12 @@
 
 use crate::commands::Command;
 use clap::{Args, Parser};
+#[cfg(feature = "gpu")]
+use kinglet_engine::gpu::Tuning;
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Device, SessionOptions};
+#[cfg(feature = "gpu")]
+use kinglet_models::pull::Cache;
 
 /// Text that every model argument shows.
 pub const MODEL_HELP: &str =
@@ -46,6 +50,40 @@ pub struct Global {
     /// Say more on standard error; twice for details
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]
     pub verbose: u8,
+}
+
+impl Global {
+    /// Where to compute; a GPU's kernels are timed once, and the times kept in the cache directory.
+    #[cfg(feature = "gpu")]
+    pub fn device(&self) -> Device {
+        match tuning_folder() {
+            Some(folder) => self.tuned(Tuning { folder: Some(folder), ..Tuning::default() }),
+            None => self.backend.clone(),
+        }
+    }
+
+    /// Where to compute.
+    #[cfg(not(feature = "gpu"))]
+    pub fn device(&self) -> Device {
+        self.backend.clone()
+    }
+
+    /// Where to compute, with kernels timed anew, whatever the device.
+    #[cfg(feature = "gpu")]
+    pub fn tuned_anew(&self) -> Device {
+        self.tuned(Tuning { folder: tuning_folder(), software: true, again: true })
+    }
+
+    #[cfg(feature = "gpu")]
+    fn tuned(&self, tuning: Tuning) -> Device {
+        Device::Tuned(Box::new(self.backend.clone()), tuning)
+    }
+}
+
+/// Where times of kernels are kept: beside the models. Without a cache directory kernels are not timed.
+#[cfg(feature = "gpu")]
+fn tuning_folder() -> Option<std::path::PathBuf> {
+    Cache::from_env().ok().map(|cache| cache.root().join("tuning"))
 }
 
 /// A wrong combination of arguments that clap cannot see; exits with 2 like its own errors.
@@ -101,7 +139,7 @@ impl MemoryArgs {
             threads: global.threads.unwrap_or(0),
             kv_type: self.kv_type,
             chunk: self.chunk,
-            device: global.backend.clone(),
+            device: global.device(),
             memory_budget: self.memory_budget,
             gpu_layers: self.gpu_layers,
             gpu_memory: self.gpu_memory,

@@ -6,6 +6,7 @@
 //! HOME/partial/ID.gguf                a growing prefix of the former
 //! HOME/partial/ID.lock                held (by the operating system) while a process pulls ID
 //! HOME/partial/ID/                    work of the pull under way: wheels, pip's temporary files
+//! HOME/tuning/                        times of GPUs' kernels, which the command line has kept there
 //! ```
 //! A file under `models/` got there by a rename and is therefore complete. HOME is `$KINGLET_HOME`, else the platform's
 //! cache directory: `$XDG_CACHE_HOME/kinglet`, `~/.cache/kinglet`, `~/Library/Caches/kinglet`, `%LOCALAPPDATA%\kinglet`.

@@ -15,6 +15,8 @@ use crate::{adapters, models};
 use clap::{Args, Subcommand};
 use kinglet_engine::cpu::roof;
 use kinglet_engine::gguf::{Gguf, TensorInfo};
+#[cfg(feature = "gpu")]
+use kinglet_engine::gpu::TunedKernel;
 use kinglet_engine::session::{CancelHandle, Engine, ScaledAdapter, SessionOptions};
 use kinglet_engine::{Error, cpu::isa::Isa};
 use serde::Serialize;
@@ -33,6 +35,7 @@ Examples:
   kinglet bench smollm2 -p 0 -n 64 --sequences 8       8 answers at once against one
   kinglet bench smollm2 --adapter mine                 what an adapter beside the weights costs
   kinglet bench smollm2 -p 512 -n 0 --ops              with the time of each kind of operation
+  kinglet bench smollm2 --backend gpu --tune           which kernels the GPU is quickest with
   kinglet bench kernels --types Q4_K,Q8_0              the kernels of linear maps, one by one")]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Arguments {
@@ -58,6 +61,10 @@ pub struct Arguments {
     /// Show where the time goes
     #[arg(long)]
     ops: bool,
+    /// Time the kernels a GPU may multiply with, show them all, and keep what is found
+    #[cfg(feature = "gpu")]
+    #[arg(long)]
+    tune: bool,
     #[command(flatten)]
     memory: MemoryArgs,
 }
@@ -103,12 +110,14 @@ struct Place {
     name: String,
     /// Of a processor; a GPU's are on its data sheet.
     roofs: Option<Roofs>,
-    /// What a decoded token moves on a GPU.
+    /// What a decoded token moves on a GPU, and which kernels were chosen there.
     traffic: String,
+    /// Times of a GPU's kernels.
+    kernels: Vec<serde_json::Value>,
 }
 
 impl Place {
-    fn of(engine: &mut Engine, threads: usize) -> anyhow::Result<Place> {
+    fn of(engine: &mut Engine, threads: usize, arguments: &Arguments) -> anyhow::Result<Place> {
         #[cfg(feature = "gpu")]
         if let Some(t) = engine.decode_traffic()? {
             let traffic = format!(
@@ -117,15 +126,63 @@ impl Place {
                 output::bytes(t.weight_bytes),
                 output::bytes(t.value_bytes)
             );
-            return Ok(Place { name: engine.device_name(), roofs: None, traffic });
+            let tuned = engine.gpu().map(|device| device.tuned()).unwrap_or_default();
+            let text = if arguments.tune { tuned_table(&tuned) } else { tuned_lines(&tuned) };
+            let kernels = tuned.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
+            return Ok(Place { name: engine.device_name(), roofs: None, traffic: traffic + &text, kernels });
+        }
+        #[cfg(feature = "gpu")]
+        if arguments.tune {
+            return Err(Usage("--tune is about a GPU's kernels; choose one with --backend".into()).into());
         }
         #[cfg(not(feature = "gpu"))]
-        let _ = engine;
+        let _ = (engine, arguments);
         eprintln!("measuring the roofs of this machine");
         let (int8, instruction) = roof::int8(threads);
         let roofs = Roofs { memory: roof::memory(threads, 512 << 20, 4), int8, instruction };
-        Ok(Place { name: Isa::detect().name().to_string(), roofs: Some(roofs), traffic: String::new() })
+        let (traffic, kernels) = (String::new(), Vec::new());
+        Ok(Place { name: Isa::detect().name().to_string(), roofs: Some(roofs), traffic, kernels })
     }
+}
+
+/// All candidates with their times.
+#[cfg(feature = "gpu")]
+fn tuned_table(tuned: &[TunedKernel]) -> String {
+    let mut table = Table::new(&["rows", "weights", "shape", "kernel", ">µs", ">worst", ""]);
+    for t in tuned {
+        let mark = match (t.chosen, t.default) {
+            (true, true) => "chosen, usual",
+            (true, false) => "chosen",
+            (false, true) => "usual",
+            (false, false) => t.note.as_str(),
+        };
+        table.row(vec![
+            t.family.into(),
+            t.weights.into(),
+            t.shape.into(),
+            t.kernel.clone(),
+            t.microseconds.map_or("-".into(), |us| format!("{us:.1}")),
+            format!("{:.5}", t.worst),
+            mark.into(),
+        ]);
+    }
+    format!("\n\n{}\nWorst: largest difference from the plain kernel, in root mean squares of a row.", table.markdown())
+}
+
+/// Where something else than the usual was chosen.
+#[cfg(feature = "gpu")]
+fn tuned_lines(tuned: &[TunedKernel]) -> String {
+    let chosen = tuned.iter().filter(|t| t.chosen && !t.default);
+    let lines = chosen.map(|t| {
+        let alike = |other: &&TunedKernel| (other.weights, other.shape) == (t.weights, t.shape) && other.default;
+        let usual = tuned.iter().find(alike).and_then(|usual| usual.microseconds);
+        let gain = match (t.microseconds, usual) {
+            (Some(us), Some(usual)) => format!(", {us:.1} µs, not {usual:.1} µs"),
+            _ => String::new(),
+        };
+        format!("\nTuned for {} times {}: {}{gain}.", t.shape, t.weights, t.kernel)
+    });
+    lines.collect()
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
@@ -136,15 +193,20 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     };
     let model = models::open(name)?;
     let longest = arguments.prompts.iter().chain(&arguments.generate).copied().max().unwrap_or(0);
-    let options =
+    #[cfg_attr(not(feature = "gpu"), allow(unused_mut))]
+    let mut options =
         SessionOptions { logit_rows: arguments.sequences, ..arguments.memory.options(longest.max(1), global) };
+    #[cfg(feature = "gpu")]
+    if arguments.tune {
+        options.device = global.tuned_anew();
+    }
     let mut engine = Engine::new(&model, &options)?;
     let threads = engine.options().threads;
     let cancel = CancelHandle::default();
     let handle = cancel.clone();
     interrupt::listen(move || handle.cancel());
 
-    let Place { name: place, roofs, traffic } = Place::of(&mut engine, threads)?;
+    let Place { name: place, roofs, traffic, kernels } = Place::of(&mut engine, threads, arguments)?;
     let (per_token, ops) = cost(model.gguf());
     let adapters = arguments.adapter.iter().map(|a| adapters::open(a, &model)).collect::<anyhow::Result<Vec<_>>>()?;
     let sets = if adapters.is_empty() { vec![vec![]] } else { vec![vec![], adapters] };
@@ -188,6 +250,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
                 "memory_bytes_per_second": r.memory, "int8_operations_per_second": r.int8, "int8_instruction": r.instruction,
             })),
             "tests": rows,
+            "kernels": kernels,
         }));
     }
     let mut table =

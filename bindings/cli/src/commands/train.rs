@@ -308,7 +308,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         title: format!("{} learns {}", arguments.model, names.join(", ")),
         resume: arguments.resume,
         threads: global.threads.unwrap_or(0),
-        device: global.backend.clone(),
+        device: global.device(),
         memory_budget: arguments.memory_budget,
         probe,
     };
@@ -344,7 +344,7 @@ fn load(
     config: &TrainConfig,
     cancel: &AtomicBool,
 ) -> Result<Dataset, Error> {
-    let runs = keep::Options { threads: global.threads.unwrap_or(0), device: global.backend.clone() };
+    let runs = keep::Options { threads: global.threads.unwrap_or(0), device: global.device() };
     let own = arguments.keep.as_ref().and_then(|keep| keep.to_str()?.parse::<usize>().ok());
     let kept: Vec<PathBuf> = match (own, &arguments.keep) {
         (Some(0), _) | (_, None) => Vec::new(),

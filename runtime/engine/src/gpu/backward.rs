@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::forward::{CHUNK, Input, Turning, row_grid};
+use super::forward::{CHUNK, Input, Made, Turning, row_grid};
 use super::kernel::{AttentionRows, Kernel};
 use super::record::{Depth, Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
 use crate::tape::{AttentionBackward, Dropout, Gate, Lora, LoraBackward, Op, ParamId, Rope, Rows, Value, WeightId};
@@ -298,7 +298,7 @@ impl Recorder<'_> {
             self.logits_chunk(&input, weight, chunk.clone())?;
             self.softmax(chunk.clone(), NONE, false, true)?;
             let (logits, count) = (self.scratch.logits, chunk.len() as u32);
-            let plain = Input { at: logits, stride: CHUNK as u32, rows: Rows::Outputs, packed: None };
+            let plain = Input { at: logits, stride: CHUNK as u32, rows: Rows::Outputs, made: Made::Plain };
             let dy = self.rows_of(plain, count, &[weight], true, 1)?;
             self.turned(&dy, weight, chunk, so_far, dx)?;
             so_far = self.at(dx);

@@ -4,9 +4,11 @@
 //! by the next call, and a lost device is known by its callback alone, so every wait looks at it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::choice::{Choices, Family};
 use super::kernel::Kernel;
+use super::tune::Tuning;
 use crate::quant::DType;
 use crate::{Error, Result};
 
@@ -160,6 +162,12 @@ pub struct Device {
     pipelines: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
     /// What trials of products with cooperative matrices gave, by type and direction.
     pub(super) trials: Mutex<HashMap<(DType, bool), bool>>,
+    /// Whether and how kernels are timed, once that is said.
+    pub(super) tuning: OnceLock<Tuning>,
+    /// Held while kernels are timed.
+    pub(super) preparing: Mutex<()>,
+    /// What was found by it, by family and type; what is here does not change.
+    pub(super) choices: Mutex<HashMap<(Family, DType), Arc<Choices>>>,
     trouble: Arc<Mutex<Trouble>>,
     pub(super) abilities: Abilities,
 }
@@ -258,6 +266,9 @@ impl Device {
             pipeline_layout,
             pipelines: Mutex::default(),
             trials: Mutex::default(),
+            tuning: OnceLock::new(),
+            preparing: Mutex::default(),
+            choices: Mutex::default(),
             trouble,
             abilities,
         }))

@@ -9,12 +9,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::adapters::{self, Correction, Placed};
+use super::choice::Family;
+use super::clock::Clock;
 use super::device::{Device, DeviceKind, SLOT, lock};
 use super::forward::{self, CHUNK, DECODED};
 use super::kv::{KvCache, PAGE, Pool};
 use super::largest;
 use super::record::{Binds, Decoding, Dispatch, PackedRows, Recorder, Scratch};
 use super::shift::Dropped;
+use super::tune;
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
@@ -300,6 +303,7 @@ impl Executor {
         program: Program,
         shared: Arc<Mutex<Shared>>,
     ) -> Result<Executor> {
+        tune::prepare(device, families(&program), &types(&program.tape, &weights));
         let params = 4 * program.tape.param_count() as u64;
         let slices = slices(device, params);
         let arena = device.storage(4 * program.scratch.end, "activations")?;
@@ -897,9 +901,27 @@ fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of the rows that cooperative matrices multiply.
+/// Bytes of the rows that cooperative matrices or products of eight bits multiply.
 fn packed_bytes(device: &Device, program: &Program, options: &ExecutorOptions) -> u64 {
-    if device.abilities.cooperative && !options.exact { 8 * u64::from(program.scratch.packed_end) } else { 0 }
+    let int8 = device.tunes() && options.trained.is_none();
+    let wanted = !options.exact && (device.abilities.cooperative || int8);
+    if wanted { 8 * u64::from(program.scratch.packed_end) } else { 0 }
+}
+
+/// What kernels a program has to choose.
+fn families(program: &Program) -> &'static [Family] {
+    match program.purpose {
+        Purpose::Generate => &[Family::Matvec, Family::Matmul],
+        Purpose::Embed | Purpose::Score | Purpose::Learn => &[Family::Matmul],
+    }
+}
+
+/// Types of the matrices that rows are multiplied with.
+fn types(tape: &Tape, weights: &Weights) -> Vec<DType> {
+    let mut types: Vec<DType> = tape.ops.iter().flat_map(forward::matrices).map(|id| weights.get(id).dtype).collect();
+    types.sort();
+    types.dedup();
+    types
 }
 
 /// In how many slices gradients of so many bytes are summed: a few rows of adapters keep no card busy, parts of the rows do.
@@ -944,34 +966,14 @@ fn replay_timed(
     if !device.abilities.timestamps {
         return Err(Error::Unsupported(format!("{} has no timestamps: no table of times", device.info().name)));
     }
-    let queries = device.device.create_query_set(&wgpu::QuerySetDescriptor {
-        label: None,
-        ty: wgpu::QueryType::Timestamp,
-        count: 2 * TIMED as u32,
-    });
-    let bytes = 16 * TIMED as u64;
-    let resolved =
-        device.buffer(bytes, wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC, "timestamps")?;
-    let mapped = device.staging(bytes)?;
-    let period = f64::from(device.queue.get_timestamp_period());
+    let clock = Clock::new(device, TIMED)?;
     for part in recording.dispatches.chunks(TIMED) {
         let mut commands = device.encoder();
         for (i, dispatch) in part.iter().enumerate() {
-            let writes = wgpu::ComputePassTimestampWrites {
-                query_set: &queries,
-                beginning_of_pass_write_index: Some(2 * i as u32),
-                end_of_pass_write_index: Some(2 * i as u32 + 1),
-            };
-            replay(&mut commands, recording, std::slice::from_ref(dispatch), &rows, Some(writes));
+            replay(&mut commands, recording, std::slice::from_ref(dispatch), &rows, Some(clock.writes(i)));
         }
-        commands.resolve_query_set(&queries, 0..2 * part.len() as u32, &resolved, 0);
-        commands.copy_buffer_to_buffer(&resolved, 0, &mapped, 0, bytes);
-        device.queue.submit([commands.finish()]);
-        let mut stamps = vec![0u64; 2 * part.len()];
-        device.read(&mapped, 16 * part.len() as u64, bytemuck::cast_slice_mut(&mut stamps))?;
-        for (dispatch, stamps) in part.iter().zip(stamps.chunks_exact(2)) {
-            let nanoseconds = stamps[1].saturating_sub(stamps[0]) as f64 * period;
-            timings.add(dispatch.op, Duration::from_nanos(nanoseconds as u64));
+        for (dispatch, time) in part.iter().zip(clock.submit(device, commands, part.len())?) {
+            timings.add(dispatch.op, time);
         }
     }
     Ok(())

@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::device::DeviceKind;
+use super::choice::{Demands, Form, usual_cooperative};
 use super::kernel::{AttentionRows, Kernel, Tile};
 use super::record::{Depth, Grid, Kv, MatmulOp, NONE, PackedRows, Recorder, rows_word};
 use super::weights::Piece;
@@ -21,8 +21,6 @@ pub(super) const TILE: u32 = 64;
 pub(super) const DECODED: usize = 8;
 /// Packed rows come in multiples of it: the rows of the largest tile.
 pub(super) const PACKED_ROWS: usize = 128;
-/// Workgroups of the largest tile that keep a large card busy.
-const LARGE_TILES: u32 = 256;
 /// Columns of a chunk of logits.
 pub(super) const CHUNK: usize = 2_048;
 
@@ -52,33 +50,48 @@ struct RmsNormOp {
     unused: u32,
 }
 
+/// `Part` of `shaders/matvec.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct MatvecPart {
-    weight: u32,
-    row_bytes: u32,
-    rows: u32,
-    out: u32,
-    bias: u32,
-    kind: u32,
-    stride: u32,
-    unused: u32,
+pub(super) struct MatvecPart {
+    pub weight: u32,
+    pub row_bytes: u32,
+    pub rows: u32,
+    pub out: u32,
+    pub bias: u32,
+    pub kind: u32,
+    pub stride: u32,
+    pub unused: u32,
 }
 
+/// `Op` of `shaders/matvec.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct MatvecOp {
-    x: u32,
-    k: u32,
-    rows: u32,
-    parts: u32,
-    norm: u32,
-    eps: f32,
-    residual: u32,
-    out: u32,
-    cap: f32,
-    unused: [u32; 3],
-    part: [MatvecPart; 3],
+pub(super) struct MatvecOp {
+    pub x: u32,
+    pub k: u32,
+    pub rows: u32,
+    pub parts: u32,
+    pub norm: u32,
+    pub eps: f32,
+    pub residual: u32,
+    pub out: u32,
+    pub cap: f32,
+    pub unused: [u32; 3],
+    pub part: [MatvecPart; 3],
+}
+
+/// `Op` of `shaders/quantize.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct QuantizeOp {
+    pub x: u32,
+    pub stride: u32,
+    pub k: u32,
+    pub packed: u32,
+    pub norm: u32,
+    pub eps: f32,
+    pub unused: [u32; 2],
 }
 
 #[repr(C)]
@@ -182,6 +195,17 @@ pub(super) fn unfit(tape: &Tape, weights: &crate::tape::Weights) -> Option<Strin
     })
 }
 
+/// Matrices of the model that an op multiplies rows with.
+pub(super) fn matrices(op: &Op) -> Vec<WeightId> {
+    match op {
+        Op::Linear(l) => l.parts.iter().map(|p| p.weight).collect(),
+        Op::Head { weight, .. } | Op::CrossEntropy { weight, .. } | Op::CrossEntropyGrad { weight, .. } => {
+            vec![*weight]
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// Most elements of a row that a matrix of the tape is multiplied with, forwards or backwards; chunks of logits apart.
 pub(super) fn widest(tape: &Tape, weights: &crate::tape::Weights) -> usize {
     let sides = |id: &WeightId| weights.get(*id).width.max(weights.get(*id).rows);
@@ -203,18 +227,34 @@ pub(super) struct Input {
     pub at: u32,
     pub stride: u32,
     pub rows: Rows,
-    /// Place and distance of packed rows, if they are packed.
-    pub packed: Option<(PackedRows, u32)>,
+    pub made: Made,
+}
+
+/// What rows were made, in a place of their own.
+#[derive(Clone, Copy)]
+pub(super) enum Made {
+    /// Nothing.
+    Plain,
+    /// Packed for cooperative matrices, so many vectors apart.
+    Packed(PackedRows, u32),
+    /// Quantized to eight bits, so many vectors apart.
+    Quantized(PackedRows, u32),
 }
 
 impl Input {
     /// `x`, `x_stride` and `scales` of a product of elements `from` on of the rows.
     pub fn place(&self, from: u32) -> (u32, u32, u32) {
-        match self.packed {
-            Some((packed, stride)) => (packed.at + from / 4, stride, packed.scales),
-            None => (self.at + from, self.stride, 0),
+        match self.made {
+            Made::Packed(packed, stride) => (packed.at + from / 4, stride, packed.scales),
+            Made::Quantized(packed, stride) => (packed.blocks() + from / 32 * 3, stride, 0),
+            Made::Plain => (self.at + from, self.stride, 0),
         }
     }
+}
+
+/// Vectors of four words of a quantized row of `k` elements.
+pub(super) fn quantized_stride(k: u32) -> u32 {
+    k.div_ceil(32) * 3
 }
 
 /// A linear map's matrix with what is done to its results.
@@ -392,7 +432,7 @@ impl Recorder<'_> {
     pub(super) fn input(&mut self, x: Value, weights: &[WeightId], turned: bool) -> Result<Input> {
         let width = self.width(x);
         self.rows_of(
-            Input { at: self.at(x), stride: width, rows: self.rows(x), packed: None },
+            Input { at: self.at(x), stride: width, rows: self.rows(x), made: Made::Plain },
             width,
             weights,
             turned,
@@ -409,29 +449,77 @@ impl Recorder<'_> {
         turned: bool,
         part: usize,
     ) -> Result<Input> {
+        let to = self.scratch.packed[part];
+        let made = match self.form(plain.rows, weights, turned) {
+            Form::Cooperative(_) => {
+                let padded = k.next_multiple_of(32);
+                let op = [plain.at, plain.stride, k, padded, to.scales, to.at, 0, 0];
+                self.push(Kernel::Pack, (0, 0), row_grid(1, plain.rows), &op, (0, u64::from(k + padded / 2)))?;
+                Made::Packed(to, padded / 4)
+            }
+            Form::TileInt8 => {
+                self.quantize((plain.at, plain.stride, k), plain.rows, NONE, to)?;
+                Made::Quantized(to, quantized_stride(k))
+            }
+            _ => Made::Plain,
+        };
+        Ok(Input { made, ..plain })
+    }
+
+    /// How rows are multiplied with some matrices: in the way that suits the largest, if it suits all.
+    fn form(&self, rows: Rows, weights: &[WeightId], turned: bool) -> Form {
         // A tile of few rows is mostly wasted.
-        let worth = !self.exact && self.row_limit(plain.rows) > 16;
-        let good = |id: &WeightId| self.device.cooperative(self.weights.get(*id).dtype, turned);
-        if !worth || !weights.iter().all(good) {
-            return Ok(plain);
+        let limit = self.row_limit(rows) as u32;
+        if self.exact || limit <= 16 {
+            return Form::Tile;
         }
-        let (to, padded) = (self.scratch.packed[part], k.next_multiple_of(32));
-        let op = [plain.at, plain.stride, k, padded, to.scales, to.at, 0, 0];
-        self.push(Kernel::Pack, (0, 0), row_grid(1, plain.rows), &op, (0, u64::from(k + padded / 2)))?;
-        Ok(Input { packed: Some((to, padded / 4)), ..plain })
+        let types: Vec<DType> = weights.iter().map(|id| self.weights.get(*id).dtype).collect();
+        if turned {
+            let good = types.iter().all(|dtype| self.device.cooperative(*dtype, true));
+            return if good { Form::Cooperative(Tile::SMALL) } else { Form::Tile };
+        }
+        let Some(largest) = weights.iter().map(|id| self.weights.get(*id)).max_by_key(|w| w.rows) else {
+            return Form::Tile;
+        };
+        self.device
+            .tile(self.demands(), largest.dtype, (limit, largest.rows as u32), |form| self.device.suits(form, &types))
+    }
+
+    fn demands(&self) -> Demands {
+        // Gradients are taken of what was computed: learning rounds to half precision at most.
+        Demands { exact: self.exact, int8: self.tape.params.is_empty() }
+    }
+
+    /// Quantizes rows of `k` elements, normed by the vector at `norm` if there is one.
+    fn quantize(&mut self, (x, stride, k): (u32, u32, u32), rows: Rows, norm: u32, to: PackedRows) -> Result<()> {
+        let eps = self.spec.norm_eps;
+        let op = QuantizeOp { x, stride, k, packed: to.blocks(), norm, eps, unused: [0; 2] };
+        let kernel = Kernel::Quantize { normed: norm != NONE };
+        self.push(kernel, (0, 0), row_grid(1, rows), &op, (0, u64::from(k + 4 * quantized_stride(k))))
     }
 
     /// Kernel and grid of a product with a matrix of the model.
     pub(super) fn product(&self, dtype: DType, turned: bool, input: &Input, columns: u32) -> (Kernel, Grid) {
-        if input.packed.is_none() {
-            let kernel = if turned { Kernel::MatmulTurned(dtype) } else { Kernel::Matmul(dtype) };
-            return (kernel, Grid { x: columns.div_ceil(TILE), z: Depth::Rows(input.rows, TILE) });
+        let (kernel, rows, across) = match input.made {
+            Made::Plain if turned => (Kernel::MatmulTurned(dtype), TILE, TILE),
+            Made::Plain => (Kernel::Matmul(dtype), TILE, TILE),
+            Made::Quantized(..) => (Kernel::MatmulInt8(dtype), TILE, TILE),
+            Made::Packed(..) => {
+                let tile = self.cooperative_tile(dtype, turned, input.rows, columns);
+                (Kernel::Cooperative { dtype, turned, tile }, tile.rows, tile.columns)
+            }
+        };
+        (kernel, Grid { x: columns.div_ceil(across), z: Depth::Rows(input.rows, rows) })
+    }
+
+    /// The tile of a product with cooperative matrices.
+    fn cooperative_tile(&self, dtype: DType, turned: bool, rows: Rows, columns: u32) -> Tile {
+        let limit = self.row_limit(rows) as u32;
+        let is_cooperative = |form| matches!(form, Form::Cooperative(_));
+        match self.device.tile(self.demands(), dtype, (limit, columns), is_cooperative) {
+            Form::Cooperative(tile) if !turned => tile,
+            _ => usual_cooperative(limit, columns),
         }
-        let large =
-            (self.row_limit(input.rows) as u32).div_ceil(Tile::LARGE.rows) * columns.div_ceil(Tile::LARGE.columns);
-        let tile = if large >= LARGE_TILES { Tile::LARGE } else { Tile::SMALL };
-        let kernel = Kernel::Cooperative { dtype, turned, tile };
-        (kernel, Grid { x: columns.div_ceil(tile.columns), z: Depth::Rows(input.rows, tile.rows) })
     }
 
     fn matvec(
@@ -478,26 +566,24 @@ impl Recorder<'_> {
             rows = op.part[0].rows;
             floats = u64::from(op.k) + u64::from(rows);
         }
-        // A software driver runs an invocation per lane of a vector: rows side by side suit it best.
-        let (threads, lanes) = match self.device.info().kind {
-            DeviceKind::Software => (64, 1),
-            _ => (128, 32),
+        let most = parts.iter().max_by_key(|(_, piece)| piece.rows);
+        let most = most.map_or(DType::F32, |(p, _)| self.weights.get(p.weight).dtype);
+        let limit = match self.decoding {
+            Some(d) => d.rows,
+            None => (self.row_limit(Rows::Outputs) as u32).next_power_of_two(),
         };
-        let kernel = Kernel::Matvec {
-            types,
-            rows: match self.decoding {
-                Some(d) => d.rows,
-                None => (self.row_limit(Rows::Outputs) as u32).next_power_of_two(),
-            },
-            normed: norm.is_some(),
-            gate: gated.map(|(kind, _)| kind),
-            threads,
-            lanes,
-            subgroup: lanes == 32 && self.device.abilities.subgroups_of_32,
-        };
+        let sums = if gated.is_some() { 2 } else { 1 } + u32::from(norm.is_some());
+        let all = u64::from(op.k) * parts.iter().map(|(_, piece)| piece.rows as u64).sum::<u64>();
+        let lanes = self.device.lanes(self.demands(), (&types, most), limit, all, sums);
+        if lanes.int8 {
+            let to = self.scratch.packed[0];
+            self.quantize((op.x, op.k, op.k), self.rows(input), op.norm, to)?;
+            op.x = to.blocks();
+        }
+        let kernel = lanes.kernel(types, limit, norm.is_some(), gated.map(|(kind, _)| kind));
         // Of a prompt's chunks before the last no row goes on.
         let z = if self.decoding.is_some() { Depth::Fixed(1) } else { Depth::Rows(Rows::Outputs, u32::MAX) };
-        let grid = Grid { x: rows.div_ceil(threads / lanes), z };
+        let grid = Grid { x: rows.div_ceil(lanes.threads / lanes.lanes), z };
         self.push(kernel, (buffer, 0), grid, &op, (bytes, floats))
     }
 
@@ -510,31 +596,45 @@ impl Recorder<'_> {
             if from >= to {
                 continue;
             }
-            let shift = (from - first) as u32;
-            let behind = |at: u32| if at == NONE { NONE } else { at + shift };
-            let (x, x_stride, scales) = input.place(0);
-            let op = MatmulOp {
-                x,
-                x_stride,
-                rows: rows_word(input.rows),
-                k: self.weights.get(map.weight).width as u32,
-                weight: p.at + (from - p.first) as u32 * p.row_bytes,
-                row_bytes: p.row_bytes,
-                columns: (to - from) as u32,
-                out: map.out + shift,
-                out_stride: map.out_stride,
-                bias: behind(map.bias),
-                residual: behind(map.residual),
-                scale: 1.0,
-                cap: map.cap,
-                scales,
-                ..MatmulOp::zeroed()
-            };
-            let (kernel, grid) = self.product(dtype, false, input, op.columns);
-            let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
-            self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+            let k = self.weights.get(map.weight).width as u32;
+            let step = self.columns_at_once(dtype, input, (to - from) as u32, k) as usize;
+            for from in (from..to).step_by(step) {
+                let shift = (from - first) as u32;
+                let behind = |at: u32| if at == NONE { NONE } else { at + shift };
+                let (x, x_stride, scales) = input.place(0);
+                let op = MatmulOp {
+                    x,
+                    x_stride,
+                    rows: rows_word(input.rows),
+                    k,
+                    weight: p.at + (from - p.first) as u32 * p.row_bytes,
+                    row_bytes: p.row_bytes,
+                    columns: step.min(to - from) as u32,
+                    out: map.out + shift,
+                    out_stride: map.out_stride,
+                    bias: behind(map.bias),
+                    residual: behind(map.residual),
+                    scale: 1.0,
+                    cap: map.cap,
+                    scales,
+                    ..MatmulOp::zeroed()
+                };
+                let (kernel, grid) = self.product(dtype, false, input, op.columns);
+                let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
+                self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+            }
         }
         Ok(())
+    }
+
+    /// Columns of a product that one dispatch may compute without holding the device for too long.
+    fn columns_at_once(&self, dtype: DType, input: &Input, columns: u32, k: u32) -> u32 {
+        let form = match input.made {
+            Made::Plain => Form::Tile,
+            Made::Quantized(..) => Form::TileInt8,
+            Made::Packed(..) => Form::Cooperative(self.cooperative_tile(dtype, false, input.rows, columns)),
+        };
+        self.device.columns_at_once(dtype, form, (self.row_limit(input.rows) as u32, columns, k))
     }
 
     pub(super) fn kv(&self, window: Option<usize>) -> Kv {

@@ -21,11 +21,19 @@ pub(super) enum Kernel {
         lanes: u32,
         /// Whether the lanes are a subgroup.
         subgroup: bool,
+        /// Whether the rows are quantized, and normed if they are to be.
+        int8: bool,
     },
     /// `X·Wᵀ` with a matrix of the model.
     Matmul(DType),
     /// `X·W` with a matrix of the model.
     MatmulTurned(DType),
+    /// `X·Wᵀ` by products of eight bits, from quantized rows.
+    MatmulInt8(DType),
+    /// Rows for kernels of eight bits.
+    Quantize {
+        normed: bool,
+    },
     /// Either with cooperative matrices, from packed rows.
     Cooperative {
         dtype: DType,
@@ -155,6 +163,7 @@ impl Kernel {
         let four = matches!(
             self,
             Kernel::Matvec { .. }
+                | Kernel::Quantize { .. }
                 | Kernel::Cooperative { .. }
                 | Kernel::AttentionTile { .. }
                 | Kernel::AttentionBackward { .. }
@@ -173,8 +182,15 @@ impl Kernel {
         };
         let bindings = include_str!("shaders/bindings.wgsl");
         add(&bindings.replace("ELEMENT", element).replace("PARAM", element).replace("WORDS", words));
-        if matches!(self, Kernel::Cooperative { .. } | Kernel::Pack) {
-            add("@group(0) @binding(8) var<storage, read_write> packed: array<vec4<f16>>;");
+        // Rows made ready, as the kernel reads or writes them.
+        let packed = match self {
+            Kernel::Cooperative { .. } | Kernel::Pack => Some("vec4<f16>"),
+            Kernel::MatmulInt8(_) | Kernel::Matvec { int8: true, .. } => Some("vec4<u32>"),
+            Kernel::Quantize { .. } => Some("u32"),
+            _ => None,
+        };
+        if let Some(element) = packed {
+            add(&format!("@group(0) @binding(8) var<storage, read_write> packed: array<{element}>;"));
         }
         add(&format!("const GROUP = {}u;", if matches!(self, Kernel::Attention { .. }) { 128 } else { 64 }));
         match self {
@@ -191,15 +207,24 @@ impl Kernel {
                 gates(&mut add, *gate);
                 add(include_str!("shaders/gated.wgsl"));
             }
-            Kernel::Matvec { types, rows, normed, gate, threads, lanes, subgroup } => {
-                unpack(&mut add, types);
+            Kernel::Matvec { types, rows, normed, gate, threads, lanes, subgroup, int8 } => {
+                let products = match int8 {
+                    true => {
+                        codes(&mut add, types);
+                        include_str!("shaders/matvec_int8.wgsl")
+                    }
+                    false => {
+                        unpack(&mut add, types);
+                        include_str!("shaders/matvec_single.wgsl")
+                    }
+                };
                 gates(&mut add, gate.unwrap_or(Gate::Silu));
                 add(&format!(
                     "const ROWS = {rows}u; const THREADS = {threads}u; const LANES = {lanes}u; const NORMED = {normed}; \
                      const GATED = {};",
                     gate.is_some()
                 ));
-                add(include_str!("shaders/matvec.wgsl"));
+                add(&include_str!("shaders/matvec.wgsl").replace("/* PRODUCTS */", products));
                 add(match subgroup {
                     true => include_str!("shaders/matvec_subgroup.wgsl"),
                     false => include_str!("shaders/matvec_tree.wgsl"),
@@ -215,6 +240,18 @@ impl Kernel {
                     Kernel::Matmul(_) => include_str!("shaders/matmul_rows.wgsl"),
                     _ => include_str!("shaders/matmul_turned.wgsl"),
                 });
+            }
+            Kernel::MatmulInt8(dtype) => {
+                codes(&mut add, &[*dtype]);
+                add(&format!("const HALVES = {};", dtype.scale_group() == Some(16)));
+                add(include_str!("shaders/matmul.wgsl"));
+                add(include_str!("shaders/matmul_store.wgsl"));
+                add(include_str!("shaders/matmul_int8.wgsl"));
+            }
+            Kernel::Quantize { normed } => {
+                add(include_str!("shaders/reduce.wgsl"));
+                add(&format!("const NORMED = {normed};"));
+                add(include_str!("shaders/quantize.wgsl"));
             }
             Kernel::Cooperative { dtype, turned, tile } => {
                 unpack(&mut add, &[*dtype]);
@@ -305,11 +342,55 @@ impl Kernel {
     }
 }
 
+/// How blocks of a type hold codes of eight bits with a scale, if they do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Codes {
+    /// Without a sign, and small; with an offset.
+    Unsigned,
+    /// With a sign, and no offset.
+    Signed,
+}
+
+fn codes_of(dtype: DType) -> Option<Codes> {
+    use DType::*;
+    match dtype {
+        Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q2_K | Q3_K | Q4_K | Q5_K | Q6_K => Some(Codes::Unsigned),
+        Q8_0 | Q8_K => Some(Codes::Signed),
+        _ => None,
+    }
+}
+
+/// Whether there are kernels of eight-bit products for a type.
+pub(super) fn has_int8(dtype: DType) -> bool {
+    codes_of(dtype).is_some()
+}
+
 /// The unpacking functions, and `unpack(kind, row, k)` that chooses among `types`.
 fn unpack(add: &mut impl FnMut(&str), types: &[DType]) {
+    choose(add, types, "unpack", "Unit", |dtype, name| match codes_of(dtype) {
+        Some(Codes::Unsigned) => format!("unit(codes_{name}(row, k))"),
+        Some(Codes::Signed) => format!("signed_unit(codes_{name}(row, k))"),
+        None => format!("unpack_{name}(row, k)"),
+    });
+}
+
+/// The unpacking functions, `codes(kind, row, k)` that chooses among `types`, and products of codes.
+fn codes(add: &mut impl FnMut(&str), types: &[DType]) {
+    choose(add, types, "codes", "Codes", |_, name| format!("codes_{name}(row, k)"));
+    add(include_str!("shaders/products.wgsl"));
+}
+
+/// The function `function` of `kind`, `row` and `k`, which is what `of` says of a type and its name.
+fn choose(
+    add: &mut impl FnMut(&str),
+    types: &[DType],
+    function: &str,
+    result: &str,
+    of: impl Fn(DType, &str) -> String,
+) {
     add(include_str!("shaders/unit.wgsl"));
     add(include_str!("shaders/unpack.wgsl"));
-    let call = |dtype: &DType| format!("return unpack_{}(row, k);", dtype.name().to_lowercase());
+    let call = |dtype: &DType| format!("return {};", of(*dtype, &dtype.name().to_lowercase()));
     let body = match types {
         [one] => call(one),
         many => {
@@ -325,7 +406,7 @@ fn unpack(add: &mut impl FnMut(&str), types: &[DType]) {
             format!("switch kind {{ {cases}}}")
         }
     };
-    add(&format!("fn unpack(kind: u32, row: u32, k: u32) -> Unit {{ {body} }}"));
+    add(&format!("fn {function}(kind: u32, row: u32, k: u32) -> {result} {{ {body} }}"));
 }
 
 fn gates(add: &mut impl FnMut(&str), gate: Gate) {
@@ -428,15 +509,18 @@ mod tests {
             }
         }
         let types = vec![DType::Q4_K, DType::Q6_K];
-        kernels.push(Kernel::Matvec {
-            types,
-            rows: 1,
-            normed: true,
-            gate: None,
-            threads: 128,
-            lanes: 32,
-            subgroup: true,
-        });
+        for int8 in [false, true] {
+            kernels.push(Kernel::Matvec {
+                types: types.clone(),
+                rows: 1,
+                normed: !int8,
+                gate: None,
+                threads: 128,
+                lanes: 32,
+                subgroup: true,
+                int8,
+            });
+        }
         for kernel in kernels {
             let source = kernel.source();
             let module = naga::front::wgsl::parse_str(&source)

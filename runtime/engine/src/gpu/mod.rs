@@ -11,7 +11,10 @@
 //! | `forward`, `backward` | from ops to dispatches |
 //! | `largest` | the largest logits, so that not all are read back |
 //! | `adapters` | low-rank corrections of maps at run time |
-//! | `trial` | whether kernels that use what is young in drivers give right results |
+//! | `choice` | ways to multiply rows with a matrix, and which is taken |
+//! | `trial` | whether such a way gives right results, and how quickly |
+//! | `tune` | the quickest ways, found on the device and kept in a file |
+//! | `clock` | times of passes |
 //! | `executor` | uploads what a run needs, submits, reads back |
 //!
 //! All values of a run lie in one buffer, the arena, at the places the planner chose; kernels get offsets. A dispatch's
@@ -23,6 +26,8 @@
 
 mod adapters;
 mod backward;
+mod choice;
+mod clock;
 mod device;
 mod executor;
 mod forward;
@@ -32,9 +37,12 @@ mod largest;
 mod record;
 mod shift;
 mod trial;
+mod tune;
 mod weights;
 
 pub use adapters::Correction;
+pub use choice::TunedKernel;
 pub use device::{Device, DeviceInfo, DeviceKind, Limits, devices};
 pub use executor::{Executor, ExecutorOptions, Footprint, Traffic};
 pub use kv::KvCache;
+pub use tune::Tuning;

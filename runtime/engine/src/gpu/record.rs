@@ -111,6 +111,13 @@ pub(super) struct PackedRows {
     pub scales: u32,
 }
 
+impl PackedRows {
+    /// Where quantized rows lie in their place, in vectors of four words.
+    pub fn blocks(self) -> u32 {
+        self.at / 2
+    }
+}
+
 /// Places in the arena behind the values, in floats.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Scratch {

@@ -25,6 +25,21 @@ pub enum Device {
     /// On a device that is open already.
     #[cfg(feature = "gpu")]
     Open(Arc<gpu::Device>),
+    /// On a device whose kernels are timed first, if it is a GPU, and the quickest taken.
+    #[cfg(feature = "gpu")]
+    Tuned(Box<Device>, gpu::Tuning),
+}
+
+impl Device {
+    /// Whether the CPU may do what a GPU cannot.
+    pub(super) fn is_auto(&self) -> bool {
+        match self {
+            Device::Auto => true,
+            #[cfg(feature = "gpu")]
+            Device::Tuned(device, _) => device.is_auto(),
+            _ => false,
+        }
+    }
 }
 
 impl std::str::FromStr for Device {
@@ -54,6 +69,13 @@ impl Device {
             Device::Auto => gpu::Device::best(),
             Device::Gpu(index) => gpu::Device::open(*index, gpu::Limits::default()).map(Some),
             Device::Open(device) => Ok(Some(device.clone())),
+            Device::Tuned(device, tuning) => {
+                let device = device.open()?;
+                if let Some(device) = &device {
+                    device.tune(tuning.clone());
+                }
+                Ok(device)
+            }
         }
     }
 }

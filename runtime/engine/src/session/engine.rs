@@ -203,6 +203,12 @@ impl Engine {
         self.backend.name()
     }
 
+    /// The GPU that runs the model or its last layers; none on the CPU.
+    #[cfg(feature = "gpu")]
+    pub fn gpu(&mut self) -> Option<&std::sync::Arc<crate::gpu::Device>> {
+        self.backend.gpu().map(|executor| executor.device())
+    }
+
     /// Why the CPU runs the model though [`Device::Auto`] found a GPU.
     pub fn fallback(&self) -> Option<&str> {
         self.fallback.as_deref()

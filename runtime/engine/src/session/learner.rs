@@ -371,7 +371,7 @@ fn open(model: &Model, options: &LearnerOptions, wanted: &ExecutorOptions) -> Re
     match open_gpu(model, options, wanted) {
         Ok(Some(opened)) => return Ok(opened),
         Ok(None) => {}
-        Err(e) if matches!(options.device, Device::Auto) => log::warn!("the CPU trains the model: {e}"),
+        Err(e) if options.device.is_auto() => log::warn!("the CPU trains the model: {e}"),
         Err(e) => return Err(e),
     }
     #[cfg(not(feature = "gpu"))]

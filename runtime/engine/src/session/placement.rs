@@ -68,7 +68,7 @@ impl Placement {
     /// The CPU in place of a GPU, which the error keeps from it, where the choice was ours.
     #[cfg(feature = "gpu")]
     fn instead(model: &Model, options: &SessionOptions, error: Error) -> Result<Placement> {
-        if !matches!(options.device, Device::Auto) {
+        if !options.device.is_auto() {
             return Err(error);
         }
         log::warn!("the CPU runs the model: {error}");
@@ -82,9 +82,7 @@ impl Placement {
         }
         let Some(device) = options.device.open()? else {
             return match options.gpu_layers {
-                Some(_) if matches!(options.device, Device::Auto) => {
-                    Err(Error::argument("there is no GPU for its layers"))
-                }
+                Some(_) if options.device.is_auto() => Err(Error::argument("there is no GPU for its layers")),
                 _ => Ok(None),
             };
         };
@@ -150,7 +148,7 @@ fn gpu_layers(model: &Model, options: &SessionOptions, device: &gpu::Device) -> 
     if let Some(layers) = options.gpu_layers {
         return Ok(layers.min(all));
     }
-    if options.gpu_memory.is_none() && !matches!(options.device, Device::Auto) {
+    if options.gpu_memory.is_none() && !options.device.is_auto() {
         return Ok(all);
     }
     let needs = |layers| Ok::<u64, Error>(estimate_on_gpu(model, options, device, layers)?.on_gpu_bytes());

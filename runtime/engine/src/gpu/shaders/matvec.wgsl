@@ -1,7 +1,8 @@
 // A few rows times up to three matrices: `out = x·Wᵀ + b`, for decoding. LANES invocations share a row of the matrix,
-// sixteen weights at a time, and add up for all ROWS rows of x (`matvec_*.wgsl`). With NORMED x is RMS-normed on the way: the norm's weights
-// multiply the matrix' and the root is taken from sums that run along. With GATED the two matrices are a gate and its
-// other half. The arena is read and written by four.
+// sixteen weights at a time: PRODUCTS are those of single precision (`matvec_single.wgsl`) or of eight bits
+// (`matvec_int8.wgsl`) for all ROWS rows of x, which `matvec_tree.wgsl` or `matvec_subgroup.wgsl` add up. With NORMED x is
+// RMS-normed on the way: the norm's weights multiply the matrix' and the root is taken from sums that run along. With GATED the
+// two matrices are a gate and its other half. The arena is read and written by four.
 
 struct Part { weight: u32, row_bytes: u32, rows: u32, out: u32, bias: u32, kind: u32, stride: u32, unused: u32 }
 struct Op {
@@ -37,26 +38,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     if row < op.part[p].rows {
         let base = op.part[p].weight + row * op.part[p].row_bytes;
         let other = op.part[1].weight + row * op.part[1].row_bytes;
-        for (var k = lane * 16u; k < op.k; k += LANES * 16u) {
-            var w = unpack(op.part[p].kind, base, k);
-            var v = w;
-            if GATED { v = unpack(op.part[1].kind, other, k); }
-            if NORMED {
-                let n = (op.norm + k) >> 2u;
-                let g = Unit(constants[n], constants[n + 1u], constants[n + 2u], constants[n + 3u]);
-                w = Unit(w.a * g.a, w.b * g.b, w.c * g.c, w.d * g.d);
-                if GATED { v = Unit(v.a * g.a, v.b * g.b, v.c * g.c, v.d * g.d); }
-            }
-            for (var m = 0u; m < ROWS; m++) {
-                let i = (op.x + m * op.k + k) >> 2u;
-                let x = Unit(arena[i], arena[i + 1u], arena[i + 2u], arena[i + 3u]);
-                sums[m] += dot(w.a, x.a) + dot(w.b, x.b) + dot(w.c, x.c) + dot(w.d, x.d);
-                if GATED { sums[ROWS + m] += dot(v.a, x.a) + dot(v.b, x.b) + dot(v.c, x.c) + dot(v.d, x.d); }
-                if NORMED {
-                    sums[ROWS * MATRICES + m] += dot(x.a, x.a) + dot(x.b, x.b) + dot(x.c, x.c) + dot(x.d, x.d);
-                }
-            }
-        }
+        /* PRODUCTS */
     }
     for (var s = 0u; s < SUMS; s++) { partial[s * THREADS + t] = across(sums[s]); }
     workgroupBarrier();

@@ -1,5 +1,9 @@
-// Sixteen consecutive weights of a row, unpacked: `unpack_TYPE(row, k)` with the byte address of the row in `weights` and
-// the index of the first, a multiple of 16. The layouts are those of `quant`.
+// Sixteen consecutive weights of a row, of the byte address of the row in `weights` and the index of the first, a multiple
+// of 16: `codes_TYPE(row, k)` where they are whole numbers with a scale, else `unpack_TYPE(row, k)`. The layouts are those of
+// `quant`.
+
+// What is in a block: numbers of eight bits, signed or small enough to be, that stand for scale·q + offset.
+struct Codes { q: vec4<u32>, scale: f32, offset: f32 }
 
 // Four bytes at any address; no branch, so that all of a unit's words are asked for at once.
 fn word(at: u32) -> u32 {
@@ -20,24 +24,26 @@ fn bytes(w: u32) -> vec4<f32> { return vec4<f32>(unpack4xU8(w)); }
 // Bits 0–3 as the lowest bits of four bytes.
 fn spread(bits: u32) -> u32 { return ((bits & 15u) * 0x00204081u) & 0x01010101u; }
 
-// What is left of four words of codes.
-fn unit(a: u32, b: u32, c: u32, d: u32, scale: f32, offset: f32) -> Unit {
-    return Unit(bytes(a) * scale + offset, bytes(b) * scale + offset, bytes(c) * scale + offset, bytes(d) * scale + offset);
+// What codes of no sign stand for.
+fn unit(c: Codes) -> Unit {
+    return Unit(bytes(c.q.x) * c.scale + c.offset, bytes(c.q.y) * c.scale + c.offset,
+        bytes(c.q.z) * c.scale + c.offset, bytes(c.q.w) * c.scale + c.offset);
 }
 
-// `size` is the bytes of 16 codes' word: nibbles at `at`, shifted.
-fn nibble_unit(at: u32, shift: u32, scale: f32, offset: f32) -> Unit {
-    const M = 0x0f0f0f0fu;
-    return unit((word(at) >> shift) & M, (word(at + 4u) >> shift) & M, (word(at + 8u) >> shift) & M,
-        (word(at + 12u) >> shift) & M, scale, offset);
+// What signed codes, which have no offset, stand for.
+fn signed_unit(c: Codes) -> Unit {
+    return Unit(vec4<f32>(unpack4xI8(c.q.x)) * c.scale, vec4<f32>(unpack4xI8(c.q.y)) * c.scale,
+        vec4<f32>(unpack4xI8(c.q.z)) * c.scale, vec4<f32>(unpack4xI8(c.q.w)) * c.scale);
 }
 
-// As `nibble_unit`, with fifth bits: those of the sixteen codes are the lowest sixteen of `high`.
-fn five_bit_unit(at: u32, shift: u32, high: u32, scale: f32, offset: f32) -> Unit {
-    const M = 0x0f0f0f0fu;
-    return unit(((word(at) >> shift) & M) | (spread(high) << 4u), ((word(at + 4u) >> shift) & M) | (spread(high >> 4u) << 4u),
-        ((word(at + 8u) >> shift) & M) | (spread(high >> 8u) << 4u),
-        ((word(at + 12u) >> shift) & M) | (spread(high >> 12u) << 4u), scale, offset);
+fn words(at: u32) -> vec4<u32> { return vec4(word(at), word(at + 4u), word(at + 8u), word(at + 12u)); }
+
+// Nibbles of the words at `at`, shifted.
+fn nibbles(at: u32, shift: u32) -> vec4<u32> { return (words(at) >> vec4(shift)) & vec4(0x0f0f0f0fu); }
+
+// Fifth bits of sixteen codes, the lowest sixteen of `high`.
+fn fifth_bits(high: u32) -> vec4<u32> {
+    return vec4(spread(high), spread(high >> 4u), spread(high >> 8u), spread(high >> 12u)) << vec4(4u);
 }
 
 fn unpack_f32(row: u32, k: u32) -> Unit {
@@ -66,69 +72,55 @@ fn unpack_bf16(row: u32, k: u32) -> Unit {
     return Unit(brain_floats(at), brain_floats(at + 8u), brain_floats(at + 16u), brain_floats(at + 24u));
 }
 
-fn unpack_q4_0(row: u32, k: u32) -> Unit {
+fn codes_q4_0(row: u32, k: u32) -> Codes {
     let at = row + (k >> 5u) * 18u;
     let d = half(at);
-    return nibble_unit(at + 2u, (k & 16u) >> 2u, d, -8.0 * d);
+    return Codes(nibbles(at + 2u, (k & 16u) >> 2u), d, -8.0 * d);
 }
 
-fn unpack_q4_1(row: u32, k: u32) -> Unit {
+fn codes_q4_1(row: u32, k: u32) -> Codes {
     let at = row + (k >> 5u) * 20u;
-    return nibble_unit(at + 4u, (k & 16u) >> 2u, half(at), half(at + 2u));
+    return Codes(nibbles(at + 4u, (k & 16u) >> 2u), half(at), half(at + 2u));
 }
 
-fn unpack_q5_0(row: u32, k: u32) -> Unit {
+fn codes_q5_0(row: u32, k: u32) -> Codes {
     let at = row + (k >> 5u) * 22u;
     let d = half(at);
-    return five_bit_unit(at + 6u, (k & 16u) >> 2u, word(at + 2u) >> (k & 16u), d, -16.0 * d);
+    return Codes(nibbles(at + 6u, (k & 16u) >> 2u) | fifth_bits(word(at + 2u) >> (k & 16u)), d, -16.0 * d);
 }
 
-fn unpack_q5_1(row: u32, k: u32) -> Unit {
+fn codes_q5_1(row: u32, k: u32) -> Codes {
     let at = row + (k >> 5u) * 24u;
-    return five_bit_unit(at + 8u, (k & 16u) >> 2u, word(at + 4u) >> (k & 16u), half(at), half(at + 2u));
+    let q = nibbles(at + 8u, (k & 16u) >> 2u) | fifth_bits(word(at + 4u) >> (k & 16u));
+    return Codes(q, half(at), half(at + 2u));
 }
 
-fn signed_unit(at: u32, d: f32) -> Unit {
-    return Unit(vec4<f32>(unpack4xI8(word(at))) * d, vec4<f32>(unpack4xI8(word(at + 4u))) * d,
-        vec4<f32>(unpack4xI8(word(at + 8u))) * d, vec4<f32>(unpack4xI8(word(at + 12u))) * d);
-}
-
-fn unpack_q8_0(row: u32, k: u32) -> Unit {
+fn codes_q8_0(row: u32, k: u32) -> Codes {
     let at = row + (k >> 5u) * 34u;
-    return signed_unit(at + 2u + (k & 16u), half(at));
+    return Codes(words(at + 2u + (k & 16u)), half(at), 0.0);
 }
 
-fn unpack_q8_k(row: u32, k: u32) -> Unit {
+fn codes_q8_k(row: u32, k: u32) -> Codes {
     let at = row + (k >> 8u) * 292u;
-    return signed_unit(at + 4u + (k & 255u), bitcast<f32>(weights[at >> 2u]));
+    return Codes(words(at + 4u + (k & 255u)), bitcast<f32>(weights[at >> 2u]), 0.0);
 }
 
-fn unpack_q2_k(row: u32, k: u32) -> Unit {
+fn codes_q2_k(row: u32, k: u32) -> Codes {
     let at = row + (k >> 8u) * 84u;
     let u = (k >> 4u) & 15u;
     let s = byte(at + u);
     let q = at + 16u + (u >> 3u) * 32u + (u & 1u) * 16u;
-    let shift = u & 6u;
-    const M = 0x03030303u;
-    return unit((word(q) >> shift) & M, (word(q + 4u) >> shift) & M, (word(q + 8u) >> shift) & M,
-        (word(q + 12u) >> shift) & M, half(at + 80u) * f32(s & 15u), -half(at + 82u) * f32(s >> 4u));
+    return Codes((words(q) >> vec4(u & 6u)) & vec4(0x03030303u), half(at + 80u) * f32(s & 15u), -half(at + 82u) * f32(s >> 4u));
 }
 
-fn unpack_q3_k(row: u32, k: u32) -> Unit {
+fn codes_q3_k(row: u32, k: u32) -> Codes {
     let at = row + (k >> 8u) * 110u;
     let u = (k >> 4u) & 15u;
     let s = ((byte(at + 96u + (u & 7u)) >> ((u >> 3u) * 4u)) & 15u) | (((byte(at + 104u + (u & 3u)) >> ((u >> 2u) * 2u)) & 3u) << 4u);
     let d = half(at + 108u) * (f32(s) - 32.0);
-    let q = at + 32u + (u >> 3u) * 32u + (u & 1u) * 16u;
-    let h = at + (u & 1u) * 16u;
-    let shift = u & 6u;
-    let bit = u >> 1u;
-    const M = 0x03030303u;
-    const B = 0x01010101u;
-    return unit(((word(q) >> shift) & M) | (((word(h) >> bit) & B) << 2u),
-        ((word(q + 4u) >> shift) & M) | (((word(h + 4u) >> bit) & B) << 2u),
-        ((word(q + 8u) >> shift) & M) | (((word(h + 8u) >> bit) & B) << 2u),
-        ((word(q + 12u) >> shift) & M) | (((word(h + 12u) >> bit) & B) << 2u), d, -4.0 * d);
+    let low = words(at + 32u + (u >> 3u) * 32u + (u & 1u) * 16u) >> vec4(u & 6u);
+    let high = words(at + (u & 1u) * 16u) >> vec4(u >> 1u);
+    return Codes((low & vec4(0x03030303u)) | ((high & vec4(0x01010101u)) << vec4(2u)), d, -4.0 * d);
 }
 
 // Scale and minimum of group `j` of Q4_K and Q5_K; `at` is the block.
@@ -144,43 +136,29 @@ fn k_scale(at: u32, j: u32) -> vec2<f32> {
     return vec2(half(at) * f32(scale), -half(at + 2u) * f32(low));
 }
 
-fn unpack_q4_k(row: u32, k: u32) -> Unit {
+fn codes_q4_k(row: u32, k: u32) -> Codes {
     let at = row + (k >> 8u) * 144u;
     let u = (k >> 4u) & 15u;
     let s = k_scale(at, u >> 1u);
-    return nibble_unit(at + 16u + (u >> 2u) * 32u + (u & 1u) * 16u, (u & 2u) * 2u, s.x, s.y);
+    return Codes(nibbles(at + 16u + (u >> 2u) * 32u + (u & 1u) * 16u, (u & 2u) * 2u), s.x, s.y);
 }
 
-fn unpack_q5_k(row: u32, k: u32) -> Unit {
+fn codes_q5_k(row: u32, k: u32) -> Codes {
     let at = row + (k >> 8u) * 176u;
     let u = (k >> 4u) & 15u;
     let s = k_scale(at, u >> 1u);
-    let q = at + 48u + (u >> 2u) * 32u + (u & 1u) * 16u;
-    let h = at + 16u + (u & 1u) * 16u;
-    let shift = (u & 2u) * 2u;
-    let bit = u >> 1u;
-    const M = 0x0f0f0f0fu;
-    const B = 0x01010101u;
-    return unit(((word(q) >> shift) & M) | (((word(h) >> bit) & B) << 4u),
-        ((word(q + 4u) >> shift) & M) | (((word(h + 4u) >> bit) & B) << 4u),
-        ((word(q + 8u) >> shift) & M) | (((word(h + 8u) >> bit) & B) << 4u),
-        ((word(q + 12u) >> shift) & M) | (((word(h + 12u) >> bit) & B) << 4u), s.x, s.y);
+    let low = nibbles(at + 48u + (u >> 2u) * 32u + (u & 1u) * 16u, (u & 2u) * 2u);
+    let high = (words(at + 16u + (u & 1u) * 16u) >> vec4(u >> 1u)) & vec4(0x01010101u);
+    return Codes(low | (high << vec4(4u)), s.x, s.y);
 }
 
-fn unpack_q6_k(row: u32, k: u32) -> Unit {
+fn codes_q6_k(row: u32, k: u32) -> Codes {
     let at = row + (k >> 8u) * 210u;
     let u = (k >> 4u) & 15u;
     let d = half(at + 208u) * signed_byte(at + 192u + u);
-    let q = at + (u >> 3u) * 64u + (u & 3u) * 16u;
-    let h = at + 128u + (u >> 3u) * 32u + (u & 1u) * 16u;
-    let shift = u & 4u;
-    let bits = u & 6u;
-    const M = 0x0f0f0f0fu;
-    const B = 0x03030303u;
-    return unit(((word(q) >> shift) & M) | (((word(h) >> bits) & B) << 4u),
-        ((word(q + 4u) >> shift) & M) | (((word(h + 4u) >> bits) & B) << 4u),
-        ((word(q + 8u) >> shift) & M) | (((word(h + 8u) >> bits) & B) << 4u),
-        ((word(q + 12u) >> shift) & M) | (((word(h + 12u) >> bits) & B) << 4u), d, -32.0 * d);
+    let low = nibbles(at + (u >> 3u) * 64u + (u & 3u) * 16u, u & 4u);
+    let high = (words(at + 128u + (u >> 3u) * 32u + (u & 1u) * 16u) >> vec4(u & 6u)) & vec4(0x03030303u);
+    return Codes(low | (high << vec4(4u)), d, -32.0 * d);
 }
 
 // A table of sixteen signed bytes at the four nibbles of `w`, which have a byte each.
