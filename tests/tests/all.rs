@@ -31,6 +31,7 @@ mod gguf_real;
 mod gpu;
 mod gpu_kv;
 mod gpu_life;
+mod gpu_training;
 mod gradients;
 mod layers;
 mod learning;

@@ -9,7 +9,9 @@
 //! | `shift` | dropping a part of a sequence |
 //! | `record` | a dispatch, its description and its bind group |
 //! | `forward`, `backward` | from ops to dispatches |
+//! | `learned` | the same for what is learned beside adapters of the layers' maps |
 //! | `adapters` | low-rank corrections of maps at run time |
+//! | `training` | a training's parameters, gradients and moments, and the optimizer's step |
 //! | `trial` | whether kernels that use what is young in drivers give right results |
 //! | `executor` | uploads what a run needs, submits, reads back |
 //!
@@ -27,8 +29,10 @@ mod executor;
 mod forward;
 mod kernel;
 mod kv;
+mod learned;
 mod record;
 mod shift;
+mod training;
 mod trial;
 mod weights;
 

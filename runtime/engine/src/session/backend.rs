@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use crate::cpu;
 #[cfg(feature = "gpu")]
 use crate::gpu;
-use crate::tape::{Batch, Purpose, Segments, Spec, Tape, Timing};
+use crate::tape::{Batch, KeepsTraining, Purpose, Segments, Spec, Tape, Timing};
 use crate::{Error, Result};
 
 /// Where a model runs.
@@ -234,6 +234,15 @@ impl Backend {
             Backend::Cpu(_) => Ok(0),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.park(),
+        }
+    }
+
+    /// What keeps a training's state on the device; none on the CPU.
+    pub fn keeper(&mut self) -> Option<&mut dyn KeepsTraining> {
+        match self {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => Some(executor.as_mut()),
         }
     }
 

@@ -456,16 +456,18 @@ impl Engine {
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => {
-                if corrections.iter().any(|c| c.gain.is_some()) {
-                    return Err(Error::Unsupported(
-                        "DoRA at run time on the GPU; merge the adapter into the model, or use the CPU".into(),
-                    ));
-                }
-                let low_rank = |c: &crate::cpu::Correction| (c.a.len() + c.b.len()) * 4;
+                let gains = |c: &crate::cpu::Correction| c.gain.as_ref().map_or(0, Vec::len);
+                let low_rank = |c: &crate::cpu::Correction| (c.a.len() + c.b.len() + gains(c)) * 4;
                 check(corrections.iter().map(low_rank).sum())?;
                 let plain: Vec<_> = corrections
                     .iter()
-                    .map(|c| crate::gpu::Correction { weight: c.weight, rank: c.rank, a: &c.a, b: &c.b })
+                    .map(|c| crate::gpu::Correction {
+                        weight: c.weight,
+                        rank: c.rank,
+                        a: &c.a,
+                        b: &c.b,
+                        gain: c.gain.as_deref(),
+                    })
                     .collect();
                 executor.set_corrections(&plain)?
             }
