@@ -205,8 +205,9 @@ kinglet_status kinglet_model_trim(kinglet_model *model, uint64_t *freed, kinglet
 /* For when the application goes to the background, where the system allows no work on the GPU: stops what computes with the
    model, and returns when nothing does any more, after a token or a part of a prompt at most. Until kinglet_model_resume every
    call that would compute returns KINGLET_ERR_SUSPENDED and has not happened: sessions, answers and trainers go on after that
-   as if nothing had been. Sessions on a GPU give its memory back, keys and values wait in main memory, and the first call
-   after that brings them and the weights up again; all other memory stays as it is. Not from a callback. */
+   as if nothing had been. Sessions and trainers on a GPU give its memory back; keys, values and what is trained wait in main
+   memory, and the first call after that brings them and the weights up again; all other memory stays as it is. Not from a
+   callback. */
 kinglet_status kinglet_model_suspend(kinglet_model *model, kinglet_error *err);
 
 kinglet_status kinglet_model_resume(kinglet_model *model, kinglet_error *err);

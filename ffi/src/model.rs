@@ -17,6 +17,7 @@ use crate::fence::{
 };
 use crate::gate::Gate;
 use crate::session::{kinglet_session, kinglet_session_options, session_options};
+use crate::training::kinglet_trainer;
 
 /// Read all weights on opening and refuse NaN and infinity.
 pub const KINGLET_MODEL_VALIDATE: u32 = 1;
@@ -109,20 +110,34 @@ pub struct kinglet_model {
 pub(crate) struct Shared {
     pub gate: Gate,
     sessions: Mutex<Vec<Weak<kinglet_session>>>,
+    trainers: Mutex<Vec<Weak<kinglet_trainer>>>,
 }
 
 impl Shared {
     /// Remembers a session that is handed out.
     pub fn add(&self, session: &Arc<kinglet_session>) {
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.retain(|session| session.strong_count() > 0);
-        sessions.push(Arc::downgrade(session));
+        remember(&self.sessions, session);
+    }
+
+    /// Remembers a trainer that is handed out.
+    pub fn add_trainer(&self, trainer: &Arc<kinglet_trainer>) {
+        remember(&self.trainers, trainer);
     }
 
     /// The sessions that are alive.
     fn sessions(&self) -> Vec<Arc<kinglet_session>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect()
+        alive(&self.sessions)
     }
+}
+
+fn remember<T>(all: &Mutex<Vec<Weak<T>>>, one: &Arc<T>) {
+    let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+    all.retain(|one| one.strong_count() > 0);
+    all.push(Arc::downgrade(one));
+}
+
+fn alive<T>(all: &Mutex<Vec<Weak<T>>>) -> Vec<Arc<T>> {
+    all.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect()
 }
 
 /// What the options say beside how the file is read.
@@ -457,8 +472,8 @@ pub unsafe extern "C" fn kinglet_model_trim(
     }
 }
 
-/// Lets nothing compute with the model until `kinglet_model_resume`, and returns when nothing does any more and sessions have
-/// given back what they held of a GPU.
+/// Lets nothing compute with the model until `kinglet_model_resume`, and returns when nothing does any more and sessions
+/// and trainers have given back what they held of a GPU.
 ///
 /// # Safety
 /// As the header says.
@@ -471,6 +486,7 @@ pub unsafe extern "C" fn kinglet_model_suspend(model: *mut kinglet_model, err: *
             let shared = &args::handle(model.cast_const(), "model")?.shared;
             shared.gate.suspend();
             shared.sessions().iter().try_for_each(|session| session.park())?;
+            alive(&shared.trainers).iter().try_for_each(|trainer| trainer.park())?;
             Ok(KINGLET_OK)
         })
     }

@@ -193,6 +193,16 @@ impl kinglet_trainer {
     }
 }
 
+impl kinglet_trainer {
+    /// Gives back what it holds of a GPU; for a model that is suspended.
+    pub(crate) fn park(&self) -> Outcome<()> {
+        // Nothing computes: whoever has the lock is soon done. One that has panicked is left as it is.
+        let Ok(mut state) = self.state.lock() else { return Ok(()) };
+        state.trainer.park()?;
+        Ok(())
+    }
+}
+
 impl State {
     fn report(&mut self, progress: Progress) -> Option<kinglet_train_report> {
         let steps = self.trainer.preflight().steps;
@@ -251,7 +261,9 @@ pub unsafe extern "C" fn kinglet_trainer_create(
             let trainer = create(&model.model, &model.settings, args::text(config_json, "config_json")?)?;
             let state = Mutex::new(State { trainer, note: CString::default() });
             let (asked, stop, shared) = (AtomicBool::new(false), CancelHandle::default(), model.shared.clone());
-            Ok(args::give(out, kinglet_trainer { state, asked, stop, shared }))
+            let trainer = Arc::new(kinglet_trainer { state, asked, stop, shared });
+            trainer.shared.add_trainer(&trainer);
+            Ok(args::give_shared(out, trainer))
         })
     }
 }

@@ -33,6 +33,7 @@ mod gpu_divided;
 mod gpu_kv;
 mod gpu_largest;
 mod gpu_life;
+mod gpu_training;
 mod gradients;
 mod layers;
 mod learning;

@@ -12,7 +12,7 @@ use kinglet_engine::quant::DType;
 use kinglet_engine::session::{
     Arithmetic, Device, Engine, LearnBatch, Learner, LearnerOptions, Model, Session, SessionOptions, SoftBatch,
 };
-use kinglet_engine::tape::{LoraSpec, Param};
+use kinglet_engine::tape::{LoraSpec, Param, Trained};
 use kinglet_models::tiny::TinyConfig;
 use kinglet_tests::compare::{argmax, divergence};
 use kinglet_tests::data::{self, Random, Scratch, alone, heavy, maps, tiny};
@@ -224,6 +224,49 @@ fn gpu_adapters_are_the_cpus() {
     }
 }
 
+/// Adapters of everything that has rows: lengths (DoRA) of the layers' maps and the head, the embedding, beside soft caps.
+#[test]
+fn gpu_adapters_of_lengths_embedding_and_head_are_the_cpus() {
+    let device = whole();
+    for config in
+        [TinyConfig { tied: false, ..TinyConfig::new("qwen2") }, TinyConfig::new("gemma2"), TinyConfig::new("phi3")]
+    {
+        let scratch = Scratch::new(&format!("gpu-all-adapters-{}", config.arch));
+        let model = tiny(&scratch, &config);
+        let mut random = Random::new(4);
+        let mut entries: std::collections::BTreeMap<String, LowRank> = adapter(&model, 3, 1).entries.clone();
+        for t in model.gguf().tensors().iter().filter(|t| t.name == "token_embd.weight" || t.name == "output.weight") {
+            let (a, b) = (random.normals(3 * t.width(), 0.1), random.normals(3 * t.rows(), 0.1));
+            let entry = LowRank { rank: 3, inputs: t.width(), outputs: t.rows(), a, b, magnitude: None };
+            entries.insert(t.name.clone(), entry);
+        }
+        let plain = Arc::new(Adapter { entries: entries.clone(), ..(*adapter(&model, 3, 1)).clone() });
+        for (name, entry) in &mut entries {
+            let lengths = random.normals(entry.outputs, 0.1).iter().map(|v| 1.0 + v).collect();
+            entry.magnitude = (name != "token_embd.weight").then_some(lengths);
+        }
+        let rescaled = Arc::new(Adapter { entries, ..(*plain).clone() });
+        let sets =
+            [vec![], vec![(plain.clone(), 1.0)], vec![(rescaled.clone(), 1.0)], vec![(plain, 0.5), (rescaled, -0.5)]];
+        let run = |device: Device| {
+            let mut session = Session::new(&model, &options(device)).expect("a session");
+            let mut all = Vec::new();
+            for set in &sets {
+                session.rewind(0).expect("an empty window");
+                session.set_adapters(set).expect("the adapters match");
+                all.push(session.feed(&tokens(&model, 1, 40)).expect("a prompt").to_vec());
+                all.push(session.feed(&[7]).expect("a token").to_vec());
+            }
+            all
+        };
+        let (ours, wanted) = (run(Device::Open(device.clone())), run(Device::Cpu));
+        for (step, (ours, theirs)) in ours.iter().zip(&wanted).enumerate() {
+            assert!(step < 2 || distance(theirs, &wanted[step % 2]) > 0.1, "{}, step {step}: no change", config.arch);
+            assert!(distance(ours, theirs) < 5e-3, "{}, step {step}: {}", config.arch, distance(ours, theirs));
+        }
+    }
+}
+
 /// A window so long that a head's attention is divided, with and without a sliding window.
 #[test]
 fn gpu_long_windows_are_the_cpus() {
@@ -274,24 +317,29 @@ fn gpu_sequences_share_pages_like_the_cpus() {
 
 fn learner(model: &Model, device: Device, (rank, dropout): (usize, f32), arithmetic: Arithmetic) -> Learner {
     let trained = LoraSpec { rank, scale: 1.5, weights: maps(model), dropout, ..LoraSpec::default() };
-    let options = LearnerOptions {
-        trained: trained.into(),
-        tokens: 160,
-        sequence: 0,
-        arithmetic,
-        threads: 1,
-        device,
-        memory_budget: None,
-    };
+    learner_of(model, device, trained.into(), arithmetic)
+}
+
+fn learner_of(model: &Model, device: Device, trained: Trained, arithmetic: Arithmetic) -> Learner {
+    let options =
+        LearnerOptions { trained, tokens: 160, sequence: 0, arithmetic, threads: 1, device, memory_budget: None };
     Learner::new(model, &options).expect("a learner")
 }
 
 /// Scores and gradients of a batch of sequences of several lengths, at parameters where every gradient counts.
 fn gradients(model: &Model, learner: &mut Learner) -> (Vec<f32>, Vec<f32>) {
     let mut random = Random::new(11);
-    let mut params = vec![0.0; learner.param_count()];
+    // Weights and lengths of rows are not far from the model's, adapters are anything.
+    let mut params = learner.initial().expect("parameters");
+    let mut learns_head = learner.trained().lora().is_none();
     for p in learner.params() {
-        params[p.offset..p.end()].copy_from_slice(&random.normals(p.rows * p.width, 1.0 / (p.width as f32).sqrt()));
+        let values = random.normals(p.rows * p.width, 1.0 / (p.width as f32).sqrt());
+        let params = &mut params[p.offset..p.end()];
+        match p.name.ends_with(".lora_a") || p.name.ends_with(".lora_b") {
+            true => params.copy_from_slice(&values),
+            false => params.iter_mut().zip(values).for_each(|(p, v)| *p *= 1.0 + 0.3 * v),
+        }
+        learns_head |= p.name == "output.weight.lora_a";
     }
     let lengths = vec![70, 1, 66, 23];
     let rows: usize = lengths.iter().sum();
@@ -300,6 +348,7 @@ fn gradients(model: &Model, learner: &mut Learner) -> (Vec<f32>, Vec<f32>) {
     let (mut soft, vocab) = (SoftBatch::default(), model.spec().vocab as u32);
     for i in 0..outputs.len() as u32 {
         match i % 4 {
+            _ if learns_head => {}
             0 => soft.push(&[i, vocab / 2 + i, vocab - 1 - i], &[0.5, 0.3, 0.2]),
             _ => soft.push(&[], &[]),
         }
@@ -326,9 +375,13 @@ fn compare_gradients(name: &str, model: &Model, device: &Arc<gpu::Device>, adapt
 
 /// Against the CPU's exact arithmetic: scores, and the gradient of every matrix, in its norm.
 fn compare_learners(name: &str, model: &Model, mut learned: Learner, adapters: (usize, f32), most: f32) {
-    let mut exact = learner(model, Device::Cpu, adapters, Arithmetic::Exact);
+    let exact = learner(model, Device::Cpu, adapters, Arithmetic::Exact);
+    compare_with(name, model, &mut learned, exact, most);
+}
+
+fn compare_with(name: &str, model: &Model, learned: &mut Learner, mut exact: Learner, most: f32) {
     let (wanted_scores, wanted) = gradients(model, &mut exact);
-    let (scores, ours) = gradients(model, &mut learned);
+    let (scores, ours) = gradients(model, learned);
     assert!(distance(&scores, &wanted_scores) < most, "{name}: cross-entropies");
     assert_near(name, exact.params(), &ours, &wanted, most);
 }
@@ -453,6 +506,51 @@ fn gpu_gradients_are_the_cpus_for_every_architecture() {
         let scratch = Scratch::new(&format!("gpu-gradients-{}", config.arch));
         let config = TinyConfig { dtype: DType::F32, embedding: DType::F32, ..config };
         compare_gradients(&config.arch.clone(), &tiny(&scratch, &config), &device, (5, 0.2));
+    }
+}
+
+fn compare_trained(name: &str, model: &Model, device: &Arc<gpu::Device>, trained: &Trained) {
+    let exact = learner_of(model, Device::Cpu, trained.clone(), Arithmetic::Exact);
+    let mut ours = learner_of(model, Device::Open(device.clone()), trained.clone(), Arithmetic::Exact);
+    compare_with(name, model, &mut ours, exact, 1e-3);
+}
+
+/// DoRA, and adapters of the embedding and the head, whole and in pieces; ranks that are read by four and others.
+#[test]
+fn gpu_gradients_of_lengths_embedding_and_head_are_the_cpus() {
+    let (whole, small) = (whole(), small(8 << 20));
+    let configs = [
+        TinyConfig { tied: false, ..TinyConfig::new("llama") },
+        TinyConfig { tied: false, ..TinyConfig::new("qwen2").with_bpe() },
+        TinyConfig::new("gemma2"),
+        TinyConfig::new("qwen3"),
+        TinyConfig::new("phi3"),
+    ];
+    for config in configs {
+        let scratch = Scratch::new(&format!("gpu-lengths-{}", config.arch));
+        let model = tiny(&scratch, &config);
+        let all: Vec<String> =
+            model.weights().iter().filter(|(_, w)| w.rows > 1).map(|(_, w)| w.name.clone()).collect();
+        for (dora, rank) in [(false, 8), (false, 3), (true, 8), (true, 5)] {
+            // Rows of the embedding have no learned lengths.
+            let weights = all.iter().filter(|name| !dora || *name != "token_embd.weight").cloned().collect();
+            let trained = LoraSpec { rank, scale: 1.5, weights, dropout: 0.1, dora }.into();
+            let name = format!("{}, rank {rank}, {dora}", config.arch);
+            compare_trained(&name, &model, &whole, &trained);
+            compare_trained(&format!("{name} on a small device"), &model, &small, &trained);
+        }
+    }
+}
+
+/// All weights of every architecture: matrices, biases, norms, the embedding, the head.
+#[test]
+fn gpu_gradients_of_all_weights_are_the_cpus() {
+    let (whole, small) = (whole(), small(8 << 20));
+    for config in architectures() {
+        let scratch = Scratch::new(&format!("gpu-all-{}", config.arch));
+        let model = tiny(&scratch, &config);
+        compare_trained(&config.arch, &model, &whole, &Trained::All);
+        compare_trained(&format!("{} on a small device", config.arch), &model, &small, &Trained::All);
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use kinglet_engine::Error;
 use kinglet_engine::adapter::Adapter;
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::{LearnBatch, Model, Session, SessionOptions};
+use kinglet_engine::session::{Device, LearnBatch, Model, Session, SessionOptions};
 use kinglet_models::peft;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::data::Scratch;
@@ -20,11 +20,13 @@ use kinglet_train::trainer::{Ending, Finished, Progress, Trainer, TrainerOptions
 use kinglet_train::{data, keep};
 
 /// A tiny model and some questions and answers.
-struct Bench {
-    scratch: Scratch,
-    model: Model,
+pub(crate) struct Bench {
+    pub scratch: Scratch,
+    pub model: Model,
+    /// Where it is trained.
+    pub device: Device,
     /// Texts on which the model is to stay as it is.
-    keep: Vec<PathBuf>,
+    pub keep: Vec<PathBuf>,
 }
 
 fn write_model(arch: &str, scratch: &Scratch) -> PathBuf {
@@ -33,7 +35,7 @@ fn write_model(arch: &str, scratch: &Scratch) -> PathBuf {
     path
 }
 
-fn write_pairs(scratch: &Scratch) -> PathBuf {
+pub(crate) fn write_pairs(scratch: &Scratch) -> PathBuf {
     let path = scratch.path("pairs.jsonl");
     let lines: Vec<String> = (0..40)
         .map(|i| {
@@ -48,18 +50,18 @@ fn write_pairs(scratch: &Scratch) -> PathBuf {
 }
 
 impl Bench {
-    fn new(name: &str) -> Bench {
+    pub fn new(name: &str) -> Bench {
         Bench::of("llama", name)
     }
 
-    fn of(arch: &str, name: &str) -> Bench {
+    pub fn of(arch: &str, name: &str) -> Bench {
         let scratch = Scratch::new(name);
         let model = kinglet_models::open(write_model(arch, &scratch)).expect("the model opens");
-        Bench { scratch, model, keep: Vec::new() }
+        Bench { scratch, model, device: Device::Cpu, keep: Vec::new() }
     }
 
     /// With texts that the model writes itself.
-    fn keeping(name: &str, texts: usize) -> Bench {
+    pub fn keeping(name: &str, texts: usize) -> Bench {
         let mut bench = Bench::new(name);
         let out = bench.scratch.path("own");
         let options = keep::Options { threads: 1, ..keep::Options::default() };
@@ -68,12 +70,13 @@ impl Bench {
         bench
     }
 
-    fn trainer(&self, config: &TrainConfig, data: &Path, output: &str, resume: bool) -> Result<Trainer, Error> {
+    pub fn trainer(&self, config: &TrainConfig, data: &Path, output: &str, resume: bool) -> Result<Trainer, Error> {
         let options = TrainerOptions {
             output: self.scratch.path(output),
             title: "a test".into(),
             resume,
             threads: 1,
+            device: self.device.clone(),
             probe: Some("A wren is a small brown bird.".into()),
             ..TrainerOptions::default()
         };
@@ -85,21 +88,21 @@ impl Bench {
     }
 
     /// All steps and the end.
-    fn train(&self, config: &TrainConfig, data: &Path, output: &str) -> (Vec<StepMetrics>, Finished) {
+    pub fn train(&self, config: &TrainConfig, data: &Path, output: &str) -> (Vec<StepMetrics>, Finished) {
         let mut trainer = self.trainer(config, data, output, false).expect("a trainer");
         let finished = complete(&mut trainer).expect("a finished training");
         (metrics::read(&self.scratch.path(output).join("metrics.jsonl")).expect("metrics"), finished)
     }
 }
 
-fn complete(trainer: &mut Trainer) -> Result<Finished, Error> {
+pub(crate) fn complete(trainer: &mut Trainer) -> Result<Finished, Error> {
     let go = AtomicBool::new(false);
     while !matches!(trainer.advance(&go)?, Progress::Done(_)) {}
     trainer.finish(&go)
 }
 
 /// A configuration in which everything that has a state of its own takes part.
-fn config() -> TrainConfig {
+pub(crate) fn config() -> TrainConfig {
     TrainConfig {
         rank: 4,
         dropout: 0.1,
@@ -118,7 +121,7 @@ fn config() -> TrainConfig {
 }
 
 /// Without what depends on the clock.
-fn timeless(mut lines: Vec<StepMetrics>) -> Vec<StepMetrics> {
+pub(crate) fn timeless(mut lines: Vec<StepMetrics>) -> Vec<StepMetrics> {
     lines.iter_mut().for_each(|line| line.tokens_per_second = 0.0);
     lines
 }
@@ -161,7 +164,7 @@ fn adapters_of_stacked_matrices_are_in_the_files() {
             tokens: tokens.clone(),
             ..LearnBatch::default()
         };
-        let params = trainer.params().to_vec();
+        let params = trainer.params().expect("they are here").to_vec();
         let go = AtomicBool::new(false);
         let trained = trainer.learner_mut().score(&batch, &params, &go).expect("scores").to_vec();
         let options = SessionOptions { context: 64, kv_type: DType::F32, ..SessionOptions::default() };
@@ -182,12 +185,12 @@ fn adapters_of_stacked_matrices_are_in_the_files() {
 /// Interrupted at every place where it can be, a run gives the same numbers and the same file.
 #[test]
 fn a_resumed_run_is_the_run() {
-    resumes(&Bench::new("resumes"));
-    resumes(&Bench::keeping("resumes-keeping", 6));
+    resumes(&Bench::new("resumes"), config());
+    resumes(&Bench::keeping("resumes-keeping", 6), config());
 }
 
-fn resumes(bench: &Bench) {
-    let (config, data) = (config(), write_pairs(&bench.scratch));
+pub(crate) fn resumes(bench: &Bench, config: TrainConfig) {
+    let data = write_pairs(&bench.scratch);
     let (lines, finished) = bench.train(&config, &data, "whole");
     let (go, stop) = (AtomicBool::new(false), AtomicBool::new(true));
     let mut trainer = bench.trainer(&config, &data, "parts", false).expect("a trainer");
@@ -311,7 +314,10 @@ fn preferences_are_learned_by_every_loss() {
 /// half the rate. If it happens again and again it ends with a message, and the last checkpoint is there.
 #[test]
 fn a_spike_is_rolled_back() {
-    let bench = Bench::new("spikes");
+    rolls_back(&Bench::new("spikes"), config());
+}
+
+pub(crate) fn rolls_back(bench: &Bench, config: TrainConfig) {
     let data = bench.scratch.path("text.jsonl");
     let easy = "{\"text\": \"one two one two one two\"}\n";
     let config = TrainConfig {
@@ -323,7 +329,7 @@ fn a_spike_is_rolled_back() {
         steps: Some(130),
         checkpoint_every: 20,
         early_stop: None,
-        ..config()
+        ..config
     };
     for (name, strange, rolled_back) in [("once", 3, 1), ("often", 15, 3)] {
         let noise: String =

@@ -307,9 +307,22 @@ fn what_computes_says_that_the_model_is_suspended() {
 #[test]
 fn a_step_that_suspending_stops_is_taken_again() {
     let scratch = Scratch::new("suspend-step");
-    let model = Shared(open(&scratch.model()));
+    taken_again(&scratch, open(&scratch.model()));
+}
+
+/// There the training's state leaves the device meanwhile.
+#[test]
+#[cfg(feature = "gpu")]
+fn a_step_that_suspending_stops_is_taken_again_on_a_gpu() {
+    let scratch = Scratch::new("suspend-step-gpu");
+    let options = kinglet_model_options { backend: c"gpu".as_ptr(), ..cpu() };
+    taken_again(&scratch, crate::hard::open_with(&scratch.model(), &options));
+}
+
+fn taken_again(scratch: &Scratch, model: *mut kinglet_model) {
+    let model = Shared(model);
     let losses = |name: &str, disturbed: bool| {
-        let t = Shared(trainer(model.0, &training(&scratch, name, 6)).expect("a trainer"));
+        let t = Shared(trainer(model.0, &training(scratch, name, 6)).expect("a trainer"));
         let (mut losses, refused) = (Vec::new(), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             let stepper = scope.spawn(|| {

@@ -30,6 +30,7 @@ pub mod keep;
 pub mod metrics;
 mod objective;
 pub mod optimizer;
+mod parameters;
 pub mod preference;
 pub mod probe;
 pub mod product;

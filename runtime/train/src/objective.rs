@@ -8,11 +8,12 @@
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 
-use kinglet_engine::session::{LearnBatch, Learner};
+use kinglet_engine::session::LearnBatch;
 use sha2::{Digest, Sha256};
 
 use crate::batch::collate;
 use crate::data::{Dataset, Example, Examples, PairExample, RatedExample};
+use crate::parameters::Parameters;
 use crate::preference::{Loss, PairScores, RatedScores, kto, kto_distance};
 use crate::{Error, Result, random};
 
@@ -52,8 +53,7 @@ struct Sums {
 
 /// A model and where it stands.
 pub(crate) struct Policy<'a> {
-    pub learner: &'a mut Learner,
-    pub params: &'a [f32],
+    pub parameters: &'a mut Parameters,
     /// The parameters before training; empty where the loss needs no reference.
     pub reference: &'a [f32],
     pub cancel: &'a AtomicBool,
@@ -148,19 +148,13 @@ impl Objective {
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Loss of the training examples in `batches`, and its gradients, which are added to `gradients`. `seed` decides over
+    /// Loss of the training examples in `batches`, and its gradients, which are added to those of the step. `seed` decides over
     /// dropout.
-    pub fn learn(
-        &mut self,
-        policy: &mut Policy<'_>,
-        batches: &[Vec<usize>],
-        gradients: &mut [f32],
-        seed: u64,
-    ) -> Result<Outcome> {
+    pub fn learn(&mut self, policy: &mut Policy<'_>, batches: &[Vec<usize>], seed: u64) -> Result<Outcome> {
         let items = batches.iter().map(|batch| self.items(Set::Train, batch)).sum();
         let mut sums = Sums::default();
         for (batch, number) in batches.iter().zip(0..) {
-            let gradients = Some((&mut *gradients, items, random::splitmix64(seed, number)));
+            let gradients = Some((items, random::splitmix64(seed, number)));
             self.run(policy, Set::Train, batch, gradients, &mut sums)?;
         }
         Ok(self.outcome(sums))
@@ -199,13 +193,13 @@ impl Objective {
         Outcome { loss: (sums.loss + self.keep_weight * sums.kl) / items, tokens: sums.tokens, preference, keep_kl }
     }
 
-    /// Adds a batch to `sums` and, where `gradients` are given with what their mean is taken of and a seed, to those.
+    /// Adds a batch to `sums` and, where what their mean is taken of is given with a seed, to the gradients.
     fn run(
         &mut self,
         policy: &mut Policy<'_>,
         set: Set,
         batch: &[usize],
-        gradients: Option<(&mut [f32], usize, u64)>,
+        gradients: Option<(usize, u64)>,
         sums: &mut Sums,
     ) -> Result<()> {
         if batch.is_empty() {
@@ -244,28 +238,29 @@ impl Objective {
 
 impl Policy<'_> {
     /// `−ln p` of the run's targets; with `gradients`, also those of the weighted sum, divided by a number.
-    fn run(&mut self, mut run: LearnBatch, gradients: Option<(&mut [f32], usize, u64)>) -> Result<&[f32]> {
-        let Some((gradients, items, seed)) = gradients else {
-            return self.learner.score(&run, self.params, self.cancel);
-        };
+    fn run(&mut self, mut run: LearnBatch, gradients: Option<(usize, u64)>) -> Result<&[f32]> {
+        let Some((items, seed)) = gradients else { return self.parameters.score(&run, self.cancel) };
         let share = 1.0 / items.max(1) as f32;
         run.weights.iter_mut().for_each(|weight| *weight *= share);
         run.dropout_seed = seed;
-        self.learner.learn(&run, self.params, gradients, self.cancel)
+        self.parameters.learn(&run, self.cancel)
     }
 
     /// The log-probability of each example's trained tokens, by the model in training or by the reference.
     pub fn scores(&mut self, examples: &[&Example], reference: bool) -> Result<Vec<f64>> {
         let run = collate(examples.iter().copied());
-        let params = if reference { self.reference } else { self.params };
-        let mut tokens = self.learner.score(&run, params, self.cancel)?.iter();
+        let scores = match reference {
+            true => self.parameters.learner_mut().score(&run, self.reference, self.cancel)?,
+            false => self.parameters.score(&run, self.cancel)?,
+        };
+        let mut tokens = scores.iter();
         let sum =
             |example: &&Example| -tokens.by_ref().take(example.trained_tokens()).map(|s| f64::from(*s)).sum::<f64>();
         Ok(examples.iter().map(sum).collect())
     }
 
     /// Gradients of `Σ slope · score` over the examples.
-    fn descend(&mut self, examples: &[&Example], slopes: &[f64], gradients: (&mut [f32], usize, u64)) -> Result<()> {
+    fn descend(&mut self, examples: &[&Example], slopes: &[f64], gradients: (usize, u64)) -> Result<()> {
         let mut run = collate(examples.iter().copied());
         let mut weights = run.weights.iter_mut();
         for (example, slope) in examples.iter().zip(slopes) {
@@ -301,7 +296,7 @@ fn pairs(
     all: &[PairExample],
     (set, batch): (Set, &[usize]),
     reference: &mut HashMap<(Set, usize), [f64; 2]>,
-    gradients: Option<(&mut [f32], usize, u64)>,
+    gradients: Option<(usize, u64)>,
     sums: &mut Sums,
 ) -> Result<()> {
     let answers = |batch: &[usize]| -> Vec<&Example> {
@@ -339,7 +334,7 @@ fn rated(
     all: &[RatedExample],
     (set, batch): (Set, &[usize]),
     reference: &mut HashMap<(Set, usize), [f64; 2]>,
-    gradients: Option<(&mut [f32], usize, u64)>,
+    gradients: Option<(usize, u64)>,
     sums: &mut Sums,
 ) -> Result<()> {
     let Loss::Kto { beta, good, bad } = *loss else { return Ok(()) };

@@ -5,7 +5,7 @@
 //!
 //! 1. the gradients of the next batches (`objective`), and their length;
 //! 2. the guard's verdict, before anything is applied: go on, return to the last checkpoint, or give up;
-//! 3. clipping, AdamW, one line of `metrics.jsonl`;
+//! 3. clipping, AdamW (`parameters`, which knows where the numbers are), one line of `metrics.jsonl`;
 //! 4. where they are due: validation, the best state kept, a checkpoint.
 //!
 //! A step whose gradients fail or are cancelled has not happened: parameters, optimizer and place in the data are those
@@ -30,7 +30,8 @@ use crate::guard::{EarlyStop, LossGuard, Verdict};
 use crate::init::golden_init;
 use crate::metrics::{MetricsWriter, StepMetrics};
 use crate::objective::{Objective, Outcome, Policy, Set};
-use crate::optimizer::{AdamW, Options, Parameter, clip_by_global_norm, global_norm};
+use crate::optimizer::{AdamW, Options, Parameter};
+use crate::parameters::Parameters;
 use crate::preference::Loss;
 use crate::probe::{Forgetting, Probe};
 use crate::report::Report;
@@ -164,17 +165,14 @@ struct State {
 /// A training run. See the module's text.
 pub struct Trainer {
     options: TrainerOptions,
-    learner: Learner,
+    parameters: Parameters,
     objective: Objective,
     probe: Probe,
     loader: Loader,
     schedule: Schedule,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
-    optimizer: AdamW,
     preflight: Preflight,
-    params: Vec<f32>,
-    gradients: Vec<f32>,
     /// The first parameters, where the loss needs a reference.
     reference: Vec<f32>,
     state: State,
@@ -307,17 +305,14 @@ impl Trainer {
         let mut trainer = Trainer {
             schedule: config.schedule(steps),
             metrics: MetricsWriter::resume(&options.output.join("metrics.jsonl"), step)?,
-            gradients: vec![0.0; params.len()],
             reference: if config.loss.needs_reference() { params.clone() } else { Vec::new() },
             options,
-            learner,
+            parameters: Parameters::new(learner, optimizer, params),
             objective,
             probe,
             loader,
             checkpoints,
-            optimizer,
             preflight,
-            params,
             state,
             unsaved: None,
         };
@@ -355,21 +350,33 @@ impl Trainer {
     }
 
     /// Parameters, in the places that the learner gives them.
-    pub fn params(&self) -> &[f32] {
-        &self.params
+    ///
+    /// # Errors
+    /// [`Error::Device`] where a GPU has them and is lost.
+    pub fn params(&mut self) -> Result<&[f32]> {
+        self.parameters.values()
     }
 
     /// The adapter as it is after the steps so far, to try it out.
     ///
     /// # Errors
     /// A training of all weights, numbers that are not finite.
-    pub fn adapter(&self) -> Result<Adapter> {
-        product::adapter(&self.learner, &self.params, &self.state.config)
+    pub fn adapter(&mut self) -> Result<Adapter> {
+        let (learner, params) = self.parameters.learned()?;
+        product::adapter(learner, params, &self.state.config)
     }
 
     /// The learner, for its table of times.
     pub fn learner_mut(&mut self) -> &mut Learner {
-        &mut self.learner
+        self.parameters.learner_mut()
+    }
+
+    /// Gives back the memory that a GPU has for the training, between two calls, until the next of them. Gives its bytes.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`].
+    pub fn park(&mut self) -> Result<u64> {
+        self.parameters.learner_mut().park()
     }
 
     /// Takes one step. The first call also measures the model as it is.
@@ -411,34 +418,23 @@ impl Trainer {
     /// The gradients of the next batches.
     fn gradients(&mut self, cancel: &AtomicBool) -> Result<Outcome> {
         let batches: Vec<Vec<usize>> = (0..self.state.config.accumulation).map(|_| self.loader.next_batch()).collect();
-        self.gradients.fill(0.0);
+        self.parameters.begin()?;
         let seed = random::splitmix64(random::stream("dropout", self.state.config.seed), self.state.step);
-        let mut policy =
-            Policy { learner: &mut self.learner, params: &self.params, reference: &self.reference, cancel };
-        self.objective.learn(&mut policy, &batches, &mut self.gradients, seed)
+        let mut policy = Policy { parameters: &mut self.parameters, reference: &self.reference, cancel };
+        self.objective.learn(&mut policy, &batches, seed)
     }
 
     /// Judges the gradients and applies them, or goes back.
     fn apply(&mut self, outcome: Outcome, start: Stopwatch) -> Result<Result<StepMetrics, Progress>> {
-        let norm = global_norm(&[&self.gradients]);
+        let norm = self.parameters.norm()?;
         let step = self.state.step + 1;
         match self.state.guard.check(step, outcome.loss, norm) {
             Verdict::Continue => {}
             Verdict::RollBack(why) => return self.roll_back(why).map(Err),
             Verdict::GiveUp(why) => return Err(Error::argument(why)),
         }
-        clip_by_global_norm(&mut [&mut self.gradients], self.state.config.clip);
         let lr = self.schedule.rate(self.state.step) * self.state.guard.rate_factor();
-        let (mut params, mut gradients) = (Vec::new(), Vec::new());
-        let (mut rest, mut rest_gradients) = (self.params.as_mut_slice(), self.gradients.as_slice());
-        for p in self.learner.params() {
-            let (part, behind) = rest.split_at_mut(p.rows * p.width);
-            let (gradient, gradients_behind) = rest_gradients.split_at(p.rows * p.width);
-            params.push(part);
-            gradients.push(gradient);
-            (rest, rest_gradients) = (behind, gradients_behind);
-        }
-        self.optimizer.step(lr, &mut params, &gradients)?;
+        self.parameters.step(lr, norm, self.state.config.clip)?;
         let seconds = start.elapsed().as_secs_f64();
         self.state.step = step;
         self.state.cursor = self.loader.cursor();
@@ -493,7 +489,7 @@ impl Trainer {
         let mut early_stop = self.state.early_stop.clone();
         let progress = early_stop.observe(self.state.step, outcome.loss);
         if progress.improved && self.state.config.early_stop.is_some() {
-            file::replace(self.options.output.join(BEST), &encode_tensors(&self.tensors(), &[])?)?;
+            file::replace(self.options.output.join(BEST), &encode_tensors(&self.tensors()?, &[])?)?;
         }
         self.state.early_stop = early_stop;
         self.state.validation = Some(outcome.loss);
@@ -505,13 +501,12 @@ impl Trainer {
         if self.preflight.validation == 0 {
             return Ok(None);
         }
-        let mut policy =
-            Policy { learner: &mut self.learner, params: &self.params, reference: &self.reference, cancel };
+        let mut policy = Policy { parameters: &mut self.parameters, reference: &self.reference, cancel };
         self.objective.validate(&mut policy, self.preflight.tokens).map(Some)
     }
 
     fn perplexity(&mut self, cancel: &AtomicBool) -> Result<f64> {
-        let mut policy = Policy { learner: &mut self.learner, params: &self.params, reference: &[], cancel };
+        let mut policy = Policy { parameters: &mut self.parameters, reference: &[], cancel };
         self.probe.perplexity(&mut policy)
     }
 
@@ -523,8 +518,9 @@ impl Trainer {
         match checkpoint {
             Some(checkpoint) => self.state = self.read(&checkpoint)?,
             None => {
-                self.params = first(&self.learner, self.state.config.seed)?;
-                self.optimizer.reset();
+                let (learner, values, optimizer) = self.parameters.change()?;
+                values.copy_from_slice(&first(learner, self.state.config.seed)?);
+                optimizer.reset();
                 (self.state.step, self.state.tokens, self.state.seconds) = (0, 0, 0.0);
                 self.state.early_stop = EarlyStop::new(self.state.config.early_stop);
             }
@@ -539,22 +535,23 @@ impl Trainer {
     }
 
     /// The parameters as tensors.
-    fn tensors(&self) -> Vec<Tensor> {
+    fn tensors(&mut self) -> Result<Vec<Tensor>> {
+        let (learner, values) = self.parameters.learned()?;
         let tensor = |p: &kinglet_engine::tape::Param| Tensor {
             name: p.name.clone(),
             shape: vec![p.rows, p.width],
-            values: Values::F32(self.params[p.offset..p.end()].to_vec()),
+            values: Values::F32(values[p.offset..p.end()].to_vec()),
         };
-        self.learner.params().iter().map(tensor).collect()
+        Ok(learner.params().iter().map(tensor).collect())
     }
 
     /// Writes a checkpoint of the state as it is.
     ///
     /// # Errors
     /// [`Error::Io`]; checkpoints that are there stay as they are.
-    pub fn save(&self) -> Result<PathBuf> {
-        let parameters = encode_tensors(&self.tensors(), &[])?;
-        let optimizer = encode_tensors(&self.optimizer.export(), &[])?;
+    pub fn save(&mut self) -> Result<PathBuf> {
+        let parameters = encode_tensors(&self.tensors()?, &[])?;
+        let optimizer = encode_tensors(&self.parameters.export_moments()?, &[])?;
         let state = serde_json::to_vec_pretty(&self.state).map_err(|error| Error::argument(error.to_string()))?;
         self.checkpoints.save(
             self.state.step,
@@ -585,17 +582,19 @@ impl Trainer {
             return differs(&format!("another value of {field}"));
         }
         self.take(&decode_tensors(checkpoint.file(PARAMETERS)?, &file)?, &file)?;
-        self.optimizer.import(state.step, &decode_tensors(checkpoint.file(OPTIMIZER)?, &file)?)?;
+        let (_, _, optimizer) = self.parameters.change()?;
+        optimizer.import(state.step, &decode_tensors(checkpoint.file(OPTIMIZER)?, &file)?)?;
         Ok(state)
     }
 
     /// Takes over parameters that [`Trainer::tensors`] gave.
     fn take(&mut self, tensors: &[Tensor], file: &str) -> Result<()> {
-        for p in self.learner.params() {
+        let (learner, params, _) = self.parameters.change()?;
+        for p in learner.params() {
             let values = tensors.iter().find(|t| t.name == p.name).map(|t| &t.values);
             match values {
                 Some(Values::F32(values)) if values.len() == p.rows * p.width => {
-                    self.params[p.offset..p.end()].copy_from_slice(values);
+                    params[p.offset..p.end()].copy_from_slice(values);
                 }
                 _ => {
                     return Err(Error::Format {
@@ -622,7 +621,8 @@ impl Trainer {
             (written_step, validation) = (step, Some(loss));
         }
         let after = self.perplexity(cancel)?;
-        let (files, note) = product::write(&self.options.output, &self.learner, &self.params, &self.state.config)?;
+        let (learner, params) = self.parameters.learned()?;
+        let (files, note) = product::write(&self.options.output, learner, params, &self.state.config)?;
         self.state.notes.extend(note);
         let finished = Finished {
             steps: self.state.step,

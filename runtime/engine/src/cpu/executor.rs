@@ -369,7 +369,7 @@ impl Executor {
         self.result = 0..0;
         let index = self.program(purpose)?;
         let program = &self.programs[index];
-        batch.check(&program.tape, &program.plan.limits, purpose)?;
+        batch.check(&program.tape, &program.plan.limits, purpose, false)?;
         let RunRows { positions, sequences, pages } = &mut self.rows;
         positions.clear();
         sequences.clear();

@@ -2,13 +2,17 @@
 //!
 //! Behind a map with corrections come `h = x·Aᵀ`, one product for all parts of the map that share `x`, and `out += h·Bᵀ` for
 //! each of them. What decoding does on the way (the norm before, the gate behind) is then a dispatch of its own. Ranks are
-//! filled up with zeros to multiples of eight, so that everything is read by four.
+//! filled up with zeros to multiples of eight, so that everything is read by four. Where rows of the matrix are rescaled (DoRA),
+//! its product waits in scratch for bias and residual. The embedding's `h` are rows of `B` by token.
 
 use bytemuck::Zeroable;
 
+use super::backward::Factor;
+use super::forward::row_grid;
 use super::kernel::Kernel;
+use super::learned::RescaleOp;
 use super::record::{Depth, Grid, MatmulOp, NONE, Recorder, rows_word};
-use crate::tape::{Linear, Op, Tape, WeightId};
+use crate::tape::{Linear, Op, Part, Rows, Tape, Value, WeightId};
 use crate::{Error, Result};
 
 /// A correction of one matrix of the model.
@@ -22,6 +26,8 @@ pub struct Correction<'a> {
     pub a: &'a [f32],
     /// `[rows, rank]`, all scales in it.
     pub b: &'a [f32],
+    /// Factors on the rows of the matrix itself, `[rows]`.
+    pub gain: Option<&'a [f32]>,
 }
 
 /// Where a correction lies: elements of the parameters, and of a row of `h`.
@@ -35,20 +41,35 @@ pub(super) struct Placed {
     hidden: u32,
     rank: u32,
     b: u32,
+    /// The first factor on rows, or [`NONE`].
+    gain: u32,
 }
 
 /// The parameters for `corrections`, where each of them lies, and the longest row of `h`.
 ///
 /// # Errors
-/// A correction of a matrix that is no part of a linear map of the tape.
+/// A correction of a matrix that no op of the tape multiplies with, factors on rows of the embedding.
 pub(super) fn place(tape: &Tape, corrections: &[Correction<'_>]) -> Result<(Vec<f32>, Vec<Placed>, usize)> {
     let (mut values, mut placed, mut longest) = (Vec::new(), Vec::new(), 0);
+    let fill = |values: &mut Vec<f32>| values.resize(values.len().next_multiple_of(8), 0.0);
     for op in &tape.ops {
-        let Op::Linear(l) = op else { continue };
-        let find = |id: WeightId| corrections.iter().find(|c| c.weight == id);
-        let mine: Vec<&Correction<'_>> = l.parts.iter().filter_map(|p| find(p.weight)).collect();
+        let (parts, adds) = match op {
+            Op::Embed { table, .. } => (vec![*table], false),
+            Op::Linear(l) => (l.parts.iter().map(|p| p.weight).collect(), true),
+            // Where the head is the embedding's matrix, the correction is the embedding's.
+            Op::Head { weight, .. } if embedding(tape) != Some(*weight) => (vec![*weight], false),
+            _ => continue,
+        };
+        let find = |id: &WeightId| corrections.iter().find(|c| c.weight == *id);
+        let mine: Vec<&Correction<'_>> = parts.iter().filter_map(find).collect();
+        if matches!(op, Op::Embed { .. }) && mine.iter().any(|c| c.gain.is_some()) {
+            return Err(Error::Unsupported(
+                "learned lengths (DoRA) of the embedding on the GPU; merge the adapter into the model, or use the CPU"
+                    .into(),
+            ));
+        }
         let (a, first) = (values.len(), placed.len());
-        let mut total = 0;
+        let (mut total, mut widest) = (0, 0);
         for c in &mine {
             let rank = c.rank.next_multiple_of(8);
             values.extend_from_slice(c.a);
@@ -60,6 +81,7 @@ pub(super) fn place(tape: &Tape, corrections: &[Correction<'_>]) -> Result<(Vec<
                 hidden: total as u32,
                 rank: rank as u32,
                 b: 0,
+                gain: NONE,
             });
             total += rank;
         }
@@ -69,16 +91,30 @@ pub(super) fn place(tape: &Tape, corrections: &[Correction<'_>]) -> Result<(Vec<
                 values.extend_from_slice(row);
                 values.resize(values.len() + to.rank as usize - c.rank, 0.0);
             }
+            // Columns are written by four.
+            let rows = c.b.len() / c.rank;
+            values.resize(values.len() + (rows.next_multiple_of(4) - rows) * to.rank as usize, 0.0);
+            if let Some(gain) = c.gain {
+                to.gain = values.len() as u32;
+                values.extend_from_slice(gain);
+                fill(&mut values);
+                widest = widest.max(if adds { gain.len() } else { 0 });
+            }
         }
-        longest = longest.max(total);
+        longest = longest.max(total + widest);
     }
     match corrections.iter().find(|c| !placed.iter().any(|p| p.weight == c.weight)) {
-        Some(_) => Err(Error::Unsupported(
-            "adapters of the embedding or the head at run time on the GPU; merge the adapter into the model, or use the CPU"
-                .into(),
-        )),
+        Some(_) => Err(Error::Unsupported("an adapter of a matrix that the model does not multiply with".into())),
         None => Ok((values, placed, longest)),
     }
+}
+
+/// The matrix that tokens are looked up in.
+fn embedding(tape: &Tape) -> Option<WeightId> {
+    tape.ops.iter().find_map(|op| match op {
+        Op::Embed { table, .. } => Some(*table),
+        _ => None,
+    })
 }
 
 impl Recorder<'_> {
@@ -92,49 +128,140 @@ impl Recorder<'_> {
         l.parts.iter().any(|p| self.correction(p.weight).is_some())
     }
 
+    /// Whether rows of a matrix are rescaled.
+    pub(super) fn gained(&self, weight: WeightId) -> bool {
+        self.correction(weight).is_some_and(|c| c.gain != NONE)
+    }
+
+    /// The correction of the head.
+    pub(super) fn head_correction(&self, weight: WeightId) -> Option<Placed> {
+        self.correction(weight).filter(|_| embedding(self.tape) != Some(weight))
+    }
+
+    /// Where the product of a matrix waits whose rows are rescaled: behind the rows of `h`.
+    pub(super) fn apart(&self, weight: WeightId) -> u32 {
+        let rows = self.plan.limits.tokens.max(self.plan.limits.outputs) as u32;
+        self.scratch.hidden + rows * self.correction(weight).map_or(0, |c| c.total)
+    }
+
+    /// `out = gain ∘ product + bias + residual` of a part of a map, whose product lies apart.
+    pub(super) fn gain(&mut self, part: &Part, residual: u32) -> Result<()> {
+        let Some(c) = self.correction(part.weight) else { return Ok(()) };
+        let width = self.width(part.out);
+        let op = RescaleOp {
+            y: self.apart(part.weight),
+            width,
+            stride: width,
+            out: self.at(part.out),
+            magnitude: c.gain,
+            norms: NONE,
+            bias: part.bias.map_or(NONE, |b| self.vector(b)),
+            residual,
+            cap: 0.0,
+            unused: [0; 3],
+        };
+        self.push_rescale(&op, self.rows(part.out))
+    }
+
     /// Adds the corrections of a map to its results.
     pub(super) fn correct(&mut self, l: &Linear) -> Result<()> {
         let Some(first) = l.parts.iter().find_map(|p| self.correction(p.weight)) else { return Ok(()) };
-        let (rows, width) = (self.rows(l.x), self.width(l.x));
-        let hidden = self.scratch.hidden;
+        self.hidden(self.factor(l.x), first)?;
+        for part in &l.parts {
+            let Some(c) = self.correction(part.weight) else { continue };
+            let out = self.factor(part.out);
+            self.add(c, out.rows, (c.hidden, c.total), (c.b, c.rank), false, 1.0, out)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the correction of the embedding to the rows of the run's tokens.
+    pub(super) fn correct_embedding(&mut self, table: WeightId, scale: f32, out: Value) -> Result<()> {
+        let Some(c) = self.correction(table) else { return Ok(()) };
+        let out = self.factor(out);
+        let gather = [c.b, c.rank, self.scratch.hidden, 0];
+        self.push(Kernel::GatherParams, (0, 0), row_grid(1, out.rows), &gather, (0, u64::from(c.rank)))?;
+        self.add(c, out.rows, (0, c.rank), (c.a, out.width), true, scale, out)
+    }
+
+    /// Rescales logits that are not capped yet, adds the head's correction to them, and caps them.
+    pub(super) fn correct_head(&mut self, x: Value, c: Placed, out: Value, cap: f32) -> Result<()> {
+        let out = self.factor(out);
+        let logits = RescaleOp {
+            y: out.at,
+            width: self.spec.vocab as u32,
+            stride: out.stride,
+            out: out.at,
+            magnitude: c.gain,
+            norms: NONE,
+            bias: NONE,
+            residual: NONE,
+            cap: 0.0,
+            unused: [0; 3],
+        };
+        if c.gain != NONE {
+            self.push_rescale(&logits, out.rows)?;
+        }
+        self.hidden(self.factor(x), c)?;
+        self.add(c, out.rows, (0, c.total), (c.b, c.rank), false, 1.0, out)?;
+        match cap > 0.0 {
+            true => self.push_rescale(&RescaleOp { magnitude: NONE, cap, ..logits }, out.rows),
+            false => Ok(()),
+        }
+    }
+
+    /// `h = x·Aᵀ` of all parts that share `x`, into scratch.
+    fn hidden(&mut self, x: Factor, first: Placed) -> Result<()> {
         let product = MatmulOp {
-            x: self.at(l.x),
-            x_stride: width,
-            rows: rows_word(rows),
-            k: width,
+            x: x.at,
+            x_stride: x.stride,
+            rows: rows_word(x.rows),
+            k: x.width,
             weight: first.a,
-            row_bytes: width,
+            row_bytes: x.width,
             columns: first.total,
-            out: hidden,
+            out: self.scratch.hidden,
             out_stride: first.total,
             bias: NONE,
             residual: NONE,
             scale: 1.0,
             ..MatmulOp::zeroed()
         };
-        let grid = Grid { x: first.total / 8, z: Depth::Rows(rows, 8) };
+        let grid = Grid { x: first.total / 8, z: Depth::Rows(x.rows, 8) };
         let kernel = Kernel::LoraNarrow { turned: false, fours: true };
-        self.push(kernel, (0, 0), grid, &product, (0, u64::from(width + first.total)))?;
-        for part in &l.parts {
-            let Some(c) = self.correction(part.weight) else { continue };
-            let columns = self.width(part.out);
-            let out = self.at(part.out);
-            let op = MatmulOp {
-                x: hidden + c.hidden,
-                x_stride: c.total,
-                k: c.rank,
-                weight: c.b,
-                row_bytes: c.rank,
-                columns,
-                out,
-                out_stride: columns,
-                residual: out,
-                ..product
-            };
-            let grid = Grid { x: columns.div_ceil(256), z: Depth::Rows(rows, 8) };
-            let kernel = Kernel::LoraWide { turned: false, fours: true };
-            self.push(kernel, (0, 0), grid, &op, (0, u64::from(c.rank + 2 * columns)))?;
-        }
-        Ok(())
+        self.push(kernel, (0, 0), grid, &product, (0, u64::from(x.width + first.total)))
+    }
+
+    /// `out += scale·h·Pᵀ`, or with `turned` `scale·h·P`, with `h` a part of the rows in scratch, by its first element and how far
+    /// rows are apart, and `P` a parameter by its first element and its width.
+    #[allow(clippy::too_many_arguments)]
+    fn add(
+        &mut self,
+        c: Placed,
+        rows: Rows,
+        (hidden, stride): (u32, u32),
+        (weight, row_bytes): (u32, u32),
+        turned: bool,
+        scale: f32,
+        out: Factor,
+    ) -> Result<()> {
+        let op = MatmulOp {
+            x: self.scratch.hidden + hidden,
+            x_stride: stride,
+            rows: rows_word(rows),
+            k: c.rank,
+            weight,
+            row_bytes,
+            columns: out.width,
+            out: out.at,
+            out_stride: out.stride,
+            bias: NONE,
+            residual: out.at,
+            scale,
+            ..MatmulOp::zeroed()
+        };
+        let grid = Grid { x: out.width.div_ceil(256), z: Depth::Rows(rows, 8) };
+        let kernel = Kernel::LoraWide { turned, fours: true };
+        self.push(kernel, (0, 0), grid, &op, (0, u64::from(c.rank + 2 * out.width)))
     }
 }

@@ -6,21 +6,32 @@ use bytemuck::{Pod, Zeroable};
 use super::forward::{CHUNK, Input, Made, Turning, row_grid};
 use super::kernel::{AttentionRows, Kernel};
 use super::record::{Depth, Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
-use crate::tape::{AttentionBackward, Dropout, Gate, Lora, LoraBackward, Op, ParamId, Rope, Rows, Value, WeightId};
+use crate::tape::{
+    AttentionBackward, Dropout, Gate, HeadLora, Lora, LoraBackward, Op, ParamId, Rope, Rows, Value, WeightId,
+};
 use crate::{Error, Result};
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct RopeBackwardOp {
-    q: u32,
-    k: u32,
-    dq: u32,
-    dk: u32,
-    q_out: u32,
-    k_out: u32,
-    unused: [u32; 2],
-    kv: Kv,
-    turn: Turning,
+pub(super) struct RopeBackwardOp {
+    pub q: u32,
+    pub k: u32,
+    pub dq: u32,
+    pub dk: u32,
+    pub q_out: u32,
+    pub k_out: u32,
+    pub unused: [u32; 2],
+    pub kv: Kv,
+    pub turn: Turning,
+}
+
+/// Rows of a value or of scratch.
+#[derive(Clone, Copy)]
+pub(super) struct Factor {
+    pub at: u32,
+    pub stride: u32,
+    pub rows: Rows,
+    pub width: u32,
 }
 
 #[repr(C)]
@@ -75,7 +86,7 @@ impl Recorder<'_> {
                 Ok(())
             }
             Op::RmsNormBackward { x, weight, dy, dx, out } => {
-                let norm = self.uploaded.vector(*weight);
+                let norm = self.vector(*weight);
                 let eps = self.spec.norm_eps.to_bits();
                 let dx = dx.map_or(NONE, |dx| self.at(dx));
                 let width = self.width(*x);
@@ -93,56 +104,78 @@ impl Recorder<'_> {
                 self.push(Kernel::Scatter { clear: true }, (0, 0), row_grid(1, Rows::Tokens), &op, (0, floats))?;
                 self.push(Kernel::Scatter { clear: false }, (0, 0), row_grid(1, Rows::Outputs), &op, (0, 2 * floats))
             }
-            Op::CrossEntropyGrad { x, weight, out, dx, lora: None } => {
-                self.cross_entropy(*x, *weight, *out)?;
-                self.cross_entropy_gradient(*x, *weight, *dx)
+            Op::CrossEntropyGrad { x, weight, out, dx, lora } => {
+                self.cross_entropy(*x, *weight, *out, lora.as_ref().map(|(lora, _)| lora))?;
+                self.cross_entropy_gradient(*x, *weight, *dx, lora.as_ref())
             }
-            op => Err(Error::Unsupported(format!(
-                "{} on the GPU, which trains low-rank adapters of linear maps; use the CPU",
-                op.name()
-            ))),
+            Op::RowNorms { weight, a, b, scale, out } => self.row_norms(*weight, (*a, *b), *scale, *out),
+            Op::Rescale(r) => self.rescale(r),
+            Op::RescaleBackward { forward, dy, out } => self.rescale_backward(forward, *dy, *out),
+            Op::EmbedLora(l) => self.embed_lora(l),
+            Op::EmbedLoraBackward { forward, dy, e } => self.embed_lora_backward(forward, *dy, *e),
+            Op::LoraHidden(l) => self.lora_hidden(l),
+            Op::LoraHiddenBackward { forward, e, dx, out } => self.lora_hidden_backward(forward, *e, *dx, *out),
+            Op::LinearWeightBackward { x, parts } => self.linear_weights(*x, parts),
+            Op::RmsNormWeightBackward { x, weight, dy } => self.norm_weight(*x, *weight, *dy),
+            Op::HeadNormWeightBackward { forward, d } => self.head_norm_weights(forward, *d),
+            Op::EmbedBackward { table, scale, dy } => self.token_rows(*dy, ParamId(table.0), *scale),
+            op => Err(Error::Unsupported(format!("{} on the GPU; use the CPU", op.name()))),
         }
+    }
+
+    /// The rows of a value.
+    pub(super) fn factor(&self, value: Value) -> Factor {
+        let width = self.width(value);
+        Factor { at: self.at(value), stride: width, rows: self.rows(value), width }
     }
 
     /// `out = x·Wᵀ·scale + residual` with a trained matrix `[columns, k]`, or with `turned` `out = x·W·scale + residual`
     /// with `[k, columns]`.
-    fn trained(&mut self, x: Value, param: ParamId, turned: bool, scale: f32, residual: u32, out: Value) -> Result<()> {
-        let p = &self.tape.params[param.0 as usize];
+    /// The matrix is given by its first element and its width.
+    pub(super) fn trained(
+        &mut self,
+        x: Factor,
+        (weight, row_bytes): (u32, u32),
+        turned: bool,
+        scale: f32,
+        residual: u32,
+        out: Factor,
+    ) -> Result<()> {
         let op = MatmulOp {
-            x: self.at(x),
-            x_stride: self.width(x),
-            rows: rows_word(self.rows(x)),
-            k: self.width(x),
-            weight: p.offset as u32,
-            row_bytes: p.width as u32,
-            columns: self.width(out),
-            out: self.at(out),
-            out_stride: self.width(out),
+            x: x.at,
+            x_stride: x.stride,
+            rows: rows_word(x.rows),
+            k: x.width,
+            weight,
+            row_bytes,
+            columns: out.width,
+            out: out.at,
+            out_stride: out.stride,
             bias: NONE,
             residual,
             scale,
             ..MatmulOp::zeroed()
         };
-        let fours = op.k.min(op.columns).is_multiple_of(8);
+        let fours = op.k.min(op.columns).is_multiple_of(8) && op.k.max(op.columns).is_multiple_of(4);
         let (kernel, across) = match op.columns < op.k {
             true => (Kernel::LoraNarrow { turned, fours }, 8),
             false => (Kernel::LoraWide { turned, fours }, if fours { 256 } else { 64 }),
         };
-        let grid = Grid { x: op.columns.div_ceil(across), z: Depth::Rows(self.rows(x), 8) };
+        let grid = Grid { x: op.columns.div_ceil(across), z: Depth::Rows(x.rows, 8) };
         self.push(kernel, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
     }
 
-    /// Adds `wideᵀ·narrow·scale` to the gradient of a matrix `[wide, narrow]`, or with `turned` of one `[narrow, wide]`.
-    fn outer(&mut self, wide: Value, narrow: Value, param: ParamId, turned: bool, scale: f32) -> Result<()> {
+    /// Adds `wideᵀ·narrow·scale` to the gradient at `out`, of a matrix `[wide, narrow]`, or with `turned` of one `[narrow, wide]`.
+    pub(super) fn outer(&mut self, wide: Factor, narrow: Factor, out: u32, turned: bool, scale: f32) -> Result<()> {
         let op = MatmulOp {
-            x: self.at(wide),
-            x_stride: self.width(wide),
-            rows: rows_word(self.rows(wide)),
-            k: self.width(narrow),
-            weight: self.at(narrow),
-            w_stride: self.width(narrow),
-            columns: self.width(wide),
-            out: self.tape.params[param.0 as usize].offset as u32,
+            x: wide.at,
+            x_stride: wide.stride,
+            rows: rows_word(wide.rows),
+            k: narrow.width,
+            weight: narrow.at,
+            w_stride: narrow.stride,
+            columns: wide.width,
+            out,
             scale,
             slice: self.tape.param_count() as u32,
             slices: self.scratch.slices,
@@ -166,17 +199,19 @@ impl Recorder<'_> {
     }
 
     fn lora(&mut self, l: &Lora) -> Result<()> {
-        self.trained(l.x, l.a, false, 1.0, NONE, l.h)?;
-        self.trained(l.h, l.b, false, l.scale, self.at(l.y), l.out)
+        let (x, h, out) = (self.factor(l.x), self.factor(l.h), self.factor(l.out));
+        self.trained(x, self.whole(l.a), false, 1.0, NONE, h)?;
+        self.trained(h, self.whole(l.b), false, l.scale, self.at(l.y), out)
     }
 
     fn lora_backward(&mut self, l: &LoraBackward) -> Result<()> {
         let f = &l.forward;
-        self.trained(l.dy, f.b, true, f.scale, NONE, l.e)?;
-        self.outer(l.dy, f.h, f.b, false, f.scale)?;
-        self.outer(f.x, l.e, f.a, true, 1.0)?;
+        let (dy, e) = (self.factor(l.dy), self.factor(l.e));
+        self.trained(dy, self.whole(f.b), true, f.scale, NONE, e)?;
+        self.outer(dy, self.factor(f.h), self.param_at(f.b), false, f.scale)?;
+        self.outer(self.factor(f.x), e, self.param_at(f.a), true, 1.0)?;
         let Some(out) = l.out else { return Ok(()) };
-        self.trained(l.e, f.a, true, 1.0, l.dx.map_or(NONE, |dx| self.at(dx)), out)
+        self.trained(e, self.whole(f.a), true, 1.0, l.dx.map_or(NONE, |dx| self.at(dx)), self.factor(out))
     }
 
     fn dropout(&mut self, d: &Dropout, x: Value, residual: Option<Value>, out: Value) -> Result<()> {
@@ -204,8 +239,8 @@ impl Recorder<'_> {
         mut residual: u32,
         out: Value,
     ) -> Result<()> {
-        let dtype = self.weights.get(weight).dtype;
-        for p in self.uploaded.pieces(weight).to_vec() {
+        let dtype = self.dtype(weight);
+        for p in self.pieces(weight) {
             let (from, to) = (p.first.max(only.start), (p.first + p.rows).min(only.end));
             if from >= to {
                 continue;
@@ -288,15 +323,22 @@ impl Recorder<'_> {
         Ok(())
     }
 
-    /// `dx = g·(softmax − onehot)·W`, a chunk of the vocabulary at a time; the rows' states are known.
-    fn cross_entropy_gradient(&mut self, x: Value, weight: WeightId, dx: Value) -> Result<()> {
+    /// `dx = g·(softmax − onehot)·W`, a chunk of the vocabulary at a time, and what the head learns; the rows' states are known.
+    fn cross_entropy_gradient(
+        &mut self,
+        x: Value,
+        weight: WeightId,
+        dx: Value,
+        lora: Option<&(HeadLora, Value)>,
+    ) -> Result<()> {
         let vocab = self.weights.get(weight).rows;
         let input = self.input(x, &[weight], false)?;
         let mut so_far = NONE;
         for first in (0..vocab).step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(vocab);
-            self.logits_chunk(&input, weight, chunk.clone())?;
+            self.adapted_chunk(&input, weight, chunk.clone(), lora.map(|(lora, _)| lora))?;
             self.softmax(chunk.clone(), NONE, false, true)?;
+            self.head_gradients(x, weight, &chunk, lora)?;
             let (logits, count) = (self.scratch.logits, chunk.len() as u32);
             let plain = Input { at: logits, stride: CHUNK as u32, rows: Rows::Outputs, made: Made::Plain };
             let dy = self.rows_of(plain, count, &[weight], true, 1)?;

@@ -14,6 +14,8 @@ use crate::{Error, Result};
 
 /// Size of a dispatch's description, and the alignment of its slot.
 pub(super) const SLOT: u64 = 256;
+/// Bytes that go up or come down at once.
+const CHUNK: usize = 8 << 20;
 /// Storage buffers every kernel may bind.
 const STORAGE_BUFFERS: u32 = 8;
 
@@ -424,6 +426,39 @@ impl Device {
                 Err(e) => return Err(self.error(e.to_string())),
             }
         }
+    }
+
+    /// Writes `bytes` at `at`, a multiple of 4, chunk by chunk, so that no more than a few chunks wait at once.
+    pub(super) fn upload(&self, buffer: &wgpu::Buffer, at: u64, bytes: &[u8]) -> Result<()> {
+        for (i, chunk) in bytes.chunks(CHUNK).enumerate() {
+            let offset = at + (i * CHUNK) as u64;
+            let whole = chunk.len() / 4 * 4;
+            if whole > 0 {
+                self.queue.write_buffer(buffer, offset, &chunk[..whole]);
+            }
+            if whole < chunk.len() {
+                let mut last = [0; 4];
+                last[..chunk.len() - whole].copy_from_slice(&chunk[whole..]);
+                self.queue.write_buffer(buffer, offset + whole as u64, &last);
+            }
+            if bytes.len() > CHUNK {
+                self.queue.submit([]);
+                self.wait()?;
+            }
+        }
+        self.check()
+    }
+
+    /// Reads the beginning of a buffer, a multiple of 4 bytes, once everything submitted is done.
+    pub(super) fn download(&self, buffer: &wgpu::Buffer, out: &mut [u8]) -> Result<()> {
+        let staging = self.staging(out.len().min(CHUNK) as u64)?;
+        for (i, chunk) in out.chunks_mut(CHUNK).enumerate() {
+            let mut encoder = self.encoder();
+            encoder.copy_buffer_to_buffer(buffer, (i * CHUNK) as u64, &staging, 0, chunk.len() as u64);
+            self.queue.submit([encoder.finish()]);
+            self.read(&staging, chunk.len() as u64, chunk)?;
+        }
+        Ok(())
     }
 
     /// The first `bytes` of a buffer that can be mapped, once everything submitted is done.

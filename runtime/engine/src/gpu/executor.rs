@@ -4,6 +4,7 @@
 //! the arena. A decoded token is one submission; longer runs are cut into several of a tenth of a second, so that the device
 //! stays responsive and a run can be cancelled.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -15,13 +16,15 @@ use super::device::{Device, DeviceKind, SLOT, lock};
 use super::forward::{self, CHUNK, DECODED};
 use super::kv::{KvCache, PAGE, Pool};
 use super::largest;
+use super::learned::TRAINED;
 use super::record::{Binds, Decoding, Dispatch, PackedRows, Recorder, Scratch};
 use super::shift::Dropped;
+use super::training::Held;
 use super::tune;
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
-    Batch, Frequencies, Plan, PlanLimits, Purpose, Rows, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained,
+    Batch, Frequencies, Op, Plan, PlanLimits, Purpose, Rows, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained,
     Weights, check_dropped, decoder,
 };
 use crate::{Error, Result, random};
@@ -62,13 +65,13 @@ impl ExecutorOptions {
     }
 }
 
-/// Memory an executor takes on the device, in bytes, and the number of parameters its caller holds beside it.
+/// Memory an executor takes on the device, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExecutorNeeds {
     /// Values, logits and tables.
     pub arena: u64,
-    /// Trained parameters.
-    pub param_count: usize,
+    /// Trained parameters, with gradients and moments.
+    pub trained: u64,
 }
 
 /// Memory an executor for generating comes to take on the device with one sequence that fills a window, in bytes.
@@ -197,6 +200,21 @@ impl Program {
         if purpose == Purpose::Learn {
             scratch.delta = place(limits.tokens * spec.heads);
         }
+        for op in &tape.ops {
+            match op {
+                Op::LoraHidden(_) if scratch.raw == 0 => scratch.raw = place(limits.outputs * CHUNK),
+                Op::EmbedLora(l) if scratch.gathered == 0 => {
+                    scratch.gathered = place(limits.tokens * tape.params[l.b.0 as usize].width);
+                }
+                Op::RmsNormWeightBackward { .. } if scratch.rho == 0 => {
+                    scratch.rho = place(limits.tokens * spec.heads.max(1));
+                }
+                Op::HeadNormWeightBackward { .. } if scratch.turned == 0 => {
+                    scratch.turned = place(limits.tokens * (spec.heads + spec.kv_heads) * spec.head_dim);
+                }
+                _ => {}
+            }
+        }
         // Rows of whole tiles.
         let rows = limits.tokens.next_multiple_of(forward::PACKED_ROWS);
         let widths = [forward::widest(&tape, weights).next_multiple_of(32), CHUNK];
@@ -234,7 +252,7 @@ impl Shared {
 /// Runs the tapes of one model. See the module's text.
 #[derive(Debug)]
 pub struct Executor {
-    device: Arc<Device>,
+    pub(super) device: Arc<Device>,
     spec: Spec,
     weights: Arc<Weights>,
     shared: Arc<Mutex<Shared>>,
@@ -243,13 +261,15 @@ pub struct Executor {
     arena: wgpu::Buffer,
     packed: wgpu::Buffer,
     run: wgpu::Buffer,
-    params: wgpu::Buffer,
-    gradients: wgpu::Buffer,
+    pub(super) params: wgpu::Buffer,
+    pub(super) gradients: wgpu::Buffer,
     /// In how many slices they are summed.
-    slices: u32,
+    pub(super) slices: u32,
+    /// What else a training keeps here.
+    pub(super) held: Option<Held>,
     staging: wgpu::Buffer,
     /// Grows whenever one of the buffers above is replaced.
-    generation: u64,
+    pub(super) generation: u64,
     frequencies: Vec<Frequencies>,
     words: Vec<u32>,
     result: Vec<f32>,
@@ -278,7 +298,8 @@ impl Executor {
         options: &ExecutorOptions,
     ) -> Result<Executor> {
         let program = Program::checked(spec, &weights, options)?;
-        let uploaded = Uploaded::new(device, spec, &weights, &program.tape.matrices())?;
+        let used = if program.tape.trains_weights { BTreeSet::new() } else { program.tape.matrices() };
+        let uploaded = Uploaded::new(device, spec, &weights, &used)?;
         let pool = Pool::new(device.clone(), spec, options.kv_type, options.window)?;
         let shared = Arc::new(Mutex::new(Shared { uploaded, pool }));
         Executor::with(device, spec, weights, options, program, shared)
@@ -305,7 +326,7 @@ impl Executor {
     ) -> Result<Executor> {
         tune::prepare(device, families(&program), &types(&program.tape, &weights));
         let params = 4 * program.tape.param_count() as u64;
-        let slices = slices(device, params);
+        let slices = slices(device, &program.tape);
         let arena = device.storage(4 * program.scratch.end, "activations")?;
         let program_packed = packed_bytes(device, &program, options);
         let mut executor = Executor {
@@ -321,6 +342,7 @@ impl Executor {
             params: device.storage(params, "trained parameters")?,
             gradients: device.storage(params * u64::from(slices), "gradients")?,
             slices,
+            held: None,
             staging: device.staging(SLOT)?,
             generation: 0,
             frequencies: spec.ropes.iter().map(Frequencies::new).collect(),
@@ -344,9 +366,11 @@ impl Executor {
     }
 
     /// What [`Executor::new`] comes to need beside the weights.
-    pub fn needs(spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> ExecutorNeeds {
+    pub fn needs(device: &Device, spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> ExecutorNeeds {
         let program = Program::new(spec, weights, options.purpose(), options);
-        ExecutorNeeds { arena: 4 * program.scratch.end, param_count: program.tape.param_count() }
+        let params = 4 * program.tape.param_count() as u64;
+        let slices = u64::from(slices(device, &program.tape));
+        ExecutorNeeds { arena: 4 * program.scratch.end, trained: params * (3 + slices) }
     }
 
     /// What [`Executor::new`] comes to take for generating.
@@ -422,7 +446,8 @@ impl Executor {
 
     /// Bytes of the arena that a program takes, with rows of so many elements for corrections.
     fn room(&self, program: &Program, hidden: usize) -> u64 {
-        4 * (program.scratch.end + (self.options.limits.tokens * hidden) as u64)
+        let rows = self.options.limits.tokens.max(self.options.limits.outputs);
+        4 * (program.scratch.end + (rows * hidden) as u64)
     }
 
     /// Makes the arena as large.
@@ -491,9 +516,13 @@ impl Executor {
     }
 
     fn bind(&self, shared: &Shared, uniforms: &wgpu::Buffer, (weights, layer): Binds) -> wgpu::BindGroup {
-        let (weights, cache) = (&shared.uploaded.buffers[weights], &shared.pool.layers[layer]);
         let Executor { run, arena, params, gradients, packed, .. } = self;
-        self.device.bind(uniforms, [run, &shared.uploaded.constants, weights, arena, cache, params, gradients, packed])
+        let cache = &shared.pool.layers[layer];
+        let (constants, weights) = match weights {
+            TRAINED => (params, params),
+            weights => (&shared.uploaded.constants, &shared.uploaded.buffers[weights]),
+        };
+        self.device.bind(uniforms, [run, constants, weights, arena, cache, params, gradients, packed])
     }
 
     /// Runs `batch` and gives the result, `[outputs, width]`: logits or cross-entropies; nothing where [`Executor::largest`]
@@ -508,8 +537,15 @@ impl Executor {
         let shared = self.shared.clone();
         let mut shared = lock(&shared);
         shared.wake()?;
+        self.wake_training()?;
         let program = self.program(purpose)?;
-        batch.check(&self.programs[program].tape, &self.programs[program].plan.limits, purpose)?;
+        let p = &self.programs[program];
+        batch.check(&p.tape, &p.plan.limits, purpose, self.held.is_some())?;
+        let held = batch.learning.as_ref().is_some_and(|l| l.held);
+        if self.held.is_some() && purpose == Purpose::Learn && !held {
+            return Err(Error::argument("the device holds a training; its gradients are not to be mixed with others"));
+        }
+        self.bind_params(held)?;
         let sequences = batch.segments.count();
         for i in 0..sequences {
             let rows = batch.segments.rows(i);
@@ -542,7 +578,7 @@ impl Executor {
         };
         let bytes = (batch.outputs.len() * floats * 4) as u64;
         let within = batch.learning.as_ref().map(|l| l.within).unwrap_or_default();
-        let read_gradients = purpose == Purpose::Learn && !within.goes_on;
+        let read_gradients = purpose == Purpose::Learn && !within.goes_on && !held;
         let gradient_bytes = if read_gradients { 4 * p.tape.param_count() as u64 } else { 0 };
         if self.staging.size() < bytes + gradient_bytes {
             self.staging = self.device.staging(bytes + gradient_bytes)?;
@@ -749,13 +785,13 @@ impl Executor {
         Ok(freed)
     }
 
-    /// As [`Executor::trim`], and gives back the memory of the weights and of the KV cache too, which forks share: what caches
-    /// hold waits in main memory, and the next run of any of them brings all up again. Gives the bytes.
+    /// As [`Executor::trim`], and gives back the memory of the weights, of the KV cache and of a training too: what caches
+    /// and the training hold waits in main memory, and the next run of any of them brings all up again. Gives the bytes.
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`]; the weights and the caches are on the device then.
     pub fn park(&mut self) -> Result<u64> {
-        let trimmed = self.trim()?;
+        let trimmed = self.trim()? + self.park_training()?;
         let mut shared = lock(&self.shared);
         let pages = shared.pool.park()?;
         let weights = shared.uploaded.park();
@@ -852,7 +888,7 @@ impl Executor {
             let at = program.plan.place(input).offset as u64;
             self.device.queue.write_buffer(&self.arena, at, bytemuck::cast_slice(batch.input));
         }
-        if let Some(l) = batch.learning.as_ref().filter(|l| !l.within.begun) {
+        if let Some(l) = batch.learning.as_ref().filter(|l| !l.within.begun && !l.held) {
             self.device.queue.write_buffer(&self.params, 0, bytemuck::cast_slice(l.params));
             if purpose == Purpose::Learn {
                 let mut encoder = self.device.encoder();
@@ -924,11 +960,13 @@ fn types(tape: &Tape, weights: &Weights) -> Vec<DType> {
     types
 }
 
-/// In how many slices gradients of so many bytes are summed: a few rows of adapters keep no card busy, parts of the rows do.
-fn slices(device: &Device, bytes: u64) -> u32 {
+/// In how many slices gradients are summed: a few rows of adapters keep no card busy, parts of the rows do. Whole weights are
+/// enough by themselves.
+fn slices(device: &Device, tape: &Tape) -> u32 {
     match device.info().kind {
+        _ if tape.trains_weights => 1,
         DeviceKind::Software => 2,
-        _ => (device.binding_bytes / bytes.max(1)).clamp(1, 8) as u32,
+        _ => (device.binding_bytes / (4 * tape.param_count() as u64).max(1)).clamp(1, 8) as u32,
     }
 }
 

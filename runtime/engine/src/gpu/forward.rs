@@ -12,7 +12,7 @@ use super::weights::Piece;
 use crate::Result;
 use crate::quant::DType;
 use crate::tape::{
-    Attention, Epilogue, Gate, KvSource, Linear, Op, Part, Rope, RopeStyle, Rows, Spec, Tape, Value, WeightId,
+    Attention, Epilogue, Gate, HeadLora, KvSource, Linear, Op, Part, Rope, RopeStyle, Rows, Spec, Tape, Value, WeightId,
 };
 
 /// Rows of a tile.
@@ -285,7 +285,9 @@ impl Recorder<'_> {
                         Some(Op::Linear(l)) if self.linear_in_one(l) && !self.corrected(l) => {
                             return self.linear(l, norm).map(|()| 2);
                         }
-                        Some(Op::Head { weight, out, .. }) => return self.head(*x, *weight, *out, norm).map(|()| 2),
+                        Some(Op::Head { weight, out, .. }) if self.head_correction(*weight).is_none() => {
+                            return self.head(*x, *weight, *out, norm).map(|()| 2);
+                        }
                         _ => {}
                     }
                 }
@@ -309,7 +311,7 @@ impl Recorder<'_> {
             }
             Op::Head { x, weight, out } => self.head(*x, *weight, *out, None)?,
             Op::Gated { kind, gate, up, out } => self.gated(*kind, *gate, *up, *out)?,
-            Op::CrossEntropy { x, weight, out, lora: None } => self.cross_entropy(*x, *weight, *out)?,
+            Op::CrossEntropy { x, weight, out, lora } => self.cross_entropy(*x, *weight, *out, lora.as_ref())?,
             op => self.backward(op)?,
         }
         Ok(1)
@@ -319,10 +321,10 @@ impl Recorder<'_> {
         self.tape.ops.iter().enumerate().all(|(i, op)| i == index || !op.reads().contains(&value))
     }
 
-    fn embed(&mut self, table: WeightId, scale: f32, out: Value) -> Result<()> {
-        let (k, out) = (self.width(out), self.at(out));
-        let dtype = self.weights.get(table).dtype;
-        for p in self.uploaded.pieces(table).to_vec() {
+    fn embed(&mut self, table: WeightId, scale: f32, value: Value) -> Result<()> {
+        let (k, out) = (self.width(value), self.at(value));
+        let dtype = self.dtype(table);
+        for p in self.pieces(table) {
             let op = EmbedOp {
                 weight: p.at,
                 row_bytes: p.row_bytes,
@@ -335,7 +337,7 @@ impl Recorder<'_> {
             };
             self.push(Kernel::Embed(dtype), (p.buffer, 0), row_grid(1, Rows::Tokens), &op, (0, u64::from(k)))?;
         }
-        Ok(())
+        self.correct_embedding(table, scale, value)
     }
 
     fn rms_norm(&mut self, y: Value, residual: Option<Value>, weight: WeightId, out: Value) -> Result<()> {
@@ -343,7 +345,7 @@ impl Recorder<'_> {
             y: self.at(y),
             width: self.width(y),
             rows: rows_word(self.rows(y)),
-            norm: self.uploaded.vector(weight),
+            norm: self.vector(weight),
             eps: self.spec.norm_eps,
             residual: residual.map_or(NONE, |r| self.at(r)),
             out: self.at(out),
@@ -360,7 +362,7 @@ impl Recorder<'_> {
 
     /// Whether one dispatch can do the op: every matrix whole, and all in one buffer.
     fn linear_in_one(&self, l: &Linear) -> bool {
-        let pieces: Vec<&[Piece]> = l.parts.iter().map(|p| self.uploaded.pieces(p.weight)).collect();
+        let pieces: Vec<Vec<Piece>> = l.parts.iter().map(|p| self.pieces(p.weight)).collect();
         pieces.iter().all(|p| p.len() == 1 && p[0].buffer == pieces[0][0].buffer)
     }
 
@@ -369,28 +371,29 @@ impl Recorder<'_> {
             Epilogue::Add(r) => self.at(r),
             _ => NONE,
         };
-        if self.decoding.is_some() && self.linear_in_one(l) {
+        let gained = l.parts.iter().any(|p| self.gained(p.weight));
+        if self.decoding.is_some() && self.linear_in_one(l) && !gained {
             let gated = match l.epilogue {
                 Epilogue::Gated(kind, out) if !self.corrected(l) => Some((kind, out)),
                 _ => None,
             };
-            let parts: Vec<(Part, Piece)> =
-                l.parts.iter().map(|p| (p.clone(), self.uploaded.pieces(p.weight)[0])).collect();
+            let parts: Vec<(Part, Piece)> = l.parts.iter().map(|p| (p.clone(), self.pieces(p.weight)[0])).collect();
             self.matvec(l.x, norm, &parts, gated, residual, 0.0)?;
             return if gated.is_some() { Ok(()) } else { self.behind(l) };
         }
         let matrices: Vec<WeightId> = l.parts.iter().map(|p| p.weight).collect();
         let input = self.input(l.x, &matrices, false)?;
         for part in &l.parts {
-            let map = Map {
-                weight: part.weight,
-                bias: part.bias.map_or(NONE, |b| self.uploaded.vector(b)),
-                out: self.at(part.out),
-                out_stride: self.width(part.out),
-                residual,
-                cap: 0.0,
-            };
-            self.matmul(&input, &map, None)?;
+            let (out, out_stride) = (self.at(part.out), self.width(part.out));
+            let bias = part.bias.map_or(NONE, |b| self.vector(b));
+            let map = Map { weight: part.weight, bias, out, out_stride, residual, cap: 0.0 };
+            if self.gained(part.weight) {
+                let out = self.apart(part.weight);
+                self.matmul(&input, &Map { bias: NONE, out, residual: NONE, ..map }, None)?;
+                self.gain(part, residual)?;
+            } else {
+                self.matmul(&input, &map, None)?;
+            }
         }
         self.behind(l)
     }
@@ -406,17 +409,23 @@ impl Recorder<'_> {
 
     /// Logits; those of a piece of the head are columns of them.
     fn head(&mut self, x: Value, weight: WeightId, out: Value, norm: Option<(Value, WeightId)>) -> Result<()> {
-        let cap = self.spec.logit_softcap.unwrap_or(0.0);
+        let last = self.spec.logit_softcap.unwrap_or(0.0);
+        let correction = self.head_correction(weight);
+        let cap = if correction.is_some() { 0.0 } else { last };
         if self.decoding.is_some() || self.row_limit(Rows::Outputs) <= DECODED {
             // Every piece norms for itself.
-            for piece in self.uploaded.pieces(weight).to_vec() {
+            for piece in self.pieces(weight) {
                 self.matvec(x, norm, &[(Part { weight, bias: None, out }, piece)], None, NONE, cap)?;
             }
-            return Ok(());
+        } else {
+            let map = Map { weight, bias: NONE, out: self.at(out), out_stride: self.width(out), residual: NONE, cap };
+            let input = self.input(x, &[weight], false)?;
+            self.matmul(&input, &map, None)?;
         }
-        let map = Map { weight, bias: NONE, out: self.at(out), out_stride: self.width(out), residual: NONE, cap };
-        let input = self.input(x, &[weight], false)?;
-        self.matmul(&input, &map, None)
+        match correction {
+            Some(correction) => self.correct_head(x, correction, out, last),
+            None => Ok(()),
+        }
     }
 
     /// Most rows of a kind.
@@ -473,16 +482,16 @@ impl Recorder<'_> {
         if self.exact || limit <= 16 {
             return Form::Tile;
         }
-        let types: Vec<DType> = weights.iter().map(|id| self.weights.get(*id).dtype).collect();
+        let types: Vec<DType> = weights.iter().map(|id| self.dtype(*id)).collect();
         if turned {
             let good = types.iter().all(|dtype| self.device.cooperative(*dtype, true));
             return if good { Form::Cooperative(Tile::SMALL) } else { Form::Tile };
         }
-        let Some(largest) = weights.iter().map(|id| self.weights.get(*id)).max_by_key(|w| w.rows) else {
+        let Some(largest) = weights.iter().max_by_key(|id| self.weights.get(**id).rows) else {
             return Form::Tile;
         };
-        self.device
-            .tile(self.demands(), largest.dtype, (limit, largest.rows as u32), |form| self.device.suits(form, &types))
+        let (dtype, columns) = (self.dtype(*largest), self.weights.get(*largest).rows as u32);
+        self.device.tile(self.demands(), dtype, (limit, columns), |form| self.device.suits(form, &types))
     }
 
     fn demands(&self) -> Demands {
@@ -531,7 +540,7 @@ impl Recorder<'_> {
         residual: u32,
         cap: f32,
     ) -> Result<()> {
-        let mut types: Vec<DType> = parts.iter().map(|(p, _)| self.weights.get(p.weight).dtype).collect();
+        let mut types: Vec<DType> = parts.iter().map(|(p, _)| self.dtype(p.weight)).collect();
         types.sort();
         types.dedup();
         let mut op = MatvecOp::zeroed();
@@ -540,7 +549,7 @@ impl Recorder<'_> {
         op.k = self.width(input);
         op.rows = rows_word(self.rows(input));
         op.parts = parts.len() as u32;
-        op.norm = norm.map_or(NONE, |(_, w)| self.uploaded.vector(w));
+        op.norm = norm.map_or(NONE, |(_, w)| self.vector(w));
         op.eps = self.spec.norm_eps;
         op.residual = residual;
         op.out = gated.map_or(NONE, |(_, out)| self.at(out));
@@ -553,8 +562,8 @@ impl Recorder<'_> {
                 row_bytes: piece.row_bytes,
                 rows: piece.rows as u32,
                 out: self.at(part.out) + piece.first as u32,
-                bias: part.bias.map_or(NONE, |b| self.uploaded.vector(b)),
-                kind: types.iter().position(|t| *t == self.weights.get(part.weight).dtype).unwrap_or(0) as u32,
+                bias: part.bias.map_or(NONE, |b| self.vector(b)),
+                kind: types.iter().position(|t| *t == self.dtype(part.weight)).unwrap_or(0) as u32,
                 stride: self.width(part.out),
                 unused: 0,
             };
@@ -589,9 +598,9 @@ impl Recorder<'_> {
 
     /// `out = cap(x·Wᵀ + bias + residual)`, of the rows `only` of the matrix alone, which are the columns of `out` then.
     fn matmul(&mut self, input: &Input, map: &Map, only: Option<std::ops::Range<usize>>) -> Result<()> {
-        let dtype = self.weights.get(map.weight).dtype;
+        let dtype = self.dtype(map.weight);
         let (first, last) = only.as_ref().map_or((0, usize::MAX), |r| (r.start, r.end));
-        for p in self.uploaded.pieces(map.weight).to_vec() {
+        for p in self.pieces(map.weight) {
             let (from, to) = (p.first.max(first), (p.first + p.rows).min(last));
             if from >= to {
                 continue;
@@ -643,8 +652,8 @@ impl Recorder<'_> {
 
     pub(super) fn turning(&self, r: &Rope) -> Turning {
         Turning {
-            q_norm: r.q_norm.map_or(NONE, |w| self.uploaded.vector(w)),
-            k_norm: r.k_norm.map_or(NONE, |w| self.uploaded.vector(w)),
+            q_norm: r.q_norm.map_or(NONE, |w| self.vector(w)),
+            k_norm: r.k_norm.map_or(NONE, |w| self.vector(w)),
             ..Turning::of(self.spec, r.rope)
         }
     }
@@ -713,27 +722,33 @@ impl Recorder<'_> {
     }
 
     /// Cross-entropy, a chunk of the vocabulary at a time.
-    pub(super) fn cross_entropy(&mut self, x: Value, weight: WeightId, out: Value) -> Result<()> {
+    pub(super) fn cross_entropy(
+        &mut self,
+        x: Value,
+        weight: WeightId,
+        out: Value,
+        lora: Option<&HeadLora>,
+    ) -> Result<()> {
         let vocab = self.weights.get(weight).rows;
         let input = self.input(x, &[weight], false)?;
         for first in (0..vocab).step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(vocab);
-            self.logits_chunk(&input, weight, chunk.clone())?;
+            self.adapted_chunk(&input, weight, chunk.clone(), lora)?;
             self.softmax(chunk.clone(), self.at(out), chunk.end == vocab, false)?;
         }
         Ok(())
     }
 
     /// Logits of a chunk of the vocabulary, into scratch.
-    pub(super) fn logits_chunk(&mut self, x: &Input, weight: WeightId, chunk: std::ops::Range<usize>) -> Result<()> {
-        let map = Map {
-            weight,
-            bias: NONE,
-            out: self.scratch.logits,
-            out_stride: CHUNK as u32,
-            residual: NONE,
-            cap: self.spec.logit_softcap.unwrap_or(0.0),
-        };
+    pub(super) fn logits_chunk(
+        &mut self,
+        x: &Input,
+        weight: WeightId,
+        chunk: std::ops::Range<usize>,
+        out: u32,
+        cap: f32,
+    ) -> Result<()> {
+        let map = Map { weight, bias: NONE, out, out_stride: CHUNK as u32, residual: NONE, cap };
         self.matmul(x, &map, Some(chunk))
     }
 

@@ -52,6 +52,10 @@ pub(super) enum Kernel {
         turned: bool,
         fours: bool,
     },
+    /// The length of the gradients.
+    GradientNorm,
+    /// A step of the optimizer.
+    AdamW,
     /// Adds the slices of the gradients up.
     AddSlices,
     /// The gradient of a trained matrix with few columns; turned, with few rows.
@@ -59,6 +63,20 @@ pub(super) enum Kernel {
         turned: bool,
         fours: bool,
     },
+    /// The gradient of a matrix of the model.
+    Outer,
+    /// Of a vector.
+    ColumnSums,
+    /// Of rows by token.
+    EmbedBackward,
+    /// Rows of a trained table by token.
+    GatherParams,
+    /// Factors of norms.
+    InverseRms,
+    /// Lengths of rows with an adapter.
+    RowNorms(DType),
+    /// Learned lengths, with what follows them.
+    Rescale,
     Rope {
         kv_type: DType,
     },
@@ -155,7 +173,10 @@ impl Kernel {
             text.push_str(part);
             text.push('\n');
         };
+        // These have bindings of their own.
         match self {
+            Kernel::GradientNorm => return include_str!("shaders/gradient_norm.wgsl").into(),
+            Kernel::AdamW => return include_str!("shaders/adamw.wgsl").into(),
             Kernel::Cooperative { .. } => add("enable f16; enable wgpu_cooperative_matrix;"),
             Kernel::Pack => add("enable f16;"),
             _ => {}
@@ -282,6 +303,24 @@ impl Kernel {
                     (_, true) => include_str!("shaders/lora_outer_fours.wgsl"),
                 });
             }
+            Kernel::GradientNorm | Kernel::AdamW => {}
+            Kernel::Outer => {
+                add(include_str!("shaders/matmul.wgsl"));
+                add(include_str!("shaders/outer.wgsl"));
+            }
+            Kernel::ColumnSums => add(include_str!("shaders/column_sums.wgsl")),
+            Kernel::EmbedBackward => add(include_str!("shaders/embed_backward.wgsl")),
+            Kernel::GatherParams => add(include_str!("shaders/gather_params.wgsl")),
+            Kernel::InverseRms => {
+                add(include_str!("shaders/reduce.wgsl"));
+                add(include_str!("shaders/inverse_rms.wgsl"));
+            }
+            Kernel::RowNorms(dtype) => {
+                unpack(&mut add, &[*dtype]);
+                add(include_str!("shaders/reduce.wgsl"));
+                add(include_str!("shaders/row_norms.wgsl"));
+            }
+            Kernel::Rescale => add(include_str!("shaders/rescale.wgsl")),
             Kernel::AddSlices => add(include_str!("shaders/add_slices.wgsl")),
             Kernel::Rope { kv_type } => {
                 turning(&mut add, *kv_type);

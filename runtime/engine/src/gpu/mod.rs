@@ -9,8 +9,10 @@
 //! | `shift` | dropping a part of a sequence |
 //! | `record` | a dispatch, its description and its bind group |
 //! | `forward`, `backward` | from ops to dispatches |
+//! | `learned` | the same for what is learned beside adapters of the layers' maps |
 //! | `largest` | the largest logits, so that not all are read back |
 //! | `adapters` | low-rank corrections of maps at run time |
+//! | `training` | a training's parameters, gradients and moments, and the optimizer's step |
 //! | `choice` | ways to multiply rows with a matrix, and which is taken |
 //! | `trial` | whether such a way gives right results, and how quickly |
 //! | `tune` | the quickest ways, found on the device and kept in a file |
@@ -34,8 +36,10 @@ mod forward;
 mod kernel;
 mod kv;
 mod largest;
+mod learned;
 mod record;
 mod shift;
+mod training;
 mod trial;
 mod tune;
 mod weights;

@@ -132,6 +132,12 @@ pub(super) struct Scratch {
     pub packed: [PackedRows; 2],
     /// End of the packed rows, in vectors of four.
     pub packed_end: u32,
+    /// A chunk of logits before the head's lengths and its soft cap; factors on rows of a norm; gradients of heads, turned
+    /// back; rows of the embedding's adapter by token.
+    pub raw: u32,
+    pub rho: u32,
+    pub turned: u32,
+    pub gathered: u32,
     /// In how many slices gradients are summed.
     pub slices: u32,
     /// What adapters at run time make of rows, behind all else.
@@ -206,6 +212,7 @@ impl<'a> Recorder<'a> {
         op: &T,
         (weight_bytes, floats): (u64, u64),
     ) -> Result<()> {
+        let binds = self.binds(&kernel, binds);
         let pipeline = self.device.pipeline(&kernel)?;
         let slot = self.slots.len() as u32;
         let bytes = bytemuck::bytes_of(op);

@@ -10,8 +10,6 @@ use super::device::Device;
 use crate::tape::{Spec, WeightId, Weights};
 use crate::{Error, Result};
 
-/// Bytes per chunk of an upload.
-const CHUNK: usize = 8 << 20;
 /// Between matrices, and behind the last for reads of whole words.
 const ALIGN: u64 = 16;
 /// Rows that stay together when a matrix is split: what a kernel writes at once.
@@ -57,7 +55,11 @@ impl Uploaded {
         weights: &Arc<Weights>,
         used: &BTreeSet<WeightId>,
     ) -> Result<Uploaded> {
-        let (sizes, pieces) = divide(weights, used, device.binding_bytes)?;
+        let (mut sizes, pieces) = divide(weights, used, device.binding_bytes)?;
+        if sizes.is_empty() {
+            // Something to bind.
+            sizes.push(ALIGN);
+        }
         let mut constants = Vec::new();
         let mut vectors = Vec::new();
         for (_, weight) in weights.iter() {
@@ -72,7 +74,7 @@ impl Uploaded {
         });
         constants.resize(constants.len().next_multiple_of(ALIGN as usize), 0.0);
         let buffer = device.storage(4 * constants.len() as u64, "norms and biases")?;
-        upload(device, &buffer, 0, bytemuck::cast_slice(&constants))?;
+        device.upload(&buffer, 0, bytemuck::cast_slice(&constants))?;
         let mut uploaded = Uploaded {
             device: device.clone(),
             weights: weights.clone(),
@@ -118,7 +120,7 @@ impl Uploaded {
         for (id, _) in self.weights.iter() {
             for piece in &self.pieces[id.0 as usize] {
                 let rows = self.weights.rows(id, piece.first..piece.first + piece.rows);
-                upload(&self.device, &buffers[piece.buffer], u64::from(piece.at), rows)?;
+                self.device.upload(&buffers[piece.buffer], u64::from(piece.at), rows)?;
             }
         }
         self.buffers = buffers;
@@ -175,25 +177,4 @@ fn divide(weights: &Weights, used: &BTreeSet<WeightId>, limit: u64) -> Result<(V
         sizes.push(ALIGN);
     }
     Ok((sizes.iter().map(|s| s + ALIGN).collect(), pieces))
-}
-
-/// Writes `bytes` at `at`, a multiple of 4, chunk by chunk.
-fn upload(device: &Device, buffer: &wgpu::Buffer, at: u64, bytes: &[u8]) -> Result<()> {
-    for (i, chunk) in bytes.chunks(CHUNK).enumerate() {
-        let offset = at + (i * CHUNK) as u64;
-        let whole = chunk.len() / 4 * 4;
-        if whole > 0 {
-            device.queue.write_buffer(buffer, offset, &chunk[..whole]);
-        }
-        if whole < chunk.len() {
-            let mut last = [0; 4];
-            last[..chunk.len() - whole].copy_from_slice(&chunk[whole..]);
-            device.queue.write_buffer(buffer, offset + whole as u64, &last);
-        }
-        if bytes.len() > CHUNK {
-            device.queue.submit([]);
-            device.wait()?;
-        }
-    }
-    device.check()
 }

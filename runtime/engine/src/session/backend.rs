@@ -9,7 +9,7 @@ use super::divided::Divided;
 use crate::cpu::{self, Correction, KvLayout, Patches};
 #[cfg(feature = "gpu")]
 use crate::gpu;
-use crate::tape::{Batch, Purpose, Segments, Spec, Tape, Timing};
+use crate::tape::{Batch, KeepsTraining, Purpose, Segments, Spec, Tape, Timing};
 use crate::{Error, Result};
 
 /// Where a model runs.
@@ -227,20 +227,17 @@ pub(super) fn patches(executor: &mut cpu::Executor, corrections: Vec<Correction>
 
 /// Corrections as a GPU takes them.
 #[cfg(feature = "gpu")]
-pub(super) fn gpu_corrections(corrections: &[Correction]) -> Result<Vec<gpu::Correction<'_>>> {
-    if corrections.iter().any(|c| c.gain.is_some()) {
-        return Err(Error::Unsupported(
-            "DoRA at run time on the GPU; merge the adapter into the model, or use the CPU".into(),
-        ));
+pub(super) fn gpu_corrections(corrections: &[Correction]) -> Vec<gpu::Correction<'_>> {
+    fn one(c: &Correction) -> gpu::Correction<'_> {
+        gpu::Correction { weight: c.weight, rank: c.rank, a: &c.a, b: &c.b, gain: c.gain.as_deref() }
     }
-    let plain = corrections.iter().map(|c| gpu::Correction { weight: c.weight, rank: c.rank, a: &c.a, b: &c.b });
-    Ok(plain.collect())
+    corrections.iter().map(one).collect()
 }
 
-/// Bytes of the low-rank matrices on a GPU.
+/// Bytes of the low-rank matrices and gains on a GPU.
 #[cfg(feature = "gpu")]
 pub(super) fn low_rank_bytes(corrections: &[Correction]) -> usize {
-    corrections.iter().map(|c| (c.a.len() + c.b.len()) * 4).sum()
+    corrections.iter().map(|c| (c.a.len() + c.b.len() + c.gain.as_ref().map_or(0, Vec::len)) * 4).sum()
 }
 
 impl Backend {
@@ -317,7 +314,7 @@ impl Backend {
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => {
-                let plain = gpu_corrections(&corrections)?;
+                let plain = gpu_corrections(&corrections);
                 check(low_rank_bytes(&corrections))?;
                 executor.set_corrections(&plain)
             }
@@ -424,6 +421,18 @@ impl Backend {
             Backend::Gpu(executor) => executor.park(),
             #[cfg(feature = "gpu")]
             Backend::Divided(divided) => divided.last.park(),
+        }
+    }
+
+    /// What keeps a training's state on the device; none on the CPU.
+    pub fn keeper(&mut self) -> Option<&mut dyn KeepsTraining> {
+        match self {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => Some(executor.as_mut()),
+            // Learning is not divided.
+            #[cfg(feature = "gpu")]
+            Backend::Divided(_) => None,
         }
     }
 

@@ -145,7 +145,7 @@ impl Divided {
     ) -> Result<usize> {
         let mine = self.first.tape().matrices();
         let (first, last): (Vec<_>, Vec<_>) = corrections.into_iter().partition(|c| mine.contains(&c.weight));
-        let last_corrections = gpu_corrections(&last)?;
+        let last_corrections = gpu_corrections(&last);
         let patches = patches(&mut self.first, first)?;
         let bytes = patches.as_ref().map_or(0, |p| p.bytes());
         check(bytes + low_rank_bytes(&last))?;

@@ -10,7 +10,8 @@ use super::backend::{Backend, Device};
 use super::{Estimate, Model};
 use crate::cpu::{Arithmetic, Executor, ExecutorOptions};
 use crate::tape::{
-    Batch, Learning, LoraSpec, Param, PlanLimits, Purpose, SoftTargets, Stage, Timing, Trained, Within, adapted_norm,
+    Batch, KeepsTraining, Learning, LoraSpec, Param, PlanLimits, Purpose, SoftTargets, Stage, Timing, Trained, Within,
+    adapted_norm,
 };
 use crate::{Error, Result, quant};
 
@@ -209,7 +210,7 @@ impl Learner {
     /// # Errors
     /// Sizes that do not fit, token ids outside the vocabulary, [`Error::Cancelled`].
     pub fn score(&mut self, batch: &LearnBatch, params: &[f32], cancel: &AtomicBool) -> Result<&[f32]> {
-        self.run(Purpose::Score, batch, params, &mut [], cancel)
+        self.run(Purpose::Score, batch, Some((params, &mut [])), cancel)
     }
 
     /// As [`Learner::score`], and adds to `gradients` those of `Σ weight · −ln p`.
@@ -223,17 +224,19 @@ impl Learner {
         gradients: &mut [f32],
         cancel: &AtomicBool,
     ) -> Result<&[f32]> {
-        self.run(Purpose::Learn, batch, params, gradients, cancel)
+        self.run(Purpose::Learn, batch, Some((params, gradients)), cancel)
     }
 
+    /// Runs with parameters and gradients of the caller's, or with those that the device holds.
     fn run(
         &mut self,
         purpose: Purpose,
         batch: &LearnBatch,
-        params: &[f32],
-        gradients: &mut [f32],
+        given: Option<(&[f32], &mut [f32])>,
         cancel: &AtomicBool,
     ) -> Result<&[f32]> {
+        let held = given.is_none();
+        let (params, gradients) = given.unwrap_or_default();
         let rows = batch.tokens.len();
         if rows > self.tokens || batch.lengths.iter().sum::<usize>() != rows {
             return Err(Error::argument(format!(
@@ -285,6 +288,7 @@ impl Learner {
                 learning: Some(Learning {
                     params,
                     gradients,
+                    held,
                     within: Within { begun: first_sequence > 0, goes_on: sequence < batch.lengths.len() },
                     row_weights: batch.weights.get(outputs.clone()).unwrap_or_default(),
                     soft_targets: batch.soft.of(outputs),
@@ -297,6 +301,37 @@ impl Learner {
             }
         }
         Ok(&self.scores)
+    }
+
+    /// What keeps parameters, gradients and moments of a training on the learner's device and takes its steps there, if the
+    /// device does: a GPU. Runs with what it holds are [`Learner::score_held`] and [`Learner::learn_held`].
+    pub fn keeper(&mut self) -> Option<&mut dyn KeepsTraining> {
+        self.backend.keeper()
+    }
+
+    /// As [`Learner::score`], with the parameters that the device holds.
+    ///
+    /// # Errors
+    /// As [`Learner::score`]; a device that holds none.
+    pub fn score_held(&mut self, batch: &LearnBatch, cancel: &AtomicBool) -> Result<&[f32]> {
+        self.run(Purpose::Score, batch, None, cancel)
+    }
+
+    /// As [`Learner::learn`], with the parameters and the gradients that the device holds.
+    ///
+    /// # Errors
+    /// As [`Learner::score_held`]; the gradients are unusable then.
+    pub fn learn_held(&mut self, batch: &LearnBatch, cancel: &AtomicBool) -> Result<&[f32]> {
+        self.run(Purpose::Learn, batch, None, cancel)
+    }
+
+    /// Gives back the memory that a GPU has for this learner, the weights and a training's state included, until the next run,
+    /// which goes on with the same numbers. Gradients of an unfinished step are lost. Gives its bytes: 0 on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], [`Error::Device`].
+    pub fn park(&mut self) -> Result<u64> {
+        self.backend.park()
     }
 
     /// Time spent by kind of op since the last call; empty unless [`Learner::set_timing`] turned it on.
@@ -378,7 +413,8 @@ fn open(model: &Model, options: &LearnerOptions, wanted: &ExecutorOptions) -> Re
     options.device.check()?;
     let needs = |options: &ExecutorOptions| {
         let needs = Executor::needs(model.spec(), model.weights(), options);
-        (needs.arena as u64, needs.scratch as u64, needs.param_count)
+        // Parameters, each with its gradient.
+        (needs.arena as u64, needs.scratch as u64, 8 * needs.param_count as u64)
     };
     let (planned, estimate) = plan(model, options, wanted, None, needs);
     estimate.check(options.memory_budget)?;
@@ -405,8 +441,8 @@ fn open_gpu(
         kept_layers: options.kept_layers,
     };
     let needs = |options: &ExecutorOptions| {
-        let needs = gpu::Executor::needs(model.spec(), model.weights(), &gpu_options(options));
-        (needs.arena, 0, needs.param_count)
+        let needs = gpu::Executor::needs(&device, model.spec(), model.weights(), &gpu_options(options));
+        (needs.arena, 0, needs.trained)
     };
     // All values of a run lie in one buffer.
     let (planned, estimate) = plan(model, options, wanted, Some(device.info().binding_bytes), needs);
@@ -416,7 +452,7 @@ fn open_gpu(
 }
 
 /// Chooses the tokens of a run and the layers to keep so that least is computed twice, and says what that takes. Values
-/// take at most `most` bytes, where a plan so small exists; `needs` are bytes of values and of scratch, and the parameters.
+/// take at most `most` bytes, where a plan so small exists; `needs` are bytes of values, of scratch and of what is trained.
 ///
 /// The tokens of a run decide in which order gradients are added up, so they do not depend on the number of threads.
 fn plan(
@@ -424,17 +460,16 @@ fn plan(
     options: &LearnerOptions,
     executor_options: &ExecutorOptions,
     most: Option<u64>,
-    needs: impl Fn(&ExecutorOptions) -> (u64, u64, usize),
+    needs: impl Fn(&ExecutorOptions) -> (u64, u64, u64),
 ) -> (ExecutorOptions, Estimate) {
     let estimate = |options: &ExecutorOptions| {
-        let (arena, scratch, param_count) = needs(options);
+        let (arena, scratch, adapters) = needs(options);
         Estimate {
             // Trained weights are read once, and then among the parameters.
             weights: if options.trained == Some(Trained::All) { 0 } else { model.gguf().file_bytes() },
             kv_cache: 0,
             arena,
-            // Each with its gradient.
-            adapters: 8 * param_count as u64,
+            adapters,
             scratch,
             on_gpu: most.is_some(),
             shared: None,

@@ -150,6 +150,8 @@ pub struct Learning<'a> {
     pub params: &'a [f32],
     /// Where [`Purpose::Learn`] adds their gradients; as long as `params`.
     pub gradients: &'a mut [f32],
+    /// The device holds parameters and gradients itself ([`KeepsTraining`](super::KeepsTraining)); those here are empty then.
+    pub held: bool,
     /// Whether a run with the same parameters came before, whose gradients may not be there yet, and whether another
     /// follows, until which this run's need not be: a GPU adds those of a batch up by itself.
     pub within: Within,
@@ -171,11 +173,11 @@ impl<C> Batch<'_, C> {
         }
     }
 
-    /// Checks everything about a batch that a tape relies on.
+    /// Checks everything about a batch that a tape relies on; `holds` says whether the device holds parameters.
     ///
     /// # Errors
     /// A batch over the limits, token ids outside the vocabulary, caches or parameters that are missing or misplaced.
-    pub(crate) fn check(&mut self, tape: &Tape, limits: &PlanLimits, purpose: Purpose) -> Result<()> {
+    pub(crate) fn check(&mut self, tape: &Tape, limits: &PlanLimits, purpose: Purpose, holds: bool) -> Result<()> {
         check_rows(self, &tape.spec, limits, purpose)?;
         let floats = tape.input().map_or(0, |input| self.tokens.len() * tape.info(input).width);
         if self.input.len() != floats {
@@ -184,7 +186,7 @@ impl<C> Batch<'_, C> {
                 self.input.len()
             )));
         }
-        check_learning(self, tape, purpose)
+        check_learning(self, tape, purpose, holds)
     }
 }
 
@@ -214,8 +216,12 @@ fn check_rows<C>(batch: &Batch<'_, C>, spec: &Spec, limits: &PlanLimits, purpose
 }
 
 /// Checks that what a tape learns, and what it needs for it, is there: keys and values in the cache or in the run.
-fn check_learning<C>(batch: &mut Batch<'_, C>, tape: &Tape, purpose: Purpose) -> Result<()> {
-    let params = tape.param_count();
+fn check_learning<C>(batch: &mut Batch<'_, C>, tape: &Tape, purpose: Purpose, holds: bool) -> Result<()> {
+    let held = batch.learning.as_ref().is_some_and(|l| l.held);
+    if held && !holds {
+        return Err(Error::argument("the device holds no parameters; give them"));
+    }
+    let params = if held { 0 } else { tape.param_count() };
     let learning = !tape.params.is_empty();
     if (0..batch.segments.count()).any(|i| batch.segments.cache(i).is_some() == learning) {
         return Err(Error::argument("sequences have a cache when generating and none when learning"));

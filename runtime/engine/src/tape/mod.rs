@@ -6,6 +6,7 @@
 //! run: nothing is rebuilt per token. There is no graph rewriting; fusion is by construction, each op being as coarse
 //! as the kernels want it.
 
+mod adamw;
 mod backward;
 mod batch;
 mod builder;
@@ -20,6 +21,7 @@ mod spec;
 mod timing;
 mod weights;
 
+pub use adamw::{AdamWStep, KeepsTraining, TrainingState};
 pub(crate) use batch::check_dropped;
 pub use batch::{Batch, Learning, MOST_LARGEST, Segments, SoftTargets, Within};
 pub use builder::{Builder, LoraSpec, Trained};

@@ -6,10 +6,12 @@
 //!
 //! With gradient g, moments m and v, rate η, decay λ and step t from 1:
 //! m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², p ← p − ηλp − η · (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε).
+//! The formula itself is the engine's ([`AdamWStep`]), because devices that keep a training's state compute it too.
 
 pub mod blockwise;
 
 use blockwise::{BLOCK, Code, Quantized};
+use kinglet_engine::tape::AdamWStep;
 
 use crate::checkpoint::{Tensor, Values};
 use crate::{Error, Result};
@@ -65,31 +67,6 @@ struct State {
 enum Moments {
     Full { m: Vec<f32>, v: Vec<f32> },
     Quantized { m: Quantized, v: Quantized },
-}
-
-/// What a step does to every value.
-#[derive(Clone, Copy)]
-struct Rule {
-    beta1: f32,
-    beta2: f32,
-    /// η / (1−β₁ᵗ).
-    rate: f32,
-    /// √(1−β₂ᵗ).
-    root: f32,
-    eps: f32,
-    /// 1 − ηλ.
-    keep: f32,
-}
-
-impl Rule {
-    #[inline]
-    fn apply(&self, values: &mut [f32], gradients: &[f32], m: &mut [f32], v: &mut [f32]) {
-        for (((p, &g), m), v) in values.iter_mut().zip(gradients).zip(m).zip(v) {
-            *m += (1.0 - self.beta1) * (g - *m);
-            *v = self.beta2 * *v + (1.0 - self.beta2) * g * g;
-            *p = *p * self.keep - self.rate * (*m / (v.sqrt() / self.root + self.eps));
-        }
-    }
 }
 
 impl AdamW {
@@ -152,21 +129,12 @@ impl AdamW {
                 )));
             }
         }
-        self.step += 1;
-        let [beta1, beta2] = self.options.betas;
-        let correction = |beta: f64| 1.0 - beta.powi(self.step.min(i32::MAX as u64) as i32);
+        let rule = self.next(rate);
+        self.count();
         for ((state, values), gradients) in self.states.iter_mut().zip(values).zip(gradients) {
-            let decay = if state.parameter.decay { self.options.weight_decay } else { 0.0 };
-            let rule = Rule {
-                beta1: beta1 as f32,
-                beta2: beta2 as f32,
-                rate: (rate / correction(beta1)) as f32,
-                root: correction(beta2).sqrt() as f32,
-                eps: self.options.eps as f32,
-                keep: (1.0 - rate * decay) as f32,
-            };
+            let decays = state.parameter.decay;
             match &mut state.moments {
-                Moments::Full { m, v } => rule.apply(values, gradients, m, v),
+                Moments::Full { m, v } => rule.apply(decays, values, gradients, m, v),
                 Moments::Quantized { m, v } => {
                     let (mut m_block, mut v_block) = ([0.0; BLOCK], [0.0; BLOCK]);
                     let blocks = values.chunks_mut(BLOCK).zip(gradients.chunks(BLOCK));
@@ -174,7 +142,7 @@ impl AdamW {
                         let (m_block, v_block) = (&mut m_block[..values.len()], &mut v_block[..values.len()]);
                         m.read(block, m_block);
                         v.read(block, v_block);
-                        rule.apply(values, gradients, m_block, v_block);
+                        rule.apply(decays, values, gradients, m_block, v_block);
                         m.write(block, m_block);
                         v.write(block, v_block);
                     }
@@ -182,6 +150,59 @@ impl AdamW {
             }
         }
         Ok(())
+    }
+
+    /// What the next step at learning rate `rate` does to every value, for whoever takes it elsewhere; [`AdamW::count`] says
+    /// that it was taken.
+    pub fn next(&self, rate: f64) -> AdamWStep {
+        let [beta1, beta2] = self.options.betas;
+        let step = (self.step + 1).min(i32::MAX as u64) as i32;
+        let correction = |beta: f64| 1.0 - beta.powi(step);
+        AdamWStep {
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            rate: (rate / correction(beta1)) as f32,
+            root: correction(beta2).sqrt() as f32,
+            eps: self.options.eps as f32,
+            keep: (1.0 - rate * self.options.weight_decay) as f32,
+        }
+    }
+
+    /// Counts a step that was taken elsewhere.
+    pub fn count(&mut self) {
+        self.step += 1;
+    }
+
+    /// Of each parameter, whether weight decay applies to it.
+    pub fn decays(&self) -> Vec<bool> {
+        self.states.iter().map(|state| state.parameter.decay).collect()
+    }
+
+    /// First and second moments, one parameter's behind the other's; none where some have 8 bits.
+    pub fn moments(&self) -> Option<[Vec<f32>; 2]> {
+        if self.options.state_8bit {
+            return None;
+        }
+        let mut all = [Vec::new(), Vec::new()];
+        for state in &self.states {
+            let Moments::Full { m, v } = &state.moments else { return None };
+            all[0].extend_from_slice(m);
+            all[1].extend_from_slice(v);
+        }
+        Some(all)
+    }
+
+    /// Takes over moments as [`AdamW::moments`] gives them.
+    pub fn set_moments(&mut self, [mut all_m, mut all_v]: [&[f32]; 2]) {
+        for state in &mut self.states {
+            let Moments::Full { m, v } = &mut state.moments else { return };
+            let len = m.len().min(all_m.len()).min(all_v.len());
+            let (mine_m, rest_m) = all_m.split_at(len);
+            let (mine_v, rest_v) = all_v.split_at(len);
+            m[..len].copy_from_slice(mine_m);
+            v[..len].copy_from_slice(mine_v);
+            (all_m, all_v) = (rest_m, rest_v);
+        }
     }
 
     /// The state as tensors for a checkpoint; the number of steps goes beside them.
@@ -254,13 +275,19 @@ pub fn global_norm(gradients: &[&[f32]]) -> f64 {
     gradients.iter().map(|part| squares(part)).sum::<f64>().sqrt()
 }
 
+/// The factor that shortens gradients of length `norm` to `limit`, if they are longer. A `limit` of 0 is none; a length that
+/// is not finite changes nothing.
+pub fn clip_factor(norm: f64, limit: f64) -> f32 {
+    if limit > 0.0 && norm > limit && norm.is_finite() { (limit / norm) as f32 } else { 1.0 }
+}
+
 /// Shortens the gradients to length `limit` if they are longer (Pascanu and others 2012, arXiv:1211.5063) and returns the
 /// length they had. A `limit` of 0 is none; a length that is not finite changes nothing.
 pub fn clip_by_global_norm(gradients: &mut [&mut [f32]], limit: f64) -> f64 {
     let parts: Vec<&[f32]> = gradients.iter().map(|part| &**part).collect();
     let norm = global_norm(&parts);
-    if limit > 0.0 && norm > limit && norm.is_finite() {
-        let factor = (limit / norm) as f32;
+    let factor = clip_factor(norm, limit);
+    if factor < 1.0 {
         gradients.iter_mut().for_each(|part| part.iter_mut().for_each(|g| *g *= factor));
     }
     norm

@@ -34,6 +34,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row = group.z * 8u + t / 8u;
     if row < rows {
         let at = op.out + row * op.out_stride + first + t % 8u;
-        arena[at >> 2u][at & 3u] = narrow_sum(t) * op.scale;
+        var y = narrow_sum(t) * op.scale;
+        if op.residual != NONE {
+            let r = op.residual + row * op.out_stride + first + t % 8u;
+            y += arena[r >> 2u][r & 3u];
+        }
+        arena[at >> 2u][at & 3u] = y;
     }
 }
