@@ -17,6 +17,7 @@
 //! | `trial` | whether such a way gives right results, and how quickly |
 //! | `tune` | the quickest ways, found on the device and kept in a file |
 //! | `clock` | times of passes |
+//! | `program` | a tape with its plan and scratch |
 //! | `executor` | uploads what a run needs, submits, reads back |
 //!
 //! All values of a run lie in one buffer, the arena, at the places the planner chose; kernels get offsets. A dispatch's
@@ -37,6 +38,7 @@ mod kernel;
 mod kv;
 mod largest;
 mod learned;
+mod program;
 mod record;
 mod shift;
 mod training;
