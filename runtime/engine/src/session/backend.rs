@@ -32,6 +32,7 @@ pub enum Device {
 
 impl Device {
     /// Whether the CPU may do what a GPU cannot.
+    #[cfg(feature = "gpu")]
     pub(super) fn is_auto(&self) -> bool {
         match self {
             Device::Auto => true,
