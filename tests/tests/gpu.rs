@@ -47,6 +47,24 @@ pub(crate) fn options(device: Device) -> SessionOptions {
     }
 }
 
+/// A tiny model with rows of more than 1,024 elements.
+pub(crate) fn wide(arch: &str) -> TinyConfig {
+    TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..TinyConfig::new(arch) }
+}
+
+/// One sequence of which every token is to be predicted from those before it.
+pub(crate) fn next_tokens(ids: Vec<u32>) -> LearnBatch {
+    let count = ids.len() - 1;
+    LearnBatch {
+        lengths: vec![ids.len()],
+        outputs: (0..count as u32).collect(),
+        targets: ids[1..].to_vec(),
+        tokens: ids,
+        weights: vec![1.0 / count as f32; count],
+        ..LearnBatch::default()
+    }
+}
+
 /// Logits after a prompt and after each of some further tokens.
 pub(crate) fn logits(model: &Model, options: &SessionOptions, prompt: &[u32], more: &[u32]) -> Vec<Vec<f32>> {
     let mut session = Session::new(model, options).expect("a session");
@@ -103,17 +121,7 @@ fn gpu_logits_are_the_cpus_for_every_type() {
     let (whole, small) = (whole(), small(400 << 10));
     for dtype in DType::WEIGHTS {
         let scratch = Scratch::new(&format!("gpu-{dtype}"));
-        let config = TinyConfig::new("llama");
-        let config = TinyConfig {
-            width: 256,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 64,
-            ffn: 1_280,
-            dtype,
-            embedding: dtype,
-            ..config
-        };
+        let config = TinyConfig { dtype, embedding: dtype, ..wide("llama") };
         let model = tiny(&scratch, &config);
         compare(dtype.name(), &model, &whole);
         compare(&format!("{dtype} in pieces"), &model, &small);
@@ -126,9 +134,7 @@ fn gpu_logits_are_the_cpus_for_every_type() {
 fn gpu_products_of_eight_bits_are_nearly_the_cpus() {
     for dtype in [DType::Q4_1, DType::Q4_K, DType::Q6_K, DType::Q8_0] {
         let scratch = Scratch::new(&format!("gpu-int8-{dtype}"));
-        let config = TinyConfig::new("llama");
-        let sizes = TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..config };
-        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..sizes });
+        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..wide("llama") });
         let folder = scratch.path("tuning");
         let (prompt, more) = (tokens(&model, 1, 75), tokens(&model, 2, 6));
         let run = |arithmetic| {
@@ -402,9 +408,7 @@ fn gpu_default_arithmetic_is_near_the_cpus() {
     let device = whole();
     for dtype in [DType::F16, DType::Q8_0, DType::Q4_K] {
         let scratch = Scratch::new(&format!("gpu-fast-{dtype}"));
-        let config =
-            TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..TinyConfig::new("llama") };
-        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..config });
+        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..wide("llama") });
         let fast = |device| SessionOptions { arithmetic: Arithmetic::Narrow, chunk: 128, ..options(device) };
         let prompt = tokens(&model, 1, 100);
         let wanted = logits(&model, &options(Device::Cpu), &prompt, &[]);
@@ -475,15 +479,7 @@ fn gpu_learns_as_the_cpu_over_a_hundred_steps() {
         let mut losses = Vec::new();
         for step in 0..100u64 {
             // Few texts, so that there is something to learn.
-            let ids = tokens(&model, step % 4, 32);
-            let batch = LearnBatch {
-                lengths: vec![32],
-                outputs: (0..31).collect(),
-                targets: ids[1..].to_vec(),
-                tokens: ids,
-                weights: vec![1.0 / 31.0; 31],
-                ..LearnBatch::default()
-            };
+            let batch = next_tokens(tokens(&model, step % 4, 32));
             gradients.fill(0.0);
             let scores = learner.learn(&batch, &params, &mut gradients, &never).expect("a step");
             losses.push(scores.iter().sum::<f32>() / scores.len() as f32);
@@ -560,9 +556,7 @@ fn gpu_gradients_are_the_cpus_for_every_type() {
     let (whole, small) = (whole(), small(8 << 20));
     for dtype in DType::WEIGHTS {
         let scratch = Scratch::new(&format!("gpu-gradients-{dtype}"));
-        let config =
-            TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..TinyConfig::new("llama") };
-        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..config });
+        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..wide("llama") });
         compare_gradients(dtype.name(), &model, &whole, (8, 0.0));
         compare_gradients(&format!("{dtype} on a small device"), &model, &small, (16, 0.0));
     }

@@ -14,7 +14,7 @@ use kinglet_models::tiny::TinyConfig;
 use kinglet_tests::compare::{argmax, divergence};
 use kinglet_tests::data::{Scratch, tiny};
 
-use crate::gpu::{adapter, architectures, distance, logits, options, real, small, tokens, whole};
+use crate::gpu::{adapter, architectures, distance, logits, options, real, small, tokens, whole, wide};
 
 /// A model of three layers, or of as many as its architecture demands.
 fn layered(scratch: &Scratch, arch: &str) -> Model {
@@ -67,16 +67,7 @@ fn gpu_divided_logits_are_the_cpus_for_every_architecture() {
 #[test]
 fn gpu_divided_scores_and_embeds_as_the_cpu() {
     let scratch = Scratch::new("divided-scores");
-    let config = TinyConfig {
-        layers: 3,
-        width: 256,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 64,
-        ffn: 1_280,
-        ..TinyConfig::new("gemma3")
-    };
-    let model = tiny(&scratch, &config);
+    let model = tiny(&scratch, &TinyConfig { layers: 3, ..wide("gemma3") });
     let text = tokens(&model, 1, 60);
     let run = |options: SessionOptions| {
         let mut session = Session::new(&model, &options).expect("a session");
@@ -261,17 +252,7 @@ fn gpu_divided_runs_happen_whole_or_not_at_all() {
 #[test]
 fn gpu_memory_decides_how_many_layers_a_gpu_gets() {
     let scratch = Scratch::new("divided-memory");
-    let config = TinyConfig {
-        layers: 6,
-        width: 256,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 64,
-        ffn: 1_280,
-        vocab: 2_000,
-        context: 1_024,
-        ..TinyConfig::new("llama")
-    };
+    let config = TinyConfig { layers: 6, vocab: 2_000, context: 1_024, ..wide("llama") };
     let model = tiny(&scratch, &TinyConfig { dtype: DType::F16, embedding: DType::F16, ..config });
     let device = whole();
     let options = SessionOptions { context: 1_024, chunk: 64, ..options(Device::Open(device.clone())) };

@@ -6,7 +6,7 @@ use kinglet_engine::session::{Device, GenerateOptions, Model, Session, SessionOp
 use kinglet_models::tiny::TinyConfig;
 use kinglet_tests::data::{Scratch, tiny};
 
-use crate::gpu::{distance, options, small, tokens, whole};
+use crate::gpu::{distance, options, small, tokens, whole, wide};
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Q8_0];
 
@@ -155,7 +155,7 @@ fn gpu_sessions_give_their_memory_back() {
 #[test]
 fn gpu_sessions_take_what_was_estimated() {
     let scratch = Scratch::new("gpu-estimate");
-    let base = TinyConfig { width: 256, heads: 4, kv_heads: 2, head_dim: 64, ffn: 1_280, ..TinyConfig::new("llama") };
+    let base = wide("llama");
     for (vocab, context, chunk, kv_type, dtype) in [
         (2_000, 2_048, 64, DType::F32, DType::Q4_0),
         (2_000, 700, 256, DType::Q8_0, DType::F16),

@@ -11,7 +11,7 @@ use kinglet_train::metrics;
 use kinglet_train::optimizer::{AdamW, Options, Parameter, clip_by_global_norm};
 use kinglet_train::trainer::Progress;
 
-use crate::gpu::{tokens, whole};
+use crate::gpu::{next_tokens, tokens, whole};
 use crate::training::{Bench, complete, config, resumes, rolls_back, timeless, write_pairs};
 
 const STEPS: u64 = 12;
@@ -33,15 +33,7 @@ fn learner(model: &Model, device: Device) -> Learner {
 }
 
 fn batch(model: &Model, step: u64) -> LearnBatch {
-    let ids = tokens(model, step % 3, 32);
-    LearnBatch {
-        lengths: vec![32],
-        outputs: (0..31).collect(),
-        targets: ids[1..].to_vec(),
-        tokens: ids,
-        weights: vec![1.0 / 31.0; 31],
-        ..LearnBatch::default()
-    }
+    next_tokens(tokens(model, step % 3, 32))
 }
 
 fn first(learner: &Learner) -> Vec<f32> {

@@ -37,7 +37,7 @@ pub(crate) struct Parameters {
 
 impl Parameters {
     pub fn new(mut learner: Learner, optimizer: AdamW, values: Vec<f32>) -> Parameters {
-        let on_device = optimizer.moments().is_some() && learner.keeper().is_some();
+        let on_device = !optimizer.in_eight_bits() && learner.keeper().is_some();
         let gradients = if on_device { Vec::new() } else { vec![0.0; values.len()] };
         Parameters { learner, optimizer, values, gradients, newest: Newest::Here, on_device }
     }

@@ -204,29 +204,24 @@ impl Patch {
         out: *mut f32,
         scratch: &mut linear::Scratch,
     ) -> Result<()> {
-        match &self.a {
-            FirstHalf::Dense(dtype, bytes) => {
-                // SAFETY: by the caller's promise.
-                let out = unsafe { linear::OutMut::new(out, self.rank, x.tokens * self.rank) };
-                let (dtype, k) = (*dtype, self.inputs);
-                let task = linear::LinearTask { dtype, weight: bytes, k, rows, x, out, accumulate: false };
-                linear::linear(isa, &task, scratch)
-            }
-            FirstHalf::Bytes(_) | FirstHalf::Nibbles(_) => {
-                let Some(q8) = &x.q8 else {
-                    return Err(Error::argument("the input of an adapter in few bits is not there in 8 bits"));
-                };
-                // SAFETY: by the caller's promise.
-                unsafe {
-                    match &self.a {
-                        FirstHalf::Bytes(a) => hidden(isa, a, q8, rows, out, self.rank),
-                        FirstHalf::Nibbles(a) => nibbles::hidden(isa, a, q8, rows, out, self.rank),
-                        FirstHalf::Dense(..) => {}
-                    }
+        let q8 = || {
+            let missing = || Error::argument("the input of an adapter in few bits is not there in 8 bits");
+            x.q8.as_ref().ok_or_else(missing)
+        };
+        // SAFETY: by the caller's promise.
+        unsafe {
+            match &self.a {
+                FirstHalf::Dense(dtype, bytes) => {
+                    let out = linear::OutMut::new(out, self.rank, x.tokens * self.rank);
+                    let (dtype, k) = (*dtype, self.inputs);
+                    let task = linear::LinearTask { dtype, weight: bytes, k, rows, x, out, accumulate: false };
+                    linear::linear(isa, &task, scratch)?;
                 }
-                Ok(())
+                FirstHalf::Bytes(a) => hidden(isa, a, q8()?, rows, out, self.rank),
+                FirstHalf::Nibbles(a) => nibbles::hidden(isa, a, q8()?, rows, out, self.rank),
             }
         }
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@
 
 use bytemuck::Zeroable;
 
-use super::backward::Factor;
+use super::backward::{Factor, parameter_product};
 use super::forward::row_grid;
 use super::kernel::Kernel;
 use super::learned::RescaleOp;
@@ -240,26 +240,13 @@ impl Recorder<'_> {
         c: Placed,
         rows: Rows,
         (hidden, stride): (u32, u32),
-        (weight, row_bytes): (u32, u32),
+        weight: (u32, u32),
         turned: bool,
         scale: f32,
         out: Factor,
     ) -> Result<()> {
-        let op = MatmulOp {
-            x: self.scratch.hidden + hidden,
-            x_stride: stride,
-            rows: rows_word(rows),
-            k: c.rank,
-            weight,
-            row_bytes,
-            columns: out.width,
-            out: out.at,
-            out_stride: out.stride,
-            bias: NONE,
-            residual: out.at,
-            scale,
-            ..MatmulOp::zeroed()
-        };
+        let x = Factor { at: self.scratch.hidden + hidden, stride, rows, width: c.rank };
+        let op = parameter_product(x, weight, scale, out.at, out);
         let grid = Grid { x: out.width.div_ceil(256), z: Depth::Rows(rows, 8) };
         let kernel = Kernel::LoraWide { turned, fours: true };
         self.push(kernel, (0, 0), grid, &op, (0, u64::from(c.rank + 2 * out.width)))

@@ -68,6 +68,31 @@ struct DropoutOp {
     unused: [u32; 3],
 }
 
+/// `out = x·P·scale + residual` with a parameter, turned or not, which is given by its first element and its width.
+pub(super) fn parameter_product(
+    x: Factor,
+    (weight, row_bytes): (u32, u32),
+    scale: f32,
+    residual: u32,
+    out: Factor,
+) -> MatmulOp {
+    MatmulOp {
+        x: x.at,
+        x_stride: x.stride,
+        rows: rows_word(x.rows),
+        k: x.width,
+        weight,
+        row_bytes,
+        columns: out.width,
+        out: out.at,
+        out_stride: out.stride,
+        bias: NONE,
+        residual,
+        scale,
+        ..MatmulOp::zeroed()
+    }
+}
+
 impl Recorder<'_> {
     /// Records an op of learning.
     pub(super) fn backward(&mut self, op: &Op) -> Result<()> {
@@ -141,21 +166,7 @@ impl Recorder<'_> {
         residual: u32,
         out: Factor,
     ) -> Result<()> {
-        let op = MatmulOp {
-            x: x.at,
-            x_stride: x.stride,
-            rows: rows_word(x.rows),
-            k: x.width,
-            weight,
-            row_bytes,
-            columns: out.width,
-            out: out.at,
-            out_stride: out.stride,
-            bias: NONE,
-            residual,
-            scale,
-            ..MatmulOp::zeroed()
-        };
+        let op = parameter_product(x, (weight, row_bytes), scale, residual, out);
         let fours = op.k.min(op.columns).is_multiple_of(8) && op.k.max(op.columns).is_multiple_of(4);
         let (kernel, across) = match op.columns < op.k {
             true => (Kernel::LoraNarrow { turned, fours }, 8),

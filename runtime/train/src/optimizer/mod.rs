@@ -178,9 +178,14 @@ impl AdamW {
         self.states.iter().map(|state| state.parameter.decay).collect()
     }
 
+    /// Whether moments are kept in 8 bits.
+    pub fn in_eight_bits(&self) -> bool {
+        self.options.state_8bit
+    }
+
     /// First and second moments, one parameter's behind the other's; none where some have 8 bits.
     pub fn moments(&self) -> Option<[Vec<f32>; 2]> {
-        if self.options.state_8bit {
+        if self.in_eight_bits() {
             return None;
         }
         let mut all = [Vec::new(), Vec::new()];

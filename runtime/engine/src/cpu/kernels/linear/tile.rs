@@ -1,6 +1,7 @@
 //! What the kernels of every instruction set share: how a tile and a token lie in memory, and the loops around a tile kernel:
 //! row tiles, within them chunks of `k`, unpacked once each, and within a chunk all tokens, a register tile of them at a time.
 
+use super::super::prefetch;
 use super::{GROUP, LinearTask, Q8, Q8Layout, Scratch, TILE_CHUNK, TILE_ROWS_MAX, TILE_TOKENS};
 
 /// The parts of a [`Scratch`], each on 64 bytes: a tile of `R` rows as `q[k/4][R][4]` (or in another order of the kernel's
@@ -131,7 +132,7 @@ impl<'a> Ahead<'a> {
             if self.at >= self.end && !self.next() {
                 return;
             }
-            super::super::prefetch(self.at);
+            prefetch(self.at);
             self.at = self.at.wrapping_add(64);
         }
     }

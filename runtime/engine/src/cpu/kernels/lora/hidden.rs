@@ -75,40 +75,78 @@ impl Rows {
     }
 }
 
-/// Writes `h[t][rows]` of every token to `out + t · stride`, which is row 0 of token `t`.
+/// A token's activations, and what their sums come to.
+pub(super) struct Token<'a> {
+    pub q: &'a [i8],
+    /// Scale of every 32 values.
+    pub d: &'a [f32],
+    /// Scale times sum of every 32 values.
+    pub sums: &'a [f32],
+    /// Of all values.
+    pub sum: f32,
+}
+
+/// Writes `h[t][rows]` of every token to `out + t · stride`, which is row 0 of token `t`, from what `tile` makes of a token and
+/// the tile with that index. `a` has as many rows, of as many values.
 ///
 /// # Safety
 /// `out` must be valid for writes of those rows of every token, and nobody else may use them meanwhile.
 ///
 /// # Panics
 /// When the sizes do not fit, or `rows` begins within a tile: a mistake of the program.
-pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *mut f32, stride: usize) {
-    let layout = x.layout();
-    assert!(rows.start.is_multiple_of(ROWS) && rows.end <= a.rows && layout.k == a.k && rows.end <= stride);
+pub(super) unsafe fn each_tile(
+    a: (usize, usize),
+    x: &Q8<'_>,
+    rows: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+    tile: impl Fn(&Token<'_>, usize) -> [f32; ROWS],
+) {
+    let (layout, k) = (x.layout(), a.1);
+    assert!(rows.start.is_multiple_of(ROWS) && rows.end <= a.0 && layout.k == k && rows.end <= stride);
     for t in 0..layout.tokens {
-        let q = &x.values()[t * a.k..][..a.k];
-        let d = &x.scales()[t * layout.groups..][..a.k / GROUP];
-        let sums = &x.sums()[t * layout.groups..][..a.k / GROUP];
-        // What the offset has added to every row.
-        let excess = f32::from(OFFSET) * sums.iter().sum::<f32>();
+        let sums = &x.sums()[t * layout.groups..][..k / GROUP];
+        let token = Token {
+            q: &x.values()[t * k..][..k],
+            d: &x.scales()[t * layout.groups..][..k / GROUP],
+            sums,
+            sum: sums.iter().sum(),
+        };
         for first in rows.clone().step_by(ROWS) {
-            let (scales, tile) = a.tile(first / ROWS);
-            let sums = match isa {
-                // SAFETY: the token proves the features; sizes were checked.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx512(_) => unsafe { x86::with_vnni(tile, q, d) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx2(_) => unsafe { x86::with_avx2(tile, q, d) },
-                _ => scalar(tile, q, d),
-            };
-            let count = ROWS.min(rows.end - first);
-            for (r, sum) in sums.into_iter().enumerate().take(count) {
+            for (r, h) in tile(&token, first / ROWS).into_iter().enumerate().take(rows.end - first) {
                 // SAFETY: by the caller's promise.
-                unsafe { *out.add(t * stride + first + r) = scales[r] * (sum - excess) };
+                unsafe { *out.add(t * stride + first + r) = h };
             }
         }
     }
+}
+
+/// Writes `h[t][rows]` of every token to `out + t · stride`, which is row 0 of token `t`.
+///
+/// # Safety
+/// As [`each_tile`].
+///
+/// # Panics
+/// As there.
+pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *mut f32, stride: usize) {
+    let of_tile = |token: &Token<'_>, index: usize| {
+        let (scales, tile) = a.tile(index);
+        let mut h = match isa {
+            // SAFETY: the token proves the features; `each_tile` has checked the sizes.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) => unsafe { x86::with_vnni(tile, token.q, token.d) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => unsafe { x86::with_avx2(tile, token.q, token.d) },
+            _ => scalar(tile, token.q, token.d),
+        };
+        // What the offset has added to every row.
+        let excess = f32::from(OFFSET) * token.sum;
+        h.iter_mut().zip(scales).for_each(|(h, scale)| *h = scale * (*h - excess));
+        h
+    };
+    // SAFETY: by the caller's promise.
+    unsafe { each_tile((a.rows, a.k), x, rows, out, stride, of_tile) }
 }
 
 /// Sums of a tile's rows, the offset included.
@@ -183,14 +221,19 @@ mod x86 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::cpu::kernels::linear::{Q8Mut, activation_bytes, quantize_rows};
 
-    #[test]
-    fn every_instruction_set_meets_the_product_in_double_precision() {
+    /// Holds a first half of numbers that `value` gives against the product in double precision, its error of `k` values being
+    /// less than `bound` · √k, and instruction sets against each other; two shares at a time, as two threads have them.
+    pub fn meets_the_product<A>(
+        value: impl Fn(u64, usize) -> f32,
+        bound: f64,
+        pack: impl Fn(&[f32], usize) -> A,
+        run: impl Fn(Isa, &A, &Q8<'_>, Range<usize>, *mut f32, usize),
+    ) {
         for (rows, k, tokens) in [(1, 32, 1), (16, 576, 1), (7, 96, 3), (48, 1536, 2), (20, 4864, 1)] {
-            let value = |seed: u64, i: usize| crate::random::uniform(seed, i as u64) as f32 * 2.0 - 1.0;
             let a: Vec<f32> = (0..rows * k).map(|i| value(1, i)).collect();
             let x: Vec<f32> = (0..tokens * k).map(|i| value(2, i) * 3.0 + 0.5).collect();
             let mut buffer = vec![0u64; activation_bytes(tokens, k).div_ceil(8)];
@@ -198,21 +241,19 @@ mod tests {
             let to = unsafe { Q8Mut::new(buffer.as_mut_ptr().cast(), tokens, k) };
             quantize_rows(Isa::Scalar, &x, k, 0..tokens, &to).unwrap();
             let q8 = Q8::new(bytemuck::cast_slice(&buffer), tokens, k).unwrap();
-            let packed = Rows::new(&a, k, &mut Shelf::new(Rows::size(rows, k), "tiles").unwrap()).unwrap();
+            let packed = pack(&a, k);
             let mut first: Option<Vec<f32>> = None;
             for isa in Isa::available() {
                 let mut h = vec![f32::NAN; tokens * (rows + 3)];
                 let cut = rows / 2 / ROWS * ROWS;
                 for part in [0..cut, cut..rows] {
-                    // SAFETY: the rows of all tokens, this thread's alone.
-                    unsafe { hidden(isa, &packed, &q8, part, h.as_mut_ptr(), rows + 3) };
+                    run(isa, &packed, &q8, part, h.as_mut_ptr(), rows + 3);
                 }
                 for t in 0..tokens {
                     for r in 0..rows {
                         let exact: f64 = (0..k).map(|i| f64::from(x[t * k + i]) * f64::from(a[r * k + i])).sum();
                         let got = f64::from(h[t * (rows + 3) + r]);
-                        // Both factors are rounded to 8 bits, at random.
-                        assert!((got - exact).abs() < 0.05 * (k as f64).sqrt(), "{isa:?} {k} {t} {r}: {got} {exact}");
+                        assert!((got - exact).abs() < bound * (k as f64).sqrt(), "{isa:?} {k} {t} {r}: {got} {exact}");
                     }
                     assert!(h[t * (rows + 3) + rows..][..3].iter().all(|v| v.is_nan()));
                 }
@@ -222,5 +263,19 @@ mod tests {
                 assert!(h.iter().zip(same.iter()).all(near), "{isa:?}: {h:?} {same:?}");
             }
         }
+    }
+
+    #[test]
+    fn every_instruction_set_meets_the_product_in_double_precision() {
+        let value = |seed: u64, i: usize| crate::random::uniform(seed, i as u64) as f32 * 2.0 - 1.0;
+        let pack = |a: &[f32], k: usize| {
+            let mut shelf = Shelf::new(Rows::size(a.len() / k, k), "tiles").unwrap();
+            Rows::new(a, k, &mut shelf).unwrap()
+        };
+        // Both factors are rounded to 8 bits, at random.
+        meets_the_product(value, 0.05, pack, |isa, a, x, rows, out, stride| {
+            // SAFETY: the rows of all tokens, this thread's alone.
+            unsafe { hidden(isa, a, x, rows, out, stride) }
+        });
     }
 }

@@ -38,6 +38,16 @@ pub enum Precision {
     Nibble,
 }
 
+impl Precision {
+    /// What `B` of a rank is kept in.
+    fn of_rank(self, rank: usize) -> Precision {
+        match self {
+            Precision::Nibble if rank > nibbles::MAX_RANK => Precision::Byte,
+            precision => precision,
+        }
+    }
+}
+
 /// `B` in tiles.
 #[derive(Clone, Debug)]
 pub struct Tiles {
@@ -64,15 +74,13 @@ impl Tiles {
     /// [`Error::Memory`](crate::Error::Memory).
     pub fn new(b: &[f32], rank: usize, precision: Precision, shelf: &mut Shelf) -> Result<Tiles> {
         let columns = b.len() / rank.max(1);
-        let values = match precision {
+        let values = match precision.of_rank(rank) {
             Precision::Half if fits_f16(b) => {
                 let bits: Vec<u16> = tiled(b, rank).iter().map(|v| f16::from_f32(*v).to_bits()).collect();
                 Values::F16(shelf.put(&bits)?)
             }
-            Precision::Nibble if fits_f16(b) && rank <= nibbles::MAX_RANK => {
-                Values::Nibbles(shelf.put(&nibbles::tiles(b, rank))?)
-            }
-            Precision::Byte | Precision::Nibble if fits_f16(b) => {
+            Precision::Nibble if fits_f16(b) => Values::Nibbles(shelf.put(&nibbles::tiles(b, rank))?),
+            Precision::Byte if fits_f16(b) => {
                 let mut bytes = Vec::with_capacity(Tiles::size(columns, rank, precision));
                 for (tile, columns) in tiled(b, rank).chunks_exact((rank * TILE).max(1)).zip((0..columns).step_by(TILE))
                 {
@@ -96,11 +104,11 @@ impl Tiles {
 
     /// Bytes that tiles take.
     pub fn size(columns: usize, rank: usize, precision: Precision) -> usize {
-        let per_tile = match precision {
+        let per_tile = match precision.of_rank(rank) {
             Precision::Single => 4 * TILE * rank,
             Precision::Half => 2 * TILE * rank,
-            Precision::Nibble if rank <= nibbles::MAX_RANK => return nibbles::size(columns, rank),
-            Precision::Byte | Precision::Nibble => SCALES + TILE * rank,
+            Precision::Byte => SCALES + TILE * rank,
+            Precision::Nibble => nibbles::tile_bytes(rank),
         };
         columns.div_ceil(TILE) * per_tile
     }
@@ -212,27 +220,23 @@ pub unsafe fn add_low_rank(isa: Isa, task: &LowRankTask<'_>) {
         return;
     }
     assert!(task.hidden.len() >= (rows - 1) * task.stride + tiles.rank);
-    if let Values::Nibbles(v) = &tiles.values {
-        // SAFETY: sizes were checked, the output is the caller's promise.
-        return unsafe { nibbles::add(isa, task, v) };
-    }
     #[cfg(target_arch = "x86_64")]
-    if crate::cpu::kernels::vector::has_avx2(isa) {
-        // SAFETY: the token proves the features; sizes were checked, the output is the caller's promise.
-        unsafe {
-            match &tiles.values {
-                Values::F16(v) => avx2::run::<u16>(task, bytemuck::cast_slice(v)),
-                Values::F32(v) => avx2::run::<f32>(task, bytemuck::cast_slice(v)),
-                Values::Bytes(v) if matches!(isa, Isa::Avx512(_)) && task.rows == 1 => avx512::run(task, v),
-                Values::Bytes(v) => avx2::run::<i8>(task, v),
-                Values::Nibbles(_) => {}
-            }
+    let has_avx2 = crate::cpu::kernels::vector::has_avx2(isa);
+    // SAFETY: the token proves the features; sizes were checked, the output is the caller's promise.
+    unsafe {
+        match &tiles.values {
+            Values::Nibbles(v) => nibbles::add(isa, task, v),
+            #[cfg(target_arch = "x86_64")]
+            Values::F16(v) if has_avx2 => avx2::run::<u16>(task, bytemuck::cast_slice(v)),
+            #[cfg(target_arch = "x86_64")]
+            Values::F32(v) if has_avx2 => avx2::run::<f32>(task, bytemuck::cast_slice(v)),
+            #[cfg(target_arch = "x86_64")]
+            Values::Bytes(v) if matches!(isa, Isa::Avx512(_)) && task.rows == 1 => avx512::run(task, v),
+            #[cfg(target_arch = "x86_64")]
+            Values::Bytes(v) if has_avx2 => avx2::run::<i8>(task, v),
+            _ => scalar(task),
         }
-        return;
     }
-    let _ = isa;
-    // SAFETY: by the caller's promise.
-    unsafe { scalar(task) }
 }
 
 /// The specification.

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::hidden::ROWS;
+use super::hidden::{ROWS, Token, each_tile};
 use super::{LowRankTask, SCALES, TILE};
 use crate::Result;
 use crate::cpu::buffer::{Shelf, Table};
@@ -122,30 +122,21 @@ impl Rows {
 /// # Panics
 /// As there.
 pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *mut f32, stride: usize) {
-    let layout = x.layout();
-    assert!(rows.start.is_multiple_of(ROWS) && rows.end <= a.rows && layout.k == a.k && rows.end <= stride);
     let tile_bytes = a.k / GROUP * STEP;
-    for t in 0..layout.tokens {
-        let q = &x.values()[t * a.k..][..a.k];
-        let d = &x.scales()[t * layout.groups..][..a.k / GROUP];
-        let sums = &x.sums()[t * layout.groups..][..a.k / GROUP];
-        for first in rows.clone().step_by(ROWS) {
-            let tile = &a.tiles[first / ROWS * tile_bytes..][..tile_bytes];
-            let h = match isa {
-                // SAFETY: the token proves the features; sizes were checked.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx512(_) => unsafe { x86::hidden_vnni(tile, q, d, sums) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx2(_) => unsafe { x86::hidden_avx2(tile, q, d) },
-                _ => scalar_hidden(tile, q, d),
-            };
-            for (r, h) in h.into_iter().enumerate().take(ROWS.min(rows.end - first)) {
-                // SAFETY: by the caller's promise.
-                unsafe { *out.add(t * stride + first + r) = h };
-            }
+    let of_tile = |token: &Token<'_>, index: usize| {
+        let tile = &a.tiles[index * tile_bytes..][..tile_bytes];
+        match isa {
+            // SAFETY: the token proves the features; `each_tile` has checked the sizes.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) => unsafe { x86::hidden_vnni(tile, token.q, token.d, token.sums) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => unsafe { x86::hidden_avx2(tile, token.q, token.d) },
+            _ => scalar_hidden(tile, token.q, token.d),
         }
-    }
+    };
+    // SAFETY: by the caller's promise.
+    unsafe { each_tile((a.rows, a.k), x, rows, out, stride, of_tile) }
 }
 
 fn scalar_hidden(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
@@ -169,7 +160,7 @@ fn scale_of(bytes: &[u8], index: usize) -> f32 {
 }
 
 /// Bytes of a tile of `B`.
-fn tile_bytes(rank: usize) -> usize {
+pub(super) fn tile_bytes(rank: usize) -> usize {
     SCALES + rank.div_ceil(OCTET) * 2 * 64
 }
 
@@ -189,11 +180,6 @@ pub(super) fn tiles(b: &[f32], rank: usize) -> Vec<u8> {
         }
     }
     tiles
-}
-
-/// Bytes that [`tiles`] take.
-pub(super) fn size(columns: usize, rank: usize) -> usize {
-    columns.div_ceil(TILE) * tile_bytes(rank)
 }
 
 /// As [`add_low_rank`](super::add_low_rank), whose checks were made.
@@ -432,7 +418,7 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::kernels::linear::{Q8Mut, activation_bytes, quantize_rows};
+    use crate::cpu::kernels::lora::hidden::tests::meets_the_product;
     use crate::cpu::kernels::lora::{Precision, Tiles, add_low_rank};
 
     /// Near enough a normal number.
@@ -460,38 +446,15 @@ mod tests {
 
     #[test]
     fn first_halves_agree_on_every_instruction_set() {
-        for (rows, k, tokens) in [(1, 32, 1), (16, 576, 1), (7, 96, 3), (48, 1536, 2), (20, 4864, 1)] {
-            let a: Vec<f32> = (0..rows * k).map(|i| normal(1, i)).collect();
-            let x: Vec<f32> = (0..tokens * k).map(|i| normal(2, i) * 3.0 + 0.5).collect();
-            let mut buffer = vec![0u64; activation_bytes(tokens, k).div_ceil(8)];
-            // SAFETY: as large as asked for, and used by this thread alone.
-            let to = unsafe { Q8Mut::new(buffer.as_mut_ptr().cast(), tokens, k) };
-            quantize_rows(Isa::Scalar, &x, k, 0..tokens, &to).unwrap();
-            let q8 = Q8::new(bytemuck::cast_slice(&buffer), tokens, k).unwrap();
-            let packed = Rows::new(&a, k, &mut Shelf::new(Rows::size(rows, k), "tiles").unwrap()).unwrap();
-            let mut first: Option<Vec<f32>> = None;
-            for isa in Isa::available() {
-                let mut h = vec![f32::NAN; tokens * (rows + 3)];
-                let cut = rows / 2 / ROWS * ROWS;
-                for part in [0..cut, cut..rows] {
-                    // SAFETY: the rows of all tokens, this thread's alone.
-                    unsafe { hidden(isa, &packed, &q8, part, h.as_mut_ptr(), rows + 3) };
-                }
-                for t in 0..tokens {
-                    for r in 0..rows {
-                        let exact: f64 = (0..k).map(|i| f64::from(x[t * k + i]) * f64::from(a[r * k + i])).sum();
-                        let got = f64::from(h[t * (rows + 3) + r]);
-                        // Five times the error of a thirteenth of each value of A, at random.
-                        assert!((got - exact).abs() < 0.4 * (k as f64).sqrt(), "{isa:?} {k} {t} {r}: {got} {exact}");
-                    }
-                    assert!(h[t * (rows + 3) + rows..][..3].iter().all(|v| v.is_nan()));
-                }
-                let h: Vec<f32> = h.into_iter().filter(|v| !v.is_nan()).collect();
-                let same = first.get_or_insert_with(|| h.clone());
-                let near = |(a, b): (&f32, &f32)| (a - b).abs() < 2e-4 * (k as f32).sqrt();
-                assert!(h.iter().zip(same.iter()).all(near), "{isa:?}: {h:?} {same:?}");
-            }
-        }
+        let pack = |a: &[f32], k: usize| {
+            let mut shelf = Shelf::new(Rows::size(a.len() / k, k), "tiles").unwrap();
+            Rows::new(a, k, &mut shelf).unwrap()
+        };
+        // Five times the error of a thirteenth of each value of A, at random.
+        meets_the_product(normal, 0.4, pack, |isa, a, x, rows, out, stride| {
+            // SAFETY: the rows of all tokens, this thread's alone.
+            unsafe { hidden(isa, a, x, rows, out, stride) }
+        });
     }
 
     #[test]
@@ -501,9 +464,9 @@ mod tests {
             let stride = rank + 3;
             let hidden: Vec<f32> = (0..rows * stride).map(|i| normal(2, i)).collect();
             let start: Vec<f32> = (0..rows * columns).map(|i| 1e-3 * normal(3, i)).collect();
-            let mut shelf = Shelf::new(size(columns, rank), "tiles").unwrap();
+            let mut shelf = Shelf::new(Tiles::size(columns, rank, Precision::Nibble), "tiles").unwrap();
             let tiles = Tiles::new(&b, rank, Precision::Nibble, &mut shelf).unwrap();
-            assert_eq!(tiles.bytes(), size(columns, rank));
+            assert_eq!(tiles.bytes(), Tiles::size(columns, rank, Precision::Nibble));
             let mut first: Option<Vec<f32>> = None;
             for isa in Isa::available() {
                 let mut y = start.clone();
