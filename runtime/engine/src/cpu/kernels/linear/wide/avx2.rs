@@ -43,13 +43,15 @@ struct Avx2;
 impl Vectors for Avx2 {
     const SLABS: usize = 1;
 
-    #[inline(always)]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(never)]
     unsafe fn fix(slab: *mut f32, steps: usize) -> Scales {
         // SAFETY: the caller's promise.
         unsafe { fix(slab, steps) }
     }
 
-    #[inline(always)]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(never)]
     unsafe fn multiply(slabs: Slabs<'_>, x: Rows, to: Target) {
         for t in (0..x.tokens).step_by(TILE) {
             let (x, to) = (x.from(t, TILE.min(x.tokens - t)), to.from(t));

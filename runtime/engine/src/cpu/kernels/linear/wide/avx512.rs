@@ -48,7 +48,8 @@ struct Avx512;
 impl Vectors for Avx512 {
     const SLABS: usize = 2;
 
-    #[inline(always)]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    #[inline(never)]
     unsafe fn fix(slab: *mut f32, steps: usize) -> Scales {
         // SAFETY: steps of 16 values; a pair of them is read before it is written over.
         unsafe {
@@ -92,7 +93,8 @@ impl Vectors for Avx512 {
         }
     }
 
-    #[inline(always)]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    #[inline(never)]
     unsafe fn multiply(slabs: Slabs<'_>, x: Rows, to: Target) {
         let tiles = x.tokens.div_ceil(TILE);
         let mut t = 0;

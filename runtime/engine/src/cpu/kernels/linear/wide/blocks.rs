@@ -6,7 +6,7 @@
 //! of AVX-512, which `vpmaddwd` or `vpdpwssd` multiplies with a pair of activations. Several slabs that are next to each
 //! other can be multiplied together, as [`Vectors::SLABS`] says.
 //!
-//! Everything is inlined into the functions of `avx2` and `avx512` that have the instructions.
+//! The loops are inlined into the functions of `avx2` and `avx512` that have the instructions, one for each type.
 
 use super::super::avx2::source::{Source, unpack_turned};
 use super::super::{LinearTask, Scratch, scratch_bytes};
@@ -80,7 +80,7 @@ impl Target {
     }
 }
 
-/// An instruction set's part of the work.
+/// An instruction set's part of the work, once for all types: it is not inlined.
 pub(super) trait Vectors {
     /// Slabs that are multiplied together.
     const SLABS: usize;
