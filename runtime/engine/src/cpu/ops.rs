@@ -459,9 +459,12 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
     let patch = op.parts.first().and_then(|p| c.patch(p.weight));
     if let Some(patch) = patch {
         c.patch_first_half(patch, &x, team, &mut scratch.linear);
-        // Short streams, which would each wait for memory: they come while the weights do.
+        // Short streams, which would each wait for memory: they come while the weights do, and so does what the next op begins with.
         for (index, part) in patch.parts.iter().enumerate() {
             part.iter().for_each(|part| part.tiles.prefetch(share(index)));
+        }
+        if let Some(next) = c.patches.and_then(|patches| patches.after(patch)) {
+            next.prefetch(team.share(next.rank, ROWS));
         }
     }
     for (index, part) in op.parts.iter().enumerate() {

@@ -15,8 +15,8 @@ use std::ops::Range;
 use super::buffer::{ALIGN, Buffer, Shelf, Table};
 use super::isa::Isa;
 use super::kernels::linear;
-use super::kernels::lora::hidden::{Rows, hidden};
-use super::kernels::lora::{Precision, Tiles, fits_f16, nibbles};
+use super::kernels::lora::hidden::{ROWS, Rows, hidden};
+use super::kernels::lora::{self, Precision, Tiles, fits_f16, nibbles};
 use crate::quant::{self, DType};
 use crate::tape::{Op, Tape, WeightId, Weights};
 use crate::{Error, Result};
@@ -57,6 +57,8 @@ pub(super) struct Patch {
     pub rank: usize,
     /// By part; `None` for those without a correction.
     pub parts: Vec<Option<PartPatch>>,
+    /// The first matrix of the next op that has a patch.
+    next: Option<WeightId>,
 }
 
 /// What is added to one matrix's results.
@@ -113,6 +115,7 @@ impl Patches {
         let mut ops: Vec<Option<Patch>> = Vec::new();
         ops.resize_with(weights.iter().count(), || None);
         let mut embedding = None;
+        let mut last: Option<WeightId> = None;
         let mut take = |weight: WeightId| {
             corrections.iter().position(|c| c.weight == weight).map(|at| corrections.swap_remove(at))
         };
@@ -130,6 +133,9 @@ impl Patches {
             let found: Vec<Option<Correction>> = parts.iter().map(|w| take(*w)).collect();
             if let (Some(first), true) = (parts.first(), found.iter().any(Option::is_some)) {
                 ops[first.0 as usize] = Some(Patch::new(found, weights.get(*first).width, kept(*first), &mut shelf)?);
+                if let Some(last) = last.replace(*first).and_then(|last| ops[last.0 as usize].as_mut()) {
+                    last.next = Some(*first);
+                }
             }
         }
         if let Some(left) = corrections.first() {
@@ -161,6 +167,11 @@ impl Patches {
         self.ops.get(weight.0 as usize).and_then(Option::as_ref)
     }
 
+    /// The patch that is applied after this one.
+    pub(super) fn after(&self, patch: &Patch) -> Option<&Patch> {
+        patch.next.and_then(|weight| self.get(weight))
+    }
+
     /// Where `h` lies.
     pub(super) fn hidden(&self) -> *mut f32 {
         self.hidden.as_ptr().cast()
@@ -186,10 +197,21 @@ impl Patch {
             Ok(PartPatch { hidden, tiles: Tiles::new(&c.b, c.rank, precision, shelf)?, gain: c.gain })
         };
         let parts = parts.into_iter().map(|c| c.map(&mut part).transpose()).collect::<Result<_>>()?;
-        Ok(Patch { a, inputs, rank, parts })
+        Ok(Patch { a, inputs, rank, parts, next: None })
     }
 
-    /// `h = x·Aᵀ` for some of its rows, which begin at a multiple of [`ROWS`](super::kernels::lora::hidden::ROWS), into `[tokens][rank]` at `out`.
+    /// Asks for some rows of `A`, as for [`Patch::first_half`].
+    pub fn prefetch(&self, rows: Range<usize>) {
+        let bytes: &[u8] = match &self.a {
+            FirstHalf::Dense(_, bytes) => bytes,
+            FirstHalf::Bytes(a) => a.bytes(),
+            FirstHalf::Nibbles(a) => a.bytes(),
+        };
+        let row = bytes.len() / self.rank.next_multiple_of(ROWS).max(1);
+        lora::prefetch(bytes.get(rows.start * row..rows.end.next_multiple_of(ROWS) * row).unwrap_or_default());
+    }
+
+    /// `h = x·Aᵀ` for some of its rows, which begin at a multiple of [`ROWS`], into `[tokens][rank]` at `out`.
     ///
     /// # Safety
     /// `out` is valid for all tokens; this thread alone uses those rows.
@@ -252,8 +274,8 @@ impl FirstHalf {
     fn bytes(&self) -> usize {
         match self {
             FirstHalf::Dense(_, bytes) => bytes.len(),
-            FirstHalf::Bytes(rows) => rows.bytes(),
-            FirstHalf::Nibbles(rows) => rows.bytes(),
+            FirstHalf::Bytes(rows) => rows.bytes().len(),
+            FirstHalf::Nibbles(rows) => rows.bytes().len(),
         }
     }
 }

@@ -61,9 +61,9 @@ impl Rows {
         rows.div_ceil(ROWS) * (SCALES + ROWS * k)
     }
 
-    /// Bytes it takes.
-    pub fn bytes(&self) -> usize {
-        self.tiles.len()
+    /// All tiles.
+    pub fn bytes(&self) -> &[u8] {
+        &self.tiles
     }
 
     /// Scales and values of a tile.

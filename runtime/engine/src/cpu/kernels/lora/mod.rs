@@ -165,7 +165,7 @@ impl Tiles {
 }
 
 /// Asks for all lines of `bytes`.
-fn prefetch(bytes: &[u8]) {
+pub fn prefetch(bytes: &[u8]) {
     bytes.chunks(64).for_each(|line| super::prefetch(line.as_ptr()));
 }
 

@@ -108,9 +108,9 @@ impl Rows {
         rows.div_ceil(ROWS) * (k / GROUP) * STEP
     }
 
-    /// Bytes it takes.
-    pub fn bytes(&self) -> usize {
-        self.tiles.len()
+    /// All tiles.
+    pub fn bytes(&self) -> &[u8] {
+        &self.tiles
     }
 }
 
