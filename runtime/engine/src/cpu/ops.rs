@@ -8,7 +8,6 @@ use std::ops::Range;
 
 use super::executor::{Arithmetic, Context, Scratch, SequenceView, VOCAB_CHUNK};
 use super::isa::Isa;
-use super::kernels::lora::hidden::ROWS;
 use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
 use super::kv::PAGE;
 use super::matrix::Matrix;
@@ -222,24 +221,38 @@ impl<'a> Context<'a> {
     }
 
     /// `h` of a patch, for `rows` rows.
-    fn hidden(&self, patch: &Patch, rows: usize) -> Matrix {
-        let base = self.patches.map_or(std::ptr::dangling_mut(), |p| p.hidden());
+    fn hidden(&self, patch: &Patch, rows: usize, team: &Team<'_>) -> Matrix {
+        let own = patch.is_alone(rows).then_some(team.index);
+        let base = self.patches.map_or(std::ptr::dangling_mut(), |p| p.hidden(own));
         // SAFETY: the patches reserved the largest rank for as many rows as a run may have.
         unsafe { Matrix::new(base, rows, patch.rank) }
     }
 
-    /// This thread's share of a patch's `h = x·Aᵀ`; to be read behind a barrier.
+    /// The rows of a patch's `A` that this thread multiplies `tokens` tokens with.
+    fn patch_rows(patch: &Patch, tokens: usize, team: &Team<'_>) -> Range<usize> {
+        if patch.is_alone(tokens) { 0..patch.rank } else { team.share(patch.rank, patch.row_unit()) }
+    }
+
+    /// Computes this thread's share of a patch's `h = x·Aᵀ`, which is returned to be read behind [`Context::patch_wait`].
     fn patch_first_half(
         &self,
         patch: &Patch,
         x: &linear::Activations<'_>,
         team: &Team<'_>,
         scratch: &mut linear::Scratch,
-    ) {
-        let (h, rows) = (self.hidden(patch, x.tokens), team.share(patch.rank, ROWS));
+    ) -> Matrix {
+        let (h, rows) = (self.hidden(patch, x.tokens, team), Context::patch_rows(patch, x.tokens, team));
         // SAFETY: `h` holds all tokens; shares are disjoint. The sizes were checked when the patch was made.
         if let Err(e) = unsafe { patch.first_half(self.isa, rows, x, h.row_ptr(0), scratch) } {
             unreachable!("{e}");
+        }
+        h
+    }
+
+    /// Waits until `h` of `rows` rows is complete.
+    fn patch_wait(&self, patch: &Patch, rows: usize, team: &Team<'_>) {
+        if !patch.is_alone(rows) {
+            team.wait();
         }
     }
 
@@ -247,15 +260,8 @@ impl<'a> Context<'a> {
     ///
     /// # Safety
     /// `h` is complete; this thread alone uses those columns of `out`.
-    unsafe fn patch_second_half(
-        &self,
-        patch: &Patch,
-        part: &PartPatch,
-        columns: Range<usize>,
-        out: &Matrix,
-        at: usize,
-    ) {
-        let h = self.hidden(patch, out.rows);
+    unsafe fn patch_second_half(&self, part: &PartPatch, h: &Matrix, columns: Range<usize>, out: &Matrix, at: usize) {
+        debug_assert!(at + columns.len() <= out.width);
         // SAFETY: complete by the caller's promise.
         let hidden = unsafe { h.all(0..h.rows) };
         let task = lora::LowRankTask {
@@ -263,11 +269,10 @@ impl<'a> Context<'a> {
             hidden: &hidden[part.hidden.start..],
             stride: h.width,
             rows: out.rows,
-            columns: columns.clone(),
+            columns,
             out: out.row_ptr(0).wrapping_add(at),
             out_stride: out.width,
         };
-        debug_assert!(at + columns.len() <= out.width);
         // SAFETY: by the caller's promise.
         unsafe { lora::add_low_rank(self.isa, &task) };
     }
@@ -362,13 +367,13 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let columns = team.share(y.width, ROW_UNIT);
                 let x = c.activations(*x);
                 let patch = c.patch(*weight);
-                if let Some(patch) = patch {
-                    c.patch_first_half(patch, &x, team, &mut scratch.linear);
-                }
+                let h = patch.map(|patch| c.patch_first_half(patch, &x, team, &mut scratch.linear));
                 c.linear_rows(*weight, 0, columns.clone(), &x, &y, false, &mut scratch.linear);
-                if let Some(patch) = patch {
-                    team.wait();
-                    correct(c, patch, 0, columns.clone(), &y, columns.start, false);
+                if let (Some(patch), Some(h)) = (patch, h) {
+                    c.patch_wait(patch, y.rows, team);
+                    if let Some(part) = &patch.parts[0] {
+                        correct(c, part, &h, columns.clone(), &y, columns.start, false);
+                    }
                 }
                 if let Some(cap) = c.tape.spec.logit_softcap {
                     for row in 0..y.rows {
@@ -425,14 +430,13 @@ unsafe fn embed_rows(c: &Context<'_>, table: WeightId, scale: f32, out: Value, t
 /// `h` is complete; this thread alone uses those columns of `out`, which begin at its column `at`.
 unsafe fn correct(
     c: &Context<'_>,
-    patch: &Patch,
-    index: usize,
+    part: &PartPatch,
+    h: &Matrix,
     columns: Range<usize>,
     out: &Matrix,
     at: usize,
     gain_is_done: bool,
 ) {
-    let Some(part) = &patch.parts[index] else { return };
     if let (Some(gain), false) = (&part.gain, gain_is_done) {
         for row in 0..out.rows {
             // SAFETY: by the caller's promise.
@@ -441,7 +445,7 @@ unsafe fn correct(
         }
     }
     // SAFETY: by the caller's promise.
-    unsafe { c.patch_second_half(patch, part, columns, out, at) };
+    unsafe { c.patch_second_half(part, h, columns, out, at) };
 }
 
 unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut Scratch) {
@@ -457,16 +461,17 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
         _ => share_by_bytes(c, &op.parts, index, team),
     };
     let patch = op.parts.first().and_then(|p| c.patch(p.weight));
-    if let Some(patch) = patch {
-        c.patch_first_half(patch, &x, team, &mut scratch.linear);
+    let h = patch.map(|patch| {
+        let h = c.patch_first_half(patch, &x, team, &mut scratch.linear);
         // Short streams, which would each wait for memory: they come while the weights do, and so does what the next op begins with.
         for (index, part) in patch.parts.iter().enumerate() {
             part.iter().for_each(|part| part.tiles.prefetch(share(index)));
         }
         if let Some(next) = c.patches.and_then(|patches| patches.after(patch)) {
-            next.prefetch(team.share(next.rank, ROWS));
+            next.prefetch(Context::patch_rows(next, rows, team));
         }
-    }
+        h
+    });
     for (index, part) in op.parts.iter().enumerate() {
         let (y, columns) = (c.matrix(part.out), share(index));
         let mut accumulate = false;
@@ -488,16 +493,16 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
             None => c.linear_rows(part.weight, 0, columns.clone(), &x, &y, accumulate, &mut scratch.linear),
         }
     }
-    if patch.is_some() {
+    if let Some(patch) = patch {
         // Here and not sooner: threads have different shares of a part, but equal ones of all parts together.
-        team.wait();
+        c.patch_wait(patch, rows, team);
     }
     for (index, part) in op.parts.iter().enumerate() {
         let (y, columns) = (c.matrix(part.out), share(index));
-        if let Some(patch) = patch {
+        if let (Some(part), Some(h)) = (patch.and_then(|patch| patch.parts[index].as_ref()), &h) {
             let gained = matches!(op.epilogue, Epilogue::Add(_));
             // SAFETY: `h` is complete behind the barrier; this thread's columns.
-            unsafe { correct(c, patch, index, columns.clone(), &y, columns.start, gained) };
+            unsafe { correct(c, part, h, columns.clone(), &y, columns.start, gained) };
         }
         if let Some(bias) = part.bias {
             let bias = &c.vector(bias)[columns.clone()];
@@ -694,18 +699,19 @@ pub(super) unsafe fn cross_entropy(
     };
     let Scratch { linear, floats } = scratch;
     let patch = c.patch(weight);
-    if let Some(patch) = patch {
-        c.patch_first_half(patch, &x, team, linear);
+    let correction = patch.and_then(|patch| {
+        let h = c.patch_first_half(patch, &x, team, linear);
         team.wait();
-    }
+        Some((patch.parts[0].as_ref()?, h))
+    });
     // SAFETY: this thread's scratch was reserved for a chunk of logits of every row.
     let logits = unsafe { Matrix::new(floats.as_ptr().cast(), rows, VOCAB_CHUNK) };
     team.claim(round, chunks, |chunk| {
         let columns = chunk * VOCAB_CHUNK..((chunk + 1) * VOCAB_CHUNK).min(vocab);
         c.linear_rows(weight, columns.start, 0..columns.len(), &x, &logits, false, linear);
-        if let Some(patch) = patch {
+        if let Some((part, h)) = &correction {
             // SAFETY: `h` is complete behind the barrier; this thread's scratch.
-            unsafe { correct(c, patch, 0, columns.clone(), &logits, 0, false) };
+            unsafe { correct(c, part, h, columns.clone(), &logits, 0, false) };
         }
         if let Some(adapter) = adapter {
             // SAFETY: this thread's scratch; the adapter's hidden values and norms were computed before.

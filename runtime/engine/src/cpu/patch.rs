@@ -1,8 +1,8 @@
 //! Low-rank corrections of linear maps while they run: the weights stay as they are in the file.
 //!
 //! A map with corrections is done in two steps around its usual kernel: all threads first compute `h = x·Aᵀ`, each some
-//! rows of `A`, where the `A` of all corrections of all matrices that share the input lie in one matrix; after a barrier
-//! each adds `h·Bᵀ` to the columns it has just computed. Any number of corrections of one matrix are one correction whose
+//! rows of `A`, where the `A` of all corrections of all matrices that share the input lie in one matrix; after a barrier (or
+//! without, where each has computed all of a small `h`) each adds `h·Bᵀ` to the columns it has just computed. Any number of corrections of one matrix are one correction whose
 //! rank is the sum of theirs, their factors being multiplied into `B`.
 //!
 //! A *gain* `g` makes `y = g ∘ (x·Wᵀ)` of the base's share first, for corrections that rescale rows of `W`.
@@ -15,12 +15,15 @@ use std::ops::Range;
 use super::buffer::{ALIGN, Buffer, Shelf, Table};
 use super::isa::Isa;
 use super::kernels::linear;
-use super::kernels::lora::hidden::{ROWS, Rows, hidden};
+use super::kernels::lora::hidden::{self, Rows, hidden};
 use super::kernels::lora::{self, Precision, Tiles, fits_f16, nibbles};
 use crate::quant::{self, DType};
 use crate::tape::{Op, Tape, WeightId, Weights};
 use crate::{Error, Result};
 
+/// Bytes of `A` up to which each thread computes all of `h` for itself, if for one token: it takes less time than threads take to
+/// meet.
+const ALONE: usize = 16 << 10;
 /// Columns of a map with a gain and a residual that are computed apart at a time.
 pub(super) const GAIN_COLUMNS: usize = 64;
 
@@ -85,8 +88,10 @@ pub struct Patches {
     /// By the id of an op's first matrix.
     ops: Vec<Option<Patch>>,
     pub(super) embedding: Option<EmbeddingPatch>,
-    /// `h` of the op at hand, `[tokens][rank]`.
+    /// `h` of the op at hand, `[tokens][rank]`, or each thread's own, `[threads][rank]`, with whole lines for each.
     hidden: Buffer,
+    /// Most values of a token's `h`, in whole lines.
+    stride: usize,
     /// For each thread, `[tokens][GAIN_COLUMNS]`; empty without gains on maps that add to a residual.
     apart: Buffer,
     tokens: usize,
@@ -143,12 +148,14 @@ impl Patches {
             return Err(Error::Unsupported(format!("an adapter corrects {name}, which no linear map of the model is")));
         }
         let rank = ops.iter().flatten().map(|p| p.rank).max().unwrap_or(0);
+        let stride = rank.next_multiple_of(ALIGN / 4);
         let gains = ops.iter().flatten().flat_map(|p| p.parts.iter().flatten()).any(|p| p.gain.is_some());
         let apart = if gains { threads * tokens * GAIN_COLUMNS * 4 } else { 0 };
         Ok(Patches {
             ops,
             embedding,
-            hidden: Buffer::new(tokens * rank * 4, "the adapters' hidden values")?,
+            hidden: Buffer::new(tokens.max(threads) * stride * 4, "the adapters' hidden values")?,
+            stride,
             apart: Buffer::new(apart, "the adapters' scratch")?,
             tokens,
         })
@@ -157,7 +164,7 @@ impl Patches {
     /// Bytes of all copies and of the memory they are applied in.
     pub fn bytes(&self) -> usize {
         let part = |p: &PartPatch| p.tiles.bytes() + p.gain.as_ref().map_or(0, |g| g.len() * 4);
-        let op = |p: &Patch| p.a.bytes() + p.parts.iter().flatten().map(part).sum::<usize>();
+        let op = |p: &Patch| p.a.bytes().len() + p.parts.iter().flatten().map(part).sum::<usize>();
         let embedding = self.embedding.as_ref().map_or(0, |e| (e.a.len() + e.b.len()) * 4);
         self.ops.iter().flatten().map(op).sum::<usize>() + embedding + self.hidden.len() + self.apart.len()
     }
@@ -172,9 +179,10 @@ impl Patches {
         patch.next.and_then(|weight| self.get(weight))
     }
 
-    /// Where `h` lies.
-    pub(super) fn hidden(&self) -> *mut f32 {
-        self.hidden.as_ptr().cast()
+    /// Where `h` lies, or a thread's own.
+    pub(super) fn hidden(&self, own: Option<usize>) -> *mut f32 {
+        // SAFETY: there is a row for each thread.
+        unsafe { self.hidden.as_ptr().cast::<f32>().add(own.unwrap_or(0) * self.stride) }
     }
 
     /// A thread's `[tokens][GAIN_COLUMNS]`.
@@ -200,18 +208,27 @@ impl Patch {
         Ok(Patch { a, inputs, rank, parts, next: None })
     }
 
-    /// Asks for some rows of `A`, as for [`Patch::first_half`].
-    pub fn prefetch(&self, rows: Range<usize>) {
-        let bytes: &[u8] = match &self.a {
-            FirstHalf::Dense(_, bytes) => bytes,
-            FirstHalf::Bytes(a) => a.bytes(),
-            FirstHalf::Nibbles(a) => a.bytes(),
-        };
-        let row = bytes.len() / self.rank.next_multiple_of(ROWS).max(1);
-        lora::prefetch(bytes.get(rows.start * row..rows.end.next_multiple_of(ROWS) * row).unwrap_or_default());
+    /// Whether each thread computes `h` for itself when there are `tokens` of them; else they divide its rows and meet.
+    pub fn is_alone(&self, tokens: usize) -> bool {
+        tokens == 1 && self.a.bytes().len() <= ALONE
     }
 
-    /// `h = x·Aᵀ` for some of its rows, which begin at a multiple of [`ROWS`], into `[tokens][rank]` at `out`.
+    /// Rows of `A` that lie together, which threads do not divide.
+    pub fn row_unit(&self) -> usize {
+        match &self.a {
+            FirstHalf::Nibbles(_) => nibbles::ROWS,
+            FirstHalf::Bytes(_) | FirstHalf::Dense(..) => hidden::ROWS,
+        }
+    }
+
+    /// Asks for some rows of `A`, as for [`Patch::first_half`].
+    pub fn prefetch(&self, rows: Range<usize>) {
+        let (bytes, unit) = (self.a.bytes(), self.row_unit());
+        let tile = bytes.len() / self.rank.div_ceil(unit).max(1);
+        lora::prefetch(bytes.get(rows.start / unit * tile..rows.end.div_ceil(unit) * tile).unwrap_or_default());
+    }
+
+    /// `h = x·Aᵀ` for some of its rows, which begin at a multiple of [`Patch::row_unit`], into `[tokens][rank]` at `out`.
     ///
     /// # Safety
     /// `out` is valid for all tokens; this thread alone uses those rows.
@@ -271,11 +288,11 @@ impl FirstHalf {
         }
     }
 
-    fn bytes(&self) -> usize {
+    fn bytes(&self) -> &[u8] {
         match self {
-            FirstHalf::Dense(_, bytes) => bytes.len(),
-            FirstHalf::Bytes(rows) => rows.bytes().len(),
-            FirstHalf::Nibbles(rows) => rows.bytes().len(),
+            FirstHalf::Dense(_, bytes) => bytes,
+            FirstHalf::Bytes(rows) => rows.bytes(),
+            FirstHalf::Nibbles(rows) => rows.bytes(),
         }
     }
 }

@@ -87,23 +87,23 @@ pub(super) struct Token<'a> {
 }
 
 /// Writes `h[t][rows]` of every token to `out + t · stride`, which is row 0 of token `t`, from what `tile` makes of a token and
-/// the tile with that index. `a` has as many rows, of as many values.
+/// the tile of `R` rows with that index. `a` has as many rows, of as many values.
 ///
 /// # Safety
 /// `out` must be valid for writes of those rows of every token, and nobody else may use them meanwhile.
 ///
 /// # Panics
 /// When the sizes do not fit, or `rows` begins within a tile: a mistake of the program.
-pub(super) unsafe fn each_tile(
+pub(super) unsafe fn each_tile<const R: usize>(
     a: (usize, usize),
     x: &Q8<'_>,
     rows: Range<usize>,
     out: *mut f32,
     stride: usize,
-    tile: impl Fn(&Token<'_>, usize) -> [f32; ROWS],
+    tile: impl Fn(&Token<'_>, usize) -> [f32; R],
 ) {
     let (layout, k) = (x.layout(), a.1);
-    assert!(rows.start.is_multiple_of(ROWS) && rows.end <= a.0 && layout.k == k && rows.end <= stride);
+    assert!(rows.start.is_multiple_of(R) && rows.end <= a.0 && layout.k == k && rows.end <= stride);
     for t in 0..layout.tokens {
         let sums = &x.sums()[t * layout.groups..][..k / GROUP];
         let token = Token {
@@ -112,8 +112,8 @@ pub(super) unsafe fn each_tile(
             sums,
             sum: sums.iter().sum(),
         };
-        for first in rows.clone().step_by(ROWS) {
-            for (r, h) in tile(&token, first / ROWS).into_iter().enumerate().take(rows.end - first) {
+        for first in rows.clone().step_by(R) {
+            for (r, h) in tile(&token, first / R).into_iter().enumerate().take(rows.end - first) {
                 // SAFETY: by the caller's promise.
                 unsafe { *out.add(t * stride + first + r) = h };
             }
@@ -245,7 +245,8 @@ pub(super) mod tests {
             let mut first: Option<Vec<f32>> = None;
             for isa in Isa::available() {
                 let mut h = vec![f32::NAN; tokens * (rows + 3)];
-                let cut = rows / 2 / ROWS * ROWS;
+                // Whole tiles of either kind.
+                let cut = rows / 2 / 16 * 16;
                 for part in [0..cut, cut..rows] {
                     run(isa, &packed, &q8, part, h.as_mut_ptr(), rows + 3);
                 }

@@ -1,10 +1,10 @@
 //! Both halves of a low-rank correction in 4 bits, for weights that are kept as coarsely: indices into the values of IQ4_NL,
 //! which lie as numbers of a bell curve do, with a bf16 scale for 32 of them in a row of `A` or all of a column of `B`.
 //!
-//! Rows of `A` lie as in [`hidden`](super::hidden): eight side by side make a tile, which has for each 32 values of its rows
-//! the scales `[8]` and then two lines `[8 rows][8]`, the bytes' low halves being values 0 to 7 of 16 and the high ones 8 to 15.
-//! Columns of `B` make tiles of 32 with their scales in front; for every eight of the rank follow two lines `[16 columns][4]`
-//! with ranks 0 to 3 in the low halves and 4 to 7 in the high ones. `h` is rounded to 8 bits for it.
+//! Rows of `A` lie side by side as in [`hidden`](super::hidden), sixteen to a tile, which has for each 32 values of its rows the
+//! scales `[16]` and then, for every eight of the values, a line `[16 rows][4]` with values 0 to 3 in the low halves of its bytes
+//! and 4 to 7 in the high ones. Columns of `B` make tiles of 32 with their scales in front; for every eight of the rank follow
+//! two such lines, of 16 columns each. `h` is rounded to 8 bits for it.
 //!
 //! The scalar forms are the specification: integers are summed exactly, in `A` 32 at a time and the sums as f32 in order.
 
@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::hidden::{ROWS, Token, each_tile};
+use super::hidden::{Token, each_tile};
 use super::{LowRankTask, SCALES, TILE};
 use crate::Result;
 use crate::cpu::buffer::{Shelf, Table};
@@ -20,9 +20,11 @@ use crate::cpu::isa::Isa;
 use crate::cpu::kernels::linear::{GROUP, Q8};
 use crate::quant::IQ4_VALUES;
 
+/// Rows of a tile of `A`.
+pub const ROWS: usize = 16;
 /// Bytes of a tile of `A` for every 32 values of its rows.
 const STEP: usize = 2 * ROWS + ROWS * GROUP / 2;
-/// Ranks of `B` that lie together.
+/// Values of a row of `A`, and ranks of `B`, that lie together.
 const OCTET: usize = 8;
 /// Most ranks whose `h` is rounded on the stack.
 pub(super) const MAX_RANK: usize = 512;
@@ -94,8 +96,8 @@ impl Rows {
                     let scale = quantize(values, &mut indices);
                     step[2 * r..2 * r + 2].copy_from_slice(&scale.to_le_bytes());
                     for (i, index) in indices.into_iter().enumerate() {
-                        let (line, high, at) = (i / 16, i / 8 % 2, i % 8);
-                        step[2 * ROWS + 64 * line + 8 * r + at] |= index << (4 * high);
+                        let (line, high, at) = (i / OCTET, i / 4 % 2, i % 4);
+                        step[2 * ROWS + 64 * line + 4 * r + at] |= index << (4 * high);
                     }
                 }
             }
@@ -144,8 +146,8 @@ fn scalar_hidden(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
     for ((step, q), d) in tile.chunks_exact(STEP).zip(q.chunks_exact(GROUP)).zip(d) {
         for (r, h) in h.iter_mut().enumerate() {
             let value = |i: usize| {
-                let byte = step[2 * ROWS + 64 * (i / 16) + 8 * r + i % 8];
-                i32::from(IQ4_VALUES[(byte >> (4 * (i / 8 % 2)) & 15) as usize])
+                let byte = step[2 * ROWS + 64 * (i / OCTET) + 4 * r + i % 4];
+                i32::from(IQ4_VALUES[(byte >> (4 * (i / 4 % 2)) & 15) as usize])
             };
             let sum: i32 = q.iter().enumerate().map(|(i, q)| value(i) * i32::from(*q)).sum();
             *h += scale_of(step, r) * (d * sum as f32);
@@ -200,44 +202,41 @@ pub(super) unsafe fn add(isa: Isa, task: &LowRankTask<'_>, tiles: &[u8]) {
             let v = h * inverse;
             *q = (v + 0.5f32.copysign(v)) as i8;
         }
-        for first in task.columns.clone().step_by(TILE) {
-            let count = TILE.min(task.columns.end - first);
-            let tile = &tiles[first / TILE * tile_bytes(rank)..][..tile_bytes(rank)];
-            // SAFETY: columns of this row, by the caller's promise; the token proves the features.
-            unsafe {
-                let y = task.out.add(t * task.out_stride + first - task.columns.start);
-                match isa {
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512(_) => x86::add_vnni(tile, rounded, scale, y, count),
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx2(_) => x86::add_avx2(tile, rounded, scale, y, count),
-                    _ => scalar_add(tile, rounded, scale, std::slice::from_raw_parts_mut(y, count)),
-                }
+        let first = task.columns.start / TILE * tile_bytes(rank);
+        let tiles = &tiles[first..][..task.columns.len().div_ceil(TILE) * tile_bytes(rank)];
+        // SAFETY: columns of this row, by the caller's promise; the token proves the features.
+        unsafe {
+            let y = std::slice::from_raw_parts_mut(task.out.add(t * task.out_stride), task.columns.len());
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512(_) => x86::add_vnni(tiles, rounded, scale, y),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2(_) => x86::add_avx2(tiles, rounded, scale, y),
+                _ => scalar_add(tiles, rounded, scale, y),
             }
         }
     }
 }
 
-fn scalar_add(tile: &[u8], h: &[i8], scale: f32, y: &mut [f32]) {
-    for (c, y) in y.iter_mut().enumerate() {
-        let value = |j: usize| {
-            let byte = tile[SCALES + 128 * (j / OCTET) + 4 * c + j % 4];
-            i32::from(IQ4_VALUES[(byte >> (4 * (j / 4 % 2)) & 15) as usize])
-        };
-        let sum: i32 = h.iter().enumerate().map(|(j, h)| value(j) * i32::from(*h)).sum();
-        *y += scale_of(tile, c) * (scale * sum as f32);
+/// Adds to `y` the tiles' columns times `h`, which has whole octets, times `scale`.
+fn scalar_add(tiles: &[u8], h: &[i8], scale: f32, y: &mut [f32]) {
+    for (tile, y) in tiles.chunks_exact(tile_bytes(h.len())).zip(y.chunks_mut(TILE)) {
+        for (c, y) in y.iter_mut().enumerate() {
+            let value = |j: usize| {
+                let byte = tile[SCALES + 128 * (j / OCTET) + 4 * c + j % 4];
+                i32::from(IQ4_VALUES[(byte >> (4 * (j / 4 % 2)) & 15) as usize])
+            };
+            let sum: i32 = h.iter().enumerate().map(|(j, h)| value(j) * i32::from(*h)).sum();
+            *y += scale_of(tile, c) * (scale * sum as f32);
+        }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::hidden::OFFSET;
-    use super::{GROUP, IQ4_VALUES, OCTET, ROWS, SCALES, STEP, TILE};
+    use super::{GROUP, IQ4_VALUES, OCTET, ROWS, SCALES, STEP, TILE, tile_bytes};
     use std::arch::x86_64::*;
-
-    /// Bytes from what is computed to what is asked for: what is read is used once, in streams that are short for what
-    /// prefetches by itself.
-    const AHEAD: usize = 2_048;
 
     /// The values, made unsigned, as one factor of `vpdpbusd` has to be.
     const UNSIGNED: [u8; 16] = {
@@ -250,42 +249,48 @@ mod x86 {
         values
     };
 
+    /// The values whose indices are the low halves of bytes, and the high ones.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn values(table: __m512i, bytes: __m512i) -> [__m512i; 2] {
+        let low = _mm512_set1_epi8(15);
+        let of = |indices| _mm512_shuffle_epi8(table, _mm512_and_si512(indices, low));
+        [of(bytes), of(_mm512_srli_epi16::<4>(bytes))]
+    }
+
     /// # Safety
     /// The features; whole steps, each with 32 of `q`, one of `d` and of `sums`, which are `d` times the sum of those `q`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
     pub(super) unsafe fn hidden_vnni(tile: &[u8], q: &[i8], d: &[f32], sums: &[f32]) -> [f32; ROWS] {
         // SAFETY: sixteen bytes.
         let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(UNSIGNED.as_ptr().cast()) });
-        let low = _mm512_set1_epi8(15);
-        // Two lanes a row.
-        let mut h = _mm512_setzero_ps();
+        // A lane is a row; what the offset has added is summed apart.
+        let (mut h, mut excess) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for (((step, q), d), sum) in tile.chunks_exact(STEP).zip(q.chunks_exact(GROUP)).zip(d).zip(sums) {
-            let mut acc = _mm512_setzero_si512();
-            for line in 0..2 {
-                // SAFETY: within the step and its values; a hint may point anywhere.
+            let mut acc = [_mm512_setzero_si512(); 2];
+            for line in 0..GROUP / OCTET {
+                // SAFETY: within the step and its values.
                 unsafe {
-                    let at = step.as_ptr().add(2 * ROWS + 64 * line);
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
-                    let bytes = _mm512_loadu_si512(at.cast());
-                    let q = q.as_ptr().add(16 * line).cast::<i64>();
-                    let of = |indices| _mm512_shuffle_epi8(table, _mm512_and_si512(indices, low));
-                    acc = _mm512_dpbusd_epi32(acc, of(bytes), _mm512_set1_epi64(q.read_unaligned()));
-                    let high = of(_mm512_srli_epi16::<4>(bytes));
-                    acc = _mm512_dpbusd_epi32(acc, high, _mm512_set1_epi64(q.add(1).read_unaligned()));
+                    let bytes = _mm512_loadu_si512(step.as_ptr().add(2 * ROWS + 64 * line).cast());
+                    let q = q.as_ptr().add(OCTET * line).cast::<i32>();
+                    for (half, values) in values(table, bytes).into_iter().enumerate() {
+                        let q = _mm512_set1_epi32(q.add(half).read_unaligned());
+                        acc[half] = _mm512_dpbusd_epi32(acc[half], values, q);
+                    }
                 }
             }
-            // SAFETY: eight scales.
-            let scales = _mm512_cvtepu16_epi64(unsafe { _mm_loadu_si128(step.as_ptr().cast()) });
-            let scales = _mm512_or_si512(_mm512_slli_epi64::<16>(scales), _mm512_slli_epi64::<48>(scales));
-            // What the offset has added is in one lane of each row.
-            let excess = _mm512_maskz_mov_ps(0x5555, _mm512_set1_ps(-f32::from(OFFSET) * sum));
-            let product = _mm512_fmadd_ps(_mm512_set1_ps(*d), _mm512_cvtepi32_ps(acc), excess);
-            h = _mm512_fmadd_ps(_mm512_castsi512_ps(scales), product, h);
+            // SAFETY: sixteen scales.
+            let scales = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(step.as_ptr().cast()) });
+            let scales = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(scales));
+            let sums = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[0], acc[1]));
+            h = _mm512_fmadd_ps(scales, _mm512_mul_ps(_mm512_set1_ps(*d), sums), h);
+            excess = _mm512_fmadd_ps(scales, _mm512_set1_ps(*sum), excess);
         }
-        let mut lanes = [0.0; 2 * ROWS];
+        h = _mm512_fnmadd_ps(_mm512_set1_ps(f32::from(OFFSET)), excess, h);
+        let mut lanes = [0.0; ROWS];
         // SAFETY: sixteen floats.
         unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), h) };
-        std::array::from_fn(|r| lanes[2 * r] + lanes[2 * r + 1])
+        lanes
     }
 
     /// Adds products of four bytes of each lane with four of the activations, given in each lane.
@@ -309,109 +314,111 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn hidden_avx2(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
         let (table, low) = (signed_table(), _mm256_set1_epi8(15));
-        // Two lanes a row, in two halves.
         let mut h = [_mm256_setzero_ps(); 2];
         for ((step, q), d) in tile.chunks_exact(STEP).zip(q.chunks_exact(GROUP)).zip(d) {
             for (half, h) in h.iter_mut().enumerate() {
                 let mut acc = _mm256_setzero_si256();
-                for line in 0..2 {
+                for line in 0..GROUP / OCTET {
                     // SAFETY: within the step and its values.
                     unsafe {
                         let at = step.as_ptr().add(2 * ROWS + 64 * line + 32 * half);
                         let bytes = _mm256_loadu_si256(at.cast());
-                        let q = q.as_ptr().add(16 * line).cast::<i64>();
+                        let q = q.as_ptr().add(OCTET * line).cast::<i32>();
                         let first = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
                         let second = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low);
-                        acc = dot(acc, first, _mm256_set1_epi64x(q.read_unaligned()));
+                        acc = dot(acc, first, _mm256_set1_epi32(q.read_unaligned()));
                         let second = _mm256_shuffle_epi8(table, second);
-                        acc = dot(acc, second, _mm256_set1_epi64x(q.add(1).read_unaligned()));
+                        acc = dot(acc, second, _mm256_set1_epi32(q.add(1).read_unaligned()));
                     }
                 }
-                // SAFETY: four scales.
-                let scales = _mm256_cvtepu16_epi64(unsafe { _mm_loadl_epi64(step.as_ptr().add(8 * half).cast()) });
-                let scales = _mm256_or_si256(_mm256_slli_epi64::<16>(scales), _mm256_slli_epi64::<48>(scales));
-                let product = _mm256_mul_ps(_mm256_set1_ps(*d), _mm256_cvtepi32_ps(acc));
-                *h = _mm256_fmadd_ps(_mm256_castsi256_ps(scales), product, *h);
+                // SAFETY: eight scales.
+                let scales = _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(step.as_ptr().add(16 * half).cast()) });
+                let scales = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(scales));
+                *h = _mm256_fmadd_ps(scales, _mm256_mul_ps(_mm256_set1_ps(*d), _mm256_cvtepi32_ps(acc)), *h);
             }
         }
-        let mut lanes = [0.0; 2 * ROWS];
+        let mut lanes = [0.0; ROWS];
         // SAFETY: twice eight floats.
         unsafe {
             _mm256_storeu_ps(lanes.as_mut_ptr(), h[0]);
             _mm256_storeu_ps(lanes.as_mut_ptr().add(8), h[1]);
         }
-        std::array::from_fn(|r| lanes[2 * r] + lanes[2 * r + 1])
+        lanes
     }
 
+    /// As [`scalar_add`](super::scalar_add).
+    ///
     /// # Safety
-    /// The features; a whole tile of as many ranks as `h` has, and `count` columns at `y`.
+    /// The features.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-    pub(super) unsafe fn add_vnni(tile: &[u8], h: &[i8], scale: f32, y: *mut f32, count: usize) {
+    pub(super) unsafe fn add_vnni(tiles: &[u8], h: &[i8], scale: f32, y: &mut [f32]) {
         // SAFETY: sixteen bytes.
         let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(UNSIGNED.as_ptr().cast()) });
-        let low = _mm512_set1_epi8(15);
         // What the offset adds to every column.
         let excess: i32 = h.iter().map(|h| i32::from(*h)).sum::<i32>() * i32::from(OFFSET);
-        let mut acc = [_mm512_set1_epi32(-excess); 2];
-        for (octet, h) in h.chunks_exact(OCTET).enumerate() {
-            for (half, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: within the tile and `h`; a hint may point anywhere.
-                unsafe {
-                    let at = tile.as_ptr().add(SCALES + 128 * octet + 64 * half);
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
-                    let bytes = _mm512_loadu_si512(at.cast());
-                    let h = h.as_ptr().cast::<i32>();
-                    let of = |indices| _mm512_shuffle_epi8(table, _mm512_and_si512(indices, low));
-                    *acc = _mm512_dpbusd_epi32(*acc, of(bytes), _mm512_set1_epi32(h.read_unaligned()));
-                    let high = of(_mm512_srli_epi16::<4>(bytes));
-                    *acc = _mm512_dpbusd_epi32(*acc, high, _mm512_set1_epi32(h.add(1).read_unaligned()));
+        for (tile, y) in tiles.chunks_exact(tile_bytes(h.len())).zip(y.chunks_mut(TILE)) {
+            let mut acc = [_mm512_set1_epi32(-excess); 2];
+            for (octet, h) in h.chunks_exact(OCTET).enumerate() {
+                for (half, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: within the tile and `h`.
+                    unsafe {
+                        let at = tile.as_ptr().add(SCALES + 128 * octet + 64 * half);
+                        let [low, high] = values(table, _mm512_loadu_si512(at.cast()));
+                        let h = h.as_ptr().cast::<i32>();
+                        *acc = _mm512_dpbusd_epi32(*acc, low, _mm512_set1_epi32(h.read_unaligned()));
+                        *acc = _mm512_dpbusd_epi32(*acc, high, _mm512_set1_epi32(h.add(1).read_unaligned()));
+                    }
                 }
             }
-        }
-        let all = ((1u64 << count) - 1) as u32;
-        for (half, (acc, mask)) in acc.into_iter().zip([all as u16, (all >> 16) as u16]).enumerate() {
-            // SAFETY: the tile's scales, and of the results those that the mask names.
-            unsafe {
-                let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(tile.as_ptr().add(32 * half).cast()));
-                let scales = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits));
-                let sum = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(acc));
-                let y = y.wrapping_add(16 * half);
-                let new = _mm512_fmadd_ps(scales, sum, _mm512_maskz_loadu_ps(mask, y));
-                _mm512_mask_storeu_ps(y, mask, new);
+            let all = ((1u64 << y.len()) - 1) as u32;
+            for (half, (acc, mask)) in acc.into_iter().zip([all as u16, (all >> 16) as u16]).enumerate() {
+                // SAFETY: the tile's scales, and of the results those that the mask names.
+                unsafe {
+                    let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(tile.as_ptr().add(32 * half).cast()));
+                    let scales = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits));
+                    let sum = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(acc));
+                    let y = y.as_mut_ptr().wrapping_add(16 * half);
+                    let new = _mm512_fmadd_ps(scales, sum, _mm512_maskz_loadu_ps(mask, y));
+                    _mm512_mask_storeu_ps(y, mask, new);
+                }
             }
         }
     }
 
+    /// As [`scalar_add`](super::scalar_add).
+    ///
     /// # Safety
-    /// As [`add_vnni`].
+    /// The features.
     #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn add_avx2(tile: &[u8], h: &[i8], scale: f32, y: *mut f32, count: usize) {
+    pub(super) unsafe fn add_avx2(tiles: &[u8], h: &[i8], scale: f32, y: &mut [f32]) {
         let (table, low) = (signed_table(), _mm256_set1_epi8(15));
-        let mut sums = [0.0f32; TILE];
-        for (quarter, sums) in sums.chunks_exact_mut(8).enumerate() {
-            let mut acc = _mm256_setzero_si256();
-            for (octet, h) in h.chunks_exact(OCTET).enumerate() {
-                // SAFETY: within the tile and `h`.
+        for (tile, y) in tiles.chunks_exact(tile_bytes(h.len())).zip(y.chunks_mut(TILE)) {
+            let mut sums = [0.0f32; TILE];
+            for (quarter, sums) in sums.chunks_exact_mut(8).enumerate() {
+                let mut acc = _mm256_setzero_si256();
+                for (octet, h) in h.chunks_exact(OCTET).enumerate() {
+                    // SAFETY: within the tile and `h`.
+                    unsafe {
+                        let at = tile.as_ptr().add(SCALES + 128 * octet + 32 * quarter);
+                        let bytes = _mm256_loadu_si256(at.cast());
+                        let h = h.as_ptr().cast::<i32>();
+                        let first = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
+                        acc = dot(acc, first, _mm256_set1_epi32(h.read_unaligned()));
+                        let second = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low);
+                        let second = _mm256_shuffle_epi8(table, second);
+                        acc = dot(acc, second, _mm256_set1_epi32(h.add(1).read_unaligned()));
+                    }
+                }
+                // SAFETY: eight scales, eight sums.
                 unsafe {
-                    let bytes = _mm256_loadu_si256(tile.as_ptr().add(SCALES + 128 * octet + 32 * quarter).cast());
-                    let h = h.as_ptr().cast::<i32>();
-                    let first = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
-                    acc = dot(acc, first, _mm256_set1_epi32(h.read_unaligned()));
-                    let second = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low);
-                    acc = dot(acc, _mm256_shuffle_epi8(table, second), _mm256_set1_epi32(h.add(1).read_unaligned()));
+                    let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(tile.as_ptr().add(16 * quarter).cast()));
+                    let scales = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits));
+                    let sum = _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(acc));
+                    _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_mul_ps(scales, sum));
                 }
             }
-            // SAFETY: eight scales, eight sums.
-            unsafe {
-                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(tile.as_ptr().add(16 * quarter).cast()));
-                let scales = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits));
-                let sum = _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(acc));
-                _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_mul_ps(scales, sum));
-            }
+            y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
         }
-        // SAFETY: `count` columns.
-        let y = unsafe { std::slice::from_raw_parts_mut(y, count) };
-        y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
     }
 }
 
