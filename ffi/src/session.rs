@@ -138,9 +138,6 @@ pub(crate) unsafe fn session_options(
         let what = "kinglet_session_options has flags or a reserved field set; leave them 0";
         return Err(Failure::new(KINGLET_ERR_UNSUPPORTED, what));
     }
-    let size = |name: &str, value: i32| {
-        usize::try_from(value).map_err(|_| Failure::argument(format!("{name} is {value}; it must be 0 or more")))
-    };
     let default = SessionOptions::default();
     let kv_type = match options.kv_type {
         0 | KINGLET_KV_F16 => DType::F16,
@@ -149,14 +146,16 @@ pub(crate) unsafe fn session_options(
         other => return Err(Failure::argument(format!("kv_type is {other}; it must be a KINGLET_KV_* value"))),
     };
     Ok(SessionOptions {
-        context: size("context_tokens", options.context_tokens)?,
+        context: args::count("context_tokens", options.context_tokens)?,
         threads: settings.threads,
         kv_type,
-        chunk: match size("chunk_tokens", options.chunk_tokens)? {
+        chunk: match args::count("chunk_tokens", options.chunk_tokens)? {
             0 => default.chunk,
             chunk => chunk,
         },
         device: settings.device.clone(),
+        gpu_layers: settings.gpu_layers,
+        gpu_memory: settings.gpu_memory,
         memory_budget: settings.memory_budget,
         prefix_cache: settings.prefix_cache.clone(),
         ..default

@@ -84,10 +84,10 @@ impl Device {
 #[cfg(not(feature = "gpu"))]
 impl Device {
     /// Refuses the GPU, which this build does not know.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(super) fn check(&self, gpu_layers: Option<usize>) -> Result<()> {
         match self {
-            Device::Cpu | Device::Auto => Ok(()),
-            Device::Gpu(_) => Err(Error::Unsupported("the GPU: this build is without it (feature `gpu`)".into())),
+            Device::Cpu | Device::Auto if gpu_layers.unwrap_or(0) == 0 => Ok(()),
+            _ => Err(Error::Unsupported("the GPU: this build is without it (feature `gpu`)".into())),
         }
     }
 }

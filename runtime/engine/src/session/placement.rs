@@ -56,7 +56,7 @@ impl Placement {
         }
         #[cfg(not(feature = "gpu"))]
         {
-            options.device.check()?;
+            options.device.check(options.gpu_layers)?;
             Placement::on_cpu(model, options, None)
         }
     }
