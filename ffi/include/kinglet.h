@@ -135,7 +135,8 @@ enum {
 };
 
 enum {
-    KINGLET_TUNE_SOFTWARE = 1  /* time the kernels of software drivers too, which are there for tests */
+    KINGLET_TUNE_SOFTWARE = 1,  /* time the kernels of software drivers too, which are there for tests */
+    KINGLET_TUNE_INT8 = 2       /* let products of eight bits compete too: quicker for some, but rounded more */
 };
 
 typedef struct kinglet_model_options {
@@ -155,9 +156,10 @@ typedef struct kinglet_model_options {
     uint32_t tuning;         /* KINGLET_TUNE_*; 0 without a folder */
     uint64_t gpu_memory;     /* most bytes of the GPU's memory that a session takes: it gets as many layers as that holds;
                                 0: no limit */
-    const char *tuning_folder; /* kernels are timed before a device's first run, up to three seconds for each type of weights,
-                                the quickest are taken, and the times kept here, in a file for each device and driver. A folder
-                                that cannot be written is a warning in the log. NULL: nothing is timed or written */
+    const char *tuning_folder; /* kernels are timed before a device's first run, a few seconds for each type of weights, those
+                                are taken that are clearly quicker than the usual ones, and the times kept here, in a file for
+                                each device and driver. A folder that cannot be written is a warning in the log. NULL: nothing is
+                                timed or written */
 } kinglet_model_options;
 
 /* Bytes that a model with one session takes: of main memory, or of the GPU's where it runs there; of a model that is divided,

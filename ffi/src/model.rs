@@ -26,6 +26,8 @@ pub const KINGLET_MODEL_COPY: u32 = 2;
 
 /// Time the kernels of software drivers too, which are there for tests.
 pub const KINGLET_TUNE_SOFTWARE: u32 = 1;
+/// Let products of eight bits compete too.
+pub const KINGLET_TUNE_INT8: u32 = 2;
 
 /// How a model is opened; all zeros is a good default.
 #[repr(C)]
@@ -199,7 +201,7 @@ unsafe fn settings(options: *const kinglet_model_options) -> Outcome<(OpenOption
 
 /// The device with its kernels timed, if there is a folder for the times; a build without the GPU has nothing to time.
 fn tuned(device: Device, folder: Option<&str>, tuning: u32) -> Outcome<Device> {
-    let known = KINGLET_TUNE_SOFTWARE;
+    let known = KINGLET_TUNE_SOFTWARE | KINGLET_TUNE_INT8;
     if tuning & !known != 0 {
         let what = format!("kinglet_model_options.tuning has unknown flags ({:#x})", tuning & !known);
         return Err(Failure::new(KINGLET_ERR_UNSUPPORTED, what));
@@ -214,8 +216,12 @@ fn tuned(device: Device, folder: Option<&str>, tuning: u32) -> Outcome<Device> {
         )),
         #[cfg(feature = "gpu")]
         Some(folder) => {
-            let software = tuning & KINGLET_TUNE_SOFTWARE != 0;
-            let tuning = kinglet_engine::gpu::Tuning { folder: Some(folder.into()), software, again: false };
+            let tuning = kinglet_engine::gpu::Tuning {
+                folder: Some(folder.into()),
+                int8: tuning & KINGLET_TUNE_INT8 != 0,
+                software: tuning & KINGLET_TUNE_SOFTWARE != 0,
+                again: false,
+            };
             Ok(Device::Tuned(Box::new(device), tuning))
         }
         #[cfg(not(feature = "gpu"))]

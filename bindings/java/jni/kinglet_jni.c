@@ -15,6 +15,7 @@
 
 SAME(kinglet_Jni_MODEL_VALIDATE, KINGLET_MODEL_VALIDATE);
 SAME(kinglet_Jni_MODEL_COPY, KINGLET_MODEL_COPY);
+SAME(kinglet_Jni_TUNE_INT8, KINGLET_TUNE_INT8);
 SAME(kinglet_Jni_TOKENIZE_SPECIAL, KINGLET_TOKENIZE_SPECIAL);
 SAME(kinglet_Jni_TOKENIZE_CONTROL, KINGLET_TOKENIZE_CONTROL);
 SAME(kinglet_Jni_DETOKENIZE_CONTROL, KINGLET_DETOKENIZE_CONTROL);
@@ -146,14 +147,15 @@ typedef struct {
 /* The numbers are those of Model.Options.numbers. */
 static model_options take_options(JNIEnv *env, jbyteArray backend, jbyteArray folder, jlongArray numbers) {
     model_options all = {.options = {.struct_size = sizeof all.options}, .backend = backend, .folder = folder};
-    jlong number[6] = {0};
-    (*env)->GetLongArrayRegion(env, numbers, 0, 6, number);
+    jlong number[7] = {0};
+    (*env)->GetLongArrayRegion(env, numbers, 0, 7, number);
     all.options.flags = (uint32_t)number[0];
     all.options.threads = (int32_t)number[1];
     all.options.memory_budget = number[2] < 0 ? 0 : (uint64_t)number[2];
     all.options.prefix_cache = number[3] < 0 ? 0 : (uint64_t)number[3];
     all.options.gpu_layers = (int32_t)number[4];
     all.options.gpu_memory = number[5] < 0 ? 0 : (uint64_t)number[5];
+    all.options.tuning = (uint32_t)number[6];
     all.options.backend = (const char *)take_bytes(env, backend);
     all.options.tuning_folder = (const char *)take_bytes(env, folder);
     return all;

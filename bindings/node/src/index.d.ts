@@ -49,6 +49,8 @@ export interface ModelOptions {
   gpuMemory?: number;
   /** Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; none are timed without. */
   tuningFolder?: string;
+  /** Let products of eight bits compete too: quicker for some, but rounded more. With a folder only. */
+  tuneInt8?: boolean;
   /** Read all weights on opening, and refuse NaN and infinity. */
   validate?: boolean;
   /** Read the file into memory instead of mapping it: for files that others change. */

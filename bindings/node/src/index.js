@@ -35,11 +35,12 @@ const REPORT = [
 
 function modelOptions({
   backend = 'auto', threads = 0, memoryBudget = 0, prefixCache = 0, gpuLayers = 0, gpuMemory = 0, tuningFolder = null,
-  validate = false, copy = false,
+  tuneInt8 = false, validate = false, copy = false,
 } = {}) {
   const flags = (validate ? constants.KINGLET_MODEL_VALIDATE : 0) | (copy ? constants.KINGLET_MODEL_COPY : 0);
   const budgets = { memory_budget: memoryBudget, prefix_cache: prefixCache };
-  const gpu = { gpu_layers: gpuLayers, gpu_memory: gpuMemory, tuning_folder: tuningFolder };
+  const tuning = tuneInt8 ? constants.KINGLET_TUNE_INT8 : 0;
+  const gpu = { gpu_layers: gpuLayers, gpu_memory: gpuMemory, tuning_folder: tuningFolder, tuning };
   return struct('kinglet_model_options', { backend, threads, flags, ...budgets, ...gpu });
 }
 

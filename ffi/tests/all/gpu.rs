@@ -170,6 +170,10 @@ mod with_gpu {
         // They are read again, and not measured again, which never gives the same numbers.
         run(&scratch, &options);
         assert_eq!(std::fs::read_to_string(file).expect("the file"), text);
+        // Products of eight bits compete where that is asked for.
+        assert!(!text.contains("\"int8\": true"), "{text}");
+        run(&scratch, &kinglet_model_options { tuning: KINGLET_TUNE_SOFTWARE | KINGLET_TUNE_INT8, ..options });
+        assert!(std::fs::read_to_string(file).expect("the file").contains("\"int8\": true"));
     }
 
     /// A folder that cannot be made is no reason not to answer.

@@ -11,6 +11,7 @@ final class Jni {
     // The numbers of kinglet.h; the C file does not compile where they differ.
     @Native static final int MODEL_VALIDATE = 1;
     @Native static final int MODEL_COPY = 2;
+    @Native static final int TUNE_INT8 = 2;
     @Native static final int TOKENIZE_SPECIAL = 1;
     @Native static final int TOKENIZE_CONTROL = 2;
     @Native static final int DETOKENIZE_CONTROL = 1;

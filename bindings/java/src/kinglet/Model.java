@@ -22,6 +22,8 @@ public final class Model extends Handle {
         public long gpuMemory;
         /** Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; null: none are timed. */
         public String tuningFolder;
+        /** Let products of eight bits compete too: quicker for some, but rounded more. With a folder only. */
+        public boolean tuneInt8;
         /** Read all weights on opening, and refuse NaN and infinity. */
         public boolean validate;
         /** Read the file into memory instead of mapping it: for files that others change. */
@@ -38,7 +40,8 @@ public final class Model extends Handle {
         /** The numbers of kinglet_model_options, in the order that kinglet_jni.c has. */
         long[] numbers(boolean copy) {
             int flags = (validate ? Jni.MODEL_VALIDATE : 0) | (copy ? Jni.MODEL_COPY : 0);
-            return new long[] {flags, threads, memoryBudget, prefixCache, gpuLayers, gpuMemory};
+            int tuning = tuneInt8 ? Jni.TUNE_INT8 : 0;
+            return new long[] {flags, threads, memoryBudget, prefixCache, gpuLayers, gpuMemory, tuning};
         }
     }
 

@@ -195,6 +195,7 @@ class Model(_Object):
         gpu_layers: int = 0,
         gpu_memory: int = 0,
         tuning_folder: str | os.PathLike[str] | None = None,
+        tune_int8: bool = False,
         validate: bool = False,
         copy: bool = False,
     ) -> None:
@@ -203,11 +204,11 @@ class Model(_Object):
 
         A GPU runs the last ``gpu_layers`` layers and the CPU the others (0: all, or as many as the GPU's memory holds); it gets
         as many as ``gpu_memory`` bytes hold (0: no limit). With a ``tuning_folder`` its kernels are timed once, the times kept
-        there, and the quickest taken."""
+        there, and the quickest taken; with ``tune_int8`` products of eight bits compete too, which are rounded more."""
         in_memory = isinstance(source, (bytes, bytearray, memoryview))
         flags = lib.KINGLET_MODEL_VALIDATE * validate | lib.KINGLET_MODEL_COPY * (copy or in_memory)
         budgets = {"memory_budget": memory_budget, "prefix_cache": prefix_cache}
-        gpu = {"gpu_layers": gpu_layers, "gpu_memory": gpu_memory}
+        gpu = {"gpu_layers": gpu_layers, "gpu_memory": gpu_memory, "tuning": lib.KINGLET_TUNE_INT8 * tune_int8}
         options, _texts = _model_options(backend, threads, tuning_folder, flags=flags, **budgets, **gpu)
         if isinstance(source, (bytes, bytearray, memoryview)):
             content = ffi.from_buffer(source)

@@ -44,6 +44,8 @@ public final class Model: @unchecked Sendable {
         public var gpuMemory: UInt64 = 0
         /// Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; nil: none are timed.
         public var tuningFolder: String?
+        /// Let products of eight bits compete too: quicker for some, but rounded more. With a folder only.
+        public var tuneInt8 = false
         /// Read all weights on opening, and refuse NaN and infinity.
         public var validate = false
         /// Read the file into memory instead of mapping it: for files that others change.
