@@ -10,7 +10,7 @@ use crate::adapter::kinglet_adapter;
 use crate::args::{self, Versioned};
 use crate::fence::{
     Failure, KINGLET_ERR_BUSY, KINGLET_ERR_CANCELLED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK,
-    Outcome, enter, fence, fence_void, kinglet_error, kinglet_status,
+    Outcome, enter, enter_after, fence, fence_void, kinglet_error, kinglet_status,
 };
 use crate::gate::suspended;
 use crate::model::{Settings, Shared, kinglet_memory, kinglet_model};
@@ -71,20 +71,12 @@ impl kinglet_session {
         session
     }
 
-    /// The inside, for a call of the caller's on this session. Memory being given back by a call on the model is waited for:
-    /// it takes no time, and the caller knows nothing of it.
+    /// The inside, for a call of the caller's on this session.
     ///
     /// # Errors
     /// As [`enter`].
     pub(crate) fn enter(&self) -> Outcome<MutexGuard<'_, Slot>> {
-        match enter(&self.slot, "session") {
-            Err(busy) if busy.code == KINGLET_ERR_BUSY => {
-                // While this is held whoever is inside is a call on the session.
-                let _nobody_trims = self.trimming.lock().unwrap_or_else(PoisonError::into_inner);
-                enter(&self.slot, "session")
-            }
-            entered => entered,
-        }
+        enter_after(&self.trimming, &self.slot, "session")
     }
 
     /// Runs `body`, which reads tokens and may be cancelled, on a session that nobody else uses. Logits of before are gone
