@@ -168,7 +168,7 @@ typedef struct kinglet_memory {
     uint32_t struct_size;
     uint32_t reserved;
     uint64_t weights;      /* the mapped file: shared by all processes, and taken back by the system when it must; on a GPU
-                              what lies there of it */
+                              what lies there of it, once for all sessions of a model */
     uint64_t kv_cache;     /* keys and values; these grow as the window fills */
     uint64_t activations;  /* activations, logits, tables */
     uint64_t scratch;      /* of all threads */

@@ -72,7 +72,8 @@ pub struct kinglet_memory {
     pub struct_size: u32,
     /// 0.
     pub reserved: u32,
-    /// The mapped file, which the system gives back under pressure and all processes share; on a GPU what lies there of it.
+    /// The mapped file, which the system gives back under pressure and all processes share; on a GPU what lies there of it,
+    /// once for all sessions.
     pub weights: u64,
     /// Keys and values.
     pub kv_cache: u64,
