@@ -9,8 +9,8 @@ use kinglet_engine::session::{CancelHandle, Model, ScaledAdapter, Session, Sessi
 use crate::adapter::kinglet_adapter;
 use crate::args::{self, Versioned};
 use crate::fence::{
-    Failure, KINGLET_ERR_BUSY, KINGLET_ERR_CANCELLED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK,
-    Outcome, enter, enter_after, fence, fence_void, kinglet_error, kinglet_status,
+    Failure, KINGLET_ERR_CANCELLED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK, Outcome, enter,
+    enter_after, fence, fence_void, kinglet_error, kinglet_status,
 };
 use crate::gate::suspended;
 use crate::model::{Settings, Shared, kinglet_memory, kinglet_model};
