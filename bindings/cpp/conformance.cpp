@@ -119,6 +119,13 @@ void structured(const kinglet::Model &model) {
 void errors(const kinglet::Model &model) {
     kinglet::Session session = model.session();
     fails("missing_model_code", [] { kinglet::Model("/no/such/model"); });
+    kinglet_model_options options = kinglet::model_options();
+    options.backend = "cpu";
+    options.gpu_layers = 1;
+    const kinglet::Model on_cpu(path, options);
+    fails("wrong_options_code", [&] { on_cpu.session(); }, values.at("layers_on_cpu"));
+    options.tuning_folder = "";
+    fails("wrong_options_code", [&] { kinglet::Model(path, options); }, values.at("empty_folder"));
     fails("unknown_key_code", [&] { session.generate(values.at("unknown_key_request")); }, values.at("unknown_key"));
     fails("context_full_code", [&] { session.feed(std::vector<int32_t>(100000, 1)); });
     kinglet::Generation answer = session.generate(values.at("greedy_request"));

@@ -136,6 +136,14 @@ final class Conformance {
     private static void errors(Model model) {
         try (Session session = model.session()) {
             fails("missing_model_code", () -> Model.open("/no/such/model"), "");
+            Model.Options options = new Model.Options();
+            options.backend = "cpu";
+            options.gpuLayers = 1;
+            try (Model onCpu = Model.open(path, options)) {
+                fails("wrong_options_code", onCpu::session, values.get("layers_on_cpu"));
+            }
+            options.tuningFolder = "";
+            fails("wrong_options_code", () -> Model.open(path, options), values.get("empty_folder"));
             fails("unknown_key_code", () -> session.generate(values.get("unknown_key_request")), values.get("unknown_key"));
             int[] many = new int[100000];
             Arrays.fill(many, 1);

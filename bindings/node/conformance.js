@@ -93,6 +93,10 @@ async function structured(model) {
 async function errors(model) {
   const session = await model.session();
   await fails('missing_model_code', () => kinglet.Model.open('/no/such/model'));
+  const onCpu = await kinglet.Model.open(path, { backend: 'cpu', gpuLayers: 1 });
+  await fails('wrong_options_code', () => onCpu.session(), values.layers_on_cpu);
+  onCpu.close();
+  await fails('wrong_options_code', () => kinglet.Model.open(path, { tuningFolder: '' }), values.empty_folder);
   await fails('unknown_key_code', () => session.generate(request('unknown_key_request')), values.unknown_key);
   await fails('context_full_code', () => session.feed(new Array(100000).fill(1)));
   const answer = session.generate(request('greedy_request'));

@@ -93,6 +93,9 @@ def structured(model):
 def errors(model):
     session = model.session()
     fails("missing_model_code", lambda: kinglet.Model("/no/such/model"))
+    with kinglet.Model(path, backend="cpu", gpu_layers=1) as on_cpu:
+        fails("wrong_options_code", on_cpu.session, values["layers_on_cpu"])
+    fails("wrong_options_code", lambda: kinglet.Model(path, tuning_folder=""), values["empty_folder"])
     fails("unknown_key_code", lambda: session._generate(request("unknown_key_request")), values["unknown_key"])
     fails("context_full_code", lambda: session.feed([1] * 100000))
     answer = session.complete(**request("greedy_request"))

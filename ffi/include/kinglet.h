@@ -134,6 +134,11 @@ enum {
     KINGLET_MODEL_COPY = 2       /* read the file into private memory instead of mapping it: for files that others change */
 };
 
+enum {
+    KINGLET_TUNE_SOFTWARE = 1,  /* time the kernels of software drivers too, which are there for tests */
+    KINGLET_TUNE_INT8 = 2       /* let products of eight bits compete too: quicker for some, but rounded more */
+};
+
 typedef struct kinglet_model_options {
     uint32_t struct_size;
     uint32_t flags;          /* KINGLET_MODEL_* */
@@ -143,14 +148,27 @@ typedef struct kinglet_model_options {
     uint64_t memory_budget;  /* most bytes that the file and one session, or trainer, take together; 0: no limit */
     uint64_t prefix_cache;   /* most bytes, beside the budget, for prompts that were read, so that sessions that begin alike
                                 share the work; 0: none */
+    /* The following are about GPUs. Where the CPU runs the model, and in a library built without GPUs, gpu_memory and tuning do
+       nothing, and gpu_layers is an error. */
+    int32_t gpu_layers;      /* of each session: how many of the last layers the GPU runs, with the head, while the CPU runs
+                                those before; from the model's number of layers on, all. 0: all, or as many as the GPU's memory
+                                holds where "auto" chose it or gpu_memory bounds it. Trainers do not divide a model */
+    uint32_t tuning;         /* KINGLET_TUNE_*; 0 without a folder */
+    uint64_t gpu_memory;     /* most bytes of the GPU's memory that a session takes: it gets as many layers as that holds;
+                                0: no limit */
+    const char *tuning_folder; /* kernels are timed before a device's first run, a few seconds for each type of weights, those
+                                are taken that are clearly quicker than the usual ones, and the times kept here, in a file for
+                                each device and driver. A folder that cannot be written is a warning in the log. NULL: nothing is
+                                timed or written */
 } kinglet_model_options;
 
-/* Bytes that a model with one session takes: of main memory, or of the GPU's where it runs there. */
+/* Bytes that a model with one session takes: of main memory, or of the GPU's where it runs there; of a model that is divided,
+   both together. */
 typedef struct kinglet_memory {
     uint32_t struct_size;
     uint32_t reserved;
     uint64_t weights;      /* the mapped file: shared by all processes, and taken back by the system when it must; on a GPU
-                              what lies there of it */
+                              what lies there of it, once for all sessions of a model */
     uint64_t kv_cache;     /* keys and values; these grow as the window fills */
     uint64_t activations;  /* activations, logits, tables */
     uint64_t scratch;      /* of all threads */
@@ -237,7 +255,7 @@ kinglet_status kinglet_token_bytes(const kinglet_model *model, int32_t token, ui
 enum {
     KINGLET_KV_F16 = 1,  /* the default */
     KINGLET_KV_F32 = 2,
-    KINGLET_KV_Q8_0 = 3  /* half the memory of the default; on the CPU */
+    KINGLET_KV_Q8_0 = 3  /* half the memory of the default */
 };
 
 struct kinglet_session_options {

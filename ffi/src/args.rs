@@ -264,6 +264,11 @@ pub unsafe fn give_array<T: Copy>(values: &[T], out: *mut T, capacity: usize, co
     Ok(KINGLET_OK)
 }
 
+/// A number of things that the caller says, 0 or more.
+pub fn count(name: &str, value: i32) -> Outcome<usize> {
+    usize::try_from(value).map_err(|_| Failure::argument(format!("{name} is {value}; it must be 0 or more")))
+}
+
 /// Token ids as the engine has them.
 pub fn tokens(ids: &[i32]) -> Outcome<Vec<u32>> {
     let token = |id: &i32| u32::try_from(*id).map_err(|_| Failure::argument(format!("{id} is no token id")));

@@ -9,7 +9,7 @@
 use std::ffi::c_char;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use kinglet_engine::Error;
 
@@ -189,6 +189,22 @@ pub fn enter<'a, T>(object: &'a Mutex<T>, what: &str) -> Outcome<MutexGuard<'a, 
             format!("another call on this {what} is running; wait for it, or cancel it"),
         )),
         Err(TryLockError::Poisoned(_)) => Err(unusable(what)),
+    }
+}
+
+/// As [`enter`], for an object whose memory a call on its model may be giving back, which is held by `giving` meanwhile. That
+/// is waited for: it takes no time, and the caller knows nothing of it.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_after<'a, T>(giving: &Mutex<()>, object: &'a Mutex<T>, what: &str) -> Outcome<MutexGuard<'a, T>> {
+    match enter(object, what) {
+        Err(busy) if busy.code == KINGLET_ERR_BUSY => {
+            // While this is held whoever is inside is a call on the object.
+            let _nobody_gives = giving.lock().unwrap_or_else(PoisonError::into_inner);
+            enter(object, what)
+        }
+        entered => entered,
     }
 }
 

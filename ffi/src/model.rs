@@ -24,6 +24,11 @@ pub const KINGLET_MODEL_VALIDATE: u32 = 1;
 /// Read the file into private memory instead of mapping it.
 pub const KINGLET_MODEL_COPY: u32 = 2;
 
+/// Time the kernels of software drivers too, which are there for tests.
+pub const KINGLET_TUNE_SOFTWARE: u32 = 1;
+/// Let products of eight bits compete too.
+pub const KINGLET_TUNE_INT8: u32 = 2;
+
 /// How a model is opened; all zeros is a good default.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -43,9 +48,17 @@ pub struct kinglet_model_options {
     pub memory_budget: u64,
     /// Most bytes for beginnings of prompts that were computed, for other sessions that begin alike; 0 for none.
     pub prefix_cache: u64,
+    /// Layers of each session that a GPU runs, the last ones; 0 for all, or as many as fit where they may be divided.
+    pub gpu_layers: i32,
+    /// `KINGLET_TUNE_*`.
+    pub tuning: u32,
+    /// Most bytes of a GPU's memory that a session takes; 0 for no limit.
+    pub gpu_memory: u64,
+    /// Where times of a GPU's kernels are kept; NULL for none that are timed.
+    pub tuning_folder: *const c_char,
 }
 
-// SAFETY: `repr(C)`, a `u32` first, numbers and a pointer.
+// SAFETY: `repr(C)`, a `u32` first, numbers and pointers.
 unsafe impl Versioned for kinglet_model_options {
     const NAME: &'static str = "kinglet_model_options";
 }
@@ -59,7 +72,8 @@ pub struct kinglet_memory {
     pub struct_size: u32,
     /// 0.
     pub reserved: u32,
-    /// The mapped file, which the system gives back under pressure and all processes share; on a GPU what lies there of it.
+    /// The mapped file, which the system gives back under pressure and all processes share; on a GPU what lies there of it,
+    /// once for all sessions.
     pub weights: u64,
     /// Keys and values.
     pub kv_cache: u64,
@@ -144,6 +158,8 @@ fn alive<T>(all: &Mutex<Vec<Weak<T>>>) -> Vec<Arc<T>> {
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub device: Device,
+    pub gpu_layers: Option<usize>,
+    pub gpu_memory: Option<u64>,
     pub threads: usize,
     pub memory_budget: Option<u64>,
     pub prefix_cache: Option<PrefixCache>,
@@ -154,10 +170,11 @@ pub(crate) struct Settings {
 /// # Safety
 /// As [`args::read`].
 unsafe fn settings(options: *const kinglet_model_options) -> Outcome<(OpenOptions, Settings)> {
-    // SAFETY: passed on; a backend that is not NULL is a string.
-    let (options, backend) = unsafe {
+    // SAFETY: passed on; a backend and a folder that are not NULL are strings.
+    let (options, backend, folder) = unsafe {
         let options = args::read(options)?;
-        (options, args::optional_text(options.backend, "kinglet_model_options.backend")?)
+        let backend = args::optional_text(options.backend, "kinglet_model_options.backend")?;
+        (options, backend, args::optional_text(options.tuning_folder, "kinglet_model_options.tuning_folder")?)
     };
     let known = KINGLET_MODEL_VALIDATE | KINGLET_MODEL_COPY;
     if options.flags & !known != 0 || options.reserved != 0 {
@@ -171,12 +188,46 @@ unsafe fn settings(options: *const kinglet_model_options) -> Outcome<(OpenOption
         copy: options.flags & KINGLET_MODEL_COPY != 0,
         header_only: false,
     };
-    let threads = usize::try_from(options.threads)
-        .map_err(|_| Failure::argument(format!("threads is {}; it must be 0 or more", options.threads)))?;
-    let device = Device::from_str(backend.unwrap_or("auto"))?;
-    let memory_budget = (options.memory_budget > 0).then_some(options.memory_budget);
-    let prefix_cache = (options.prefix_cache > 0).then(|| PrefixCache::new(options.prefix_cache));
-    Ok((open, Settings { device, threads, memory_budget, prefix_cache }))
+    let device = tuned(Device::from_str(backend.unwrap_or("auto"))?, folder, options.tuning)?;
+    let settings = Settings {
+        device,
+        gpu_layers: Some(args::count("gpu_layers", options.gpu_layers)?).filter(|layers| *layers > 0),
+        gpu_memory: (options.gpu_memory > 0).then_some(options.gpu_memory),
+        threads: args::count("threads", options.threads)?,
+        memory_budget: (options.memory_budget > 0).then_some(options.memory_budget),
+        prefix_cache: (options.prefix_cache > 0).then(|| PrefixCache::new(options.prefix_cache)),
+    };
+    Ok((open, settings))
+}
+
+/// The device with its kernels timed, if there is a folder for the times; a build without the GPU has nothing to time.
+fn tuned(device: Device, folder: Option<&str>, tuning: u32) -> Outcome<Device> {
+    let known = KINGLET_TUNE_SOFTWARE | KINGLET_TUNE_INT8;
+    if tuning & !known != 0 {
+        let what = format!("kinglet_model_options.tuning has unknown flags ({:#x})", tuning & !known);
+        return Err(Failure::new(KINGLET_ERR_UNSUPPORTED, what));
+    }
+    match folder {
+        None if tuning != 0 => Err(Failure::argument(
+            "kinglet_model_options.tuning says how kernels are timed, but tuning_folder is NULL; name a folder for the times",
+        )),
+        None => Ok(device),
+        Some("") => Err(Failure::argument(
+            "kinglet_model_options.tuning_folder is empty; name a folder for the times, or NULL for kernels that are not timed",
+        )),
+        #[cfg(feature = "gpu")]
+        Some(folder) => {
+            let tuning = kinglet_engine::gpu::Tuning {
+                folder: Some(folder.into()),
+                int8: tuning & KINGLET_TUNE_INT8 != 0,
+                software: tuning & KINGLET_TUNE_SOFTWARE != 0,
+                again: false,
+            };
+            Ok(Device::Tuned(Box::new(device), tuning))
+        }
+        #[cfg(not(feature = "gpu"))]
+        Some(_) => Ok(device),
+    }
 }
 
 /// The model in `gguf`, if the budget holds its file.

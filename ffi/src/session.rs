@@ -9,8 +9,8 @@ use kinglet_engine::session::{CancelHandle, Model, ScaledAdapter, Session, Sessi
 use crate::adapter::kinglet_adapter;
 use crate::args::{self, Versioned};
 use crate::fence::{
-    Failure, KINGLET_ERR_BUSY, KINGLET_ERR_CANCELLED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK,
-    Outcome, enter, fence, fence_void, kinglet_error, kinglet_status,
+    Failure, KINGLET_ERR_CANCELLED, KINGLET_ERR_TOO_SMALL, KINGLET_ERR_UNSUPPORTED, KINGLET_OK, Outcome, enter,
+    enter_after, fence, fence_void, kinglet_error, kinglet_status,
 };
 use crate::gate::suspended;
 use crate::model::{Settings, Shared, kinglet_memory, kinglet_model};
@@ -71,20 +71,12 @@ impl kinglet_session {
         session
     }
 
-    /// The inside, for a call of the caller's on this session. Memory being given back by a call on the model is waited for:
-    /// it takes no time, and the caller knows nothing of it.
+    /// The inside, for a call of the caller's on this session.
     ///
     /// # Errors
     /// As [`enter`].
     pub(crate) fn enter(&self) -> Outcome<MutexGuard<'_, Slot>> {
-        match enter(&self.slot, "session") {
-            Err(busy) if busy.code == KINGLET_ERR_BUSY => {
-                // While this is held whoever is inside is a call on the session.
-                let _nobody_trims = self.trimming.lock().unwrap_or_else(PoisonError::into_inner);
-                enter(&self.slot, "session")
-            }
-            entered => entered,
-        }
+        enter_after(&self.trimming, &self.slot, "session")
     }
 
     /// Runs `body`, which reads tokens and may be cancelled, on a session that nobody else uses. Logits of before are gone
@@ -138,9 +130,6 @@ pub(crate) unsafe fn session_options(
         let what = "kinglet_session_options has flags or a reserved field set; leave them 0";
         return Err(Failure::new(KINGLET_ERR_UNSUPPORTED, what));
     }
-    let size = |name: &str, value: i32| {
-        usize::try_from(value).map_err(|_| Failure::argument(format!("{name} is {value}; it must be 0 or more")))
-    };
     let default = SessionOptions::default();
     let kv_type = match options.kv_type {
         0 | KINGLET_KV_F16 => DType::F16,
@@ -149,14 +138,16 @@ pub(crate) unsafe fn session_options(
         other => return Err(Failure::argument(format!("kv_type is {other}; it must be a KINGLET_KV_* value"))),
     };
     Ok(SessionOptions {
-        context: size("context_tokens", options.context_tokens)?,
+        context: args::count("context_tokens", options.context_tokens)?,
         threads: settings.threads,
         kv_type,
-        chunk: match size("chunk_tokens", options.chunk_tokens)? {
+        chunk: match args::count("chunk_tokens", options.chunk_tokens)? {
             0 => default.chunk,
             chunk => chunk,
         },
         device: settings.device.clone(),
+        gpu_layers: settings.gpu_layers,
+        gpu_memory: settings.gpu_memory,
         memory_budget: settings.memory_budget,
         prefix_cache: settings.prefix_cache.clone(),
         ..default

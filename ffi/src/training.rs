@@ -4,7 +4,7 @@ use std::ffi::{CString, c_char};
 use std::path::PathBuf;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kinglet_engine::session::{CancelHandle, Model};
 use kinglet_train::config::TrainConfig;
@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use crate::adapter::kinglet_adapter;
 use crate::args::{self, Versioned};
 use crate::fence::{
-    Failure, KINGLET_DONE, KINGLET_ERR_CANCELLED, KINGLET_OK, Outcome, enter, fence, fence_void, kinglet_error,
+    Failure, KINGLET_DONE, KINGLET_ERR_CANCELLED, KINGLET_OK, Outcome, enter_after, fence, fence_void, kinglet_error,
     kinglet_status,
 };
 use crate::gate::suspended;
@@ -68,6 +68,8 @@ unsafe impl Versioned for kinglet_train_report {
 #[allow(non_camel_case_types)]
 pub struct kinglet_trainer {
     state: Mutex<State>,
+    /// Held by whoever gives the trainer's memory back, for as long as it is in the state.
+    parking: Mutex<()>,
     /// Somebody asked to stop; taken back when a call has said so.
     asked: AtomicBool,
     /// What a step looks at: somebody asked, or the model is being suspended.
@@ -174,7 +176,7 @@ fn create(model: &Model, settings: &Settings, json: &str) -> Outcome<Trainer> {
 impl kinglet_trainer {
     /// Runs `body` on the trainer, which nobody else uses.
     fn with<T>(&self, body: impl FnOnce(&mut State) -> Outcome<T>) -> Outcome<T> {
-        body(&mut *enter(&self.state, "trainer")?)
+        body(&mut *enter_after(&self.parking, &self.state, "trainer")?)
     }
 
     /// As [`kinglet_trainer::with`], with a body that computes and may be stopped. A wish that was obeyed is taken back.
@@ -196,6 +198,7 @@ impl kinglet_trainer {
 impl kinglet_trainer {
     /// Gives back what it holds of a GPU; for a model that is suspended.
     pub(crate) fn park(&self) -> Outcome<()> {
+        let _parking = self.parking.lock().unwrap_or_else(PoisonError::into_inner);
         // Nothing computes: whoever has the lock is soon done. One that has panicked is left as it is.
         let Ok(mut state) = self.state.lock() else { return Ok(()) };
         state.trainer.park()?;
@@ -261,7 +264,7 @@ pub unsafe extern "C" fn kinglet_trainer_create(
             let trainer = create(&model.model, &model.settings, args::text(config_json, "config_json")?)?;
             let state = Mutex::new(State { trainer, note: CString::default() });
             let (asked, stop, shared) = (AtomicBool::new(false), CancelHandle::default(), model.shared.clone());
-            let trainer = Arc::new(kinglet_trainer { state, asked, stop, shared });
+            let trainer = Arc::new(kinglet_trainer { state, parking: Mutex::default(), asked, stop, shared });
             trainer.shared.add_trainer(&trainer);
             Ok(args::give_shared(out, trainer))
         })

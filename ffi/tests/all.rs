@@ -11,6 +11,8 @@ mod bindings;
 mod clients;
 #[path = "all/crowd.rs"]
 mod crowd;
+#[path = "all/gpu.rs"]
+mod gpu;
 #[path = "all/hard.rs"]
 mod hard;
 #[path = "all/header.rs"]

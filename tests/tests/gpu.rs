@@ -139,7 +139,7 @@ fn gpu_products_of_eight_bits_are_nearly_the_cpus() {
         let (prompt, more) = (tokens(&model, 1, 75), tokens(&model, 2, 6));
         let run = |arithmetic| {
             // Every time a device of its own, as in another process.
-            let tuning = gpu::Tuning { folder: Some(folder.clone()), software: true, again: false };
+            let tuning = gpu::Tuning { folder: Some(folder.clone()), int8: true, software: true, again: false };
             let device = Device::Tuned(Box::new(Device::Open(whole())), tuning);
             let options = SessionOptions { arithmetic, chunk: 80, ..options(device) };
             logits(&model, &options, &prompt, &more)

@@ -1,13 +1,16 @@
 //! A device's life: it is lost, it is full, it is opened and closed a thousand times.
 
+use std::sync::{Arc, Barrier};
+
 use kinglet_engine::Error;
+use kinglet_engine::gpu::Tuning;
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::{Device, Session, SessionOptions};
+use kinglet_engine::session::{Device, Engine, Model, Session, SessionOptions};
 use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_tests::data::{Scratch, heavy, tiny};
 use kinglet_tests::process::program;
 
-use crate::gpu::{options, tokens, whole};
+use crate::gpu::{options, tokens, whole, wide};
 
 /// Whoever uses a lost device is told so, and goes on elsewhere with what it has.
 #[test]
@@ -104,4 +107,115 @@ fn a_thousand_sessions() {
     (0..900).for_each(|_| round());
     let grown = resident().saturating_sub(before);
     assert!(grown < 4 << 20, "{grown} bytes more after 900 sessions");
+}
+
+/// A model whose weights outweigh all else that its sessions take.
+fn heavy_model(scratch: &Scratch) -> Model {
+    let config = TinyConfig { layers: 6, vocab: 2_000, ..wide("llama") };
+    tiny(scratch, &TinyConfig { dtype: DType::F16, embedding: DType::F16, ..config })
+}
+
+/// Sessions that know nothing of each other have the weights on the device once: a second one takes what is its own, one that
+/// gives its memory back takes nothing from the other, and the last one to go frees them.
+#[test]
+fn gpu_sessions_of_a_model_share_its_weights() {
+    let scratch = Scratch::new("gpu-weights-once");
+    let (model, device) = (heavy_model(&scratch), whole());
+    let options = SessionOptions { context: 128, ..options(Device::Open(device.clone())) };
+    let open = || Session::new(&model, &options).expect("a session");
+    let held = || device.allocated_bytes().expect("an allocator that counts");
+    let (empty, prompt) = (held(), tokens(&model, 1, 20));
+
+    let mut first = open();
+    let mut expected = vec![first.feed(&prompt).expect("the prompt").to_vec()];
+    let (weights, one) = (first.needs().weights, held() - empty);
+    let mut second = open();
+    assert_eq!(second.feed(&prompt).expect("the prompt"), expected[0]);
+    let two = held() - empty;
+    assert!(two + weights * 9 / 10 < 2 * one, "weights of {weights} bytes: {one} for one session, {two} for two");
+
+    let freed = first.park().expect("memory back");
+    assert!(freed < weights / 2, "{freed} bytes are free, but the other session has the weights");
+    expected.push(second.feed(&[5]).expect("a token").to_vec());
+    assert_eq!(first.feed(&[5]).expect("a token"), expected[1]);
+    assert!(held() - empty < two + weights / 10, "waking has brought the weights up again");
+
+    // Without both nobody has them, and whoever is first brings them up for both.
+    let freed = first.park().expect("memory back") + second.park().expect("memory back");
+    assert!(freed > weights * 9 / 10 && held() - empty < weights / 2, "{freed} bytes are free of {weights}");
+    expected.push(first.feed(&[6]).expect("a token").to_vec());
+    assert_eq!(second.feed(&[6]).expect("a token"), expected[2]);
+    assert!(held() - empty < two + weights / 10, "each has brought the weights up");
+
+    // One goes, then both, and the next one begins anew.
+    drop(first);
+    expected.push(second.feed(&[7]).expect("a token").to_vec());
+    drop(second);
+    let mut third = open();
+    let whole: Vec<u32> = prompt.iter().copied().chain([5, 6, 7]).collect();
+    let again = third.feed(&whole).expect("all of it").to_vec();
+    let far = again.iter().zip(&expected[3]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(far < 1e-3, "{far}");
+    assert!(held() - empty < one + weights / 10, "the sessions that are gone have left weights behind");
+}
+
+/// Whoever asks for a device in the same words gets the one that another session of the model has open, as long as it is of use.
+#[test]
+fn gpu_sessions_of_a_model_share_a_device() {
+    let scratch = Scratch::new("gpu-device-once");
+    let model = heavy_model(&scratch);
+    let open = |device: &Device| Engine::new(&model, &options(device.clone())).expect("an engine");
+    let of = |engine: &mut Engine| engine.gpu().expect("a GPU").clone();
+    let plain = Device::Gpu(0);
+    let tuned = Device::Tuned(Box::new(plain.clone()), Tuning::default());
+    let anew = Device::Tuned(Box::new(plain.clone()), Tuning { again: true, ..Tuning::default() });
+    let same = |one: &Device, two: &Device| {
+        let (mut one, mut two) = (open(one), open(two));
+        Arc::ptr_eq(&of(&mut one), &of(&mut two))
+    };
+    assert!(same(&plain, &plain) && same(&tuned, &tuned));
+    assert!(!same(&plain, &tuned), "who did not ask for timed kernels has none");
+    assert!(!same(&anew, &anew), "who wants them timed anew has them timed");
+
+    let mut engine = open(&plain);
+    let lost = of(&mut engine);
+    lost.destroy();
+    let mut next = open(&plain);
+    let device = of(&mut next);
+    assert!(!Arc::ptr_eq(&lost, &device), "a lost device is handed out");
+    let mut session = Session::new(&model, &options(plain.clone())).expect("a session");
+    session.feed(&[1, 2, 3]).expect("a run");
+    // The model keeps no device open.
+    let kept = Arc::downgrade(&device);
+    drop((next, session, device));
+    assert!(kept.upgrade().is_none());
+}
+
+/// Sessions that are opened, parked, woken and closed by several threads at once.
+#[test]
+fn gpu_sessions_of_a_model_share_from_many_threads() {
+    let scratch = Scratch::new("gpu-weights-threads");
+    let (model, barrier) = (heavy_model(&scratch), Barrier::new(4));
+    let wanted =
+        Session::new(&model, &options(Device::Cpu)).expect("a session").feed(&[1, 2, 3]).expect("logits").to_vec();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (model, barrier, wanted) = (&model, &barrier, &wanted);
+            scope.spawn(move || {
+                for round in 0..3 {
+                    barrier.wait();
+                    let mut session = Session::new(model, &options(Device::Gpu(0))).expect("a session");
+                    for again in 0..3 {
+                        session.reset();
+                        let ours = session.feed(&[1, 2, 3]).expect("logits");
+                        let far = ours.iter().zip(wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                        assert!(far < 1e-3, "{far}");
+                        if (round + thread + again) % 2 == 0 {
+                            session.park().expect("memory back");
+                        }
+                    }
+                }
+            });
+        }
+    });
 }

@@ -47,18 +47,34 @@ pub struct Global {
     /// Where to compute: auto, cpu, gpu or gpu:N (see `kinglet devices`)
     #[arg(long, global = true, value_name = "WHERE", default_value = "auto", help_heading = "Global options")]
     pub backend: Device,
+    /// Which kernels a GPU multiplies with
+    #[cfg(feature = "gpu")]
+    #[arg(long, global = true, value_name = "WHICH", default_value = "timed", help_heading = "Global options")]
+    pub kernels: Kernels,
     /// Say more on standard error; twice for details
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]
     pub verbose: u8,
+}
+
+/// Which of its kernels a GPU multiplies with.
+#[cfg(feature = "gpu")]
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernels {
+    /// The usual ones; nothing is timed
+    Usual,
+    /// Those that are clearly quicker than the usual ones on this card; timed once, for a few seconds
+    Timed,
+    /// As timed, and products of eight bits compete too: quicker for some, but rounded more
+    Int8,
 }
 
 impl Global {
     /// Where to compute; a GPU's kernels are timed once, and the times kept in the cache directory.
     #[cfg(feature = "gpu")]
     pub fn device(&self) -> Device {
-        match tuning_folder() {
-            Some(folder) => self.tuned(Tuning { folder: Some(folder), ..Tuning::default() }),
-            None => self.backend.clone(),
+        match (self.kernels, tuning_folder()) {
+            (Kernels::Usual, _) | (_, None) => self.backend.clone(),
+            (_, folder) => self.tuned(Tuning { folder, ..Tuning::default() }),
         }
     }
 
@@ -71,12 +87,13 @@ impl Global {
     /// Where to compute, with kernels timed anew, whatever the device.
     #[cfg(feature = "gpu")]
     pub fn tuned_anew(&self) -> Device {
-        self.tuned(Tuning { folder: tuning_folder(), software: true, again: true })
+        self.tuned(Tuning { folder: tuning_folder(), software: true, again: true, ..Tuning::default() })
     }
 
     #[cfg(feature = "gpu")]
     fn tuned(&self, tuning: Tuning) -> Device {
-        Device::Tuned(Box::new(self.backend.clone()), tuning)
+        let int8 = self.kernels == Kernels::Int8;
+        Device::Tuned(Box::new(self.backend.clone()), Tuning { int8, ..tuning })
     }
 }
 

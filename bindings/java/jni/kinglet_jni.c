@@ -15,6 +15,7 @@
 
 SAME(kinglet_Jni_MODEL_VALIDATE, KINGLET_MODEL_VALIDATE);
 SAME(kinglet_Jni_MODEL_COPY, KINGLET_MODEL_COPY);
+SAME(kinglet_Jni_TUNE_INT8, KINGLET_TUNE_INT8);
 SAME(kinglet_Jni_TOKENIZE_SPECIAL, KINGLET_TOKENIZE_SPECIAL);
 SAME(kinglet_Jni_TOKENIZE_CONTROL, KINGLET_TOKENIZE_CONTROL);
 SAME(kinglet_Jni_DETOKENIZE_CONTROL, KINGLET_DETOKENIZE_CONTROL);
@@ -137,14 +138,32 @@ static void drop_bytes(JNIEnv *env, jbyteArray array, jbyte *elements) {
 
 static size_t length_of(JNIEnv *env, jarray array) { return array ? (size_t)(*env)->GetArrayLength(env, array) : 0; }
 
-static kinglet_model_options model_options(const jbyte *backend, jint threads, jlong budget, jlong prefixes, jint flags) {
-    kinglet_model_options options = {.struct_size = sizeof options};
-    options.backend = (const char *)backend;
-    options.threads = threads;
-    options.memory_budget = budget < 0 ? 0 : (uint64_t)budget;
-    options.prefix_cache = prefixes < 0 ? 0 : (uint64_t)prefixes;
-    options.flags = (uint32_t)flags;
-    return options;
+/* Options, and the texts in them, which are taken. */
+typedef struct {
+    kinglet_model_options options;
+    jbyteArray backend, folder;
+} model_options;
+
+/* The numbers are those of Model.Options.numbers. */
+static model_options take_options(JNIEnv *env, jbyteArray backend, jbyteArray folder, jlongArray numbers) {
+    model_options all = {.options = {.struct_size = sizeof all.options}, .backend = backend, .folder = folder};
+    jlong number[7] = {0};
+    (*env)->GetLongArrayRegion(env, numbers, 0, 7, number);
+    all.options.flags = (uint32_t)number[0];
+    all.options.threads = (int32_t)number[1];
+    all.options.memory_budget = number[2] < 0 ? 0 : (uint64_t)number[2];
+    all.options.prefix_cache = number[3] < 0 ? 0 : (uint64_t)number[3];
+    all.options.gpu_layers = (int32_t)number[4];
+    all.options.gpu_memory = number[5] < 0 ? 0 : (uint64_t)number[5];
+    all.options.tuning = (uint32_t)number[6];
+    all.options.backend = (const char *)take_bytes(env, backend);
+    all.options.tuning_folder = (const char *)take_bytes(env, folder);
+    return all;
+}
+
+static void drop_options(JNIEnv *env, const model_options *all) {
+    drop_bytes(env, all->backend, (jbyte *)(intptr_t)all->options.backend);
+    drop_bytes(env, all->folder, (jbyte *)(intptr_t)all->options.tuning_folder);
 }
 
 static kinglet_session_options session_options(jint context, jint kv, jint chunk) {
@@ -209,55 +228,56 @@ NATIVE(jbyteArray, devicesJson)(JNIEnv *env, jclass jni) {
 /* -------------------------------------------------------------------------------------------------- Models -- */
 
 NATIVE(jlongArray, estimate)
-(JNIEnv *env, jclass jni, jbyteArray path, jbyteArray backend, jint threads, jint context, jint kv, jint chunk) {
+(JNIEnv *env, jclass jni, jbyteArray path, jbyteArray backend, jbyteArray folder, jlongArray numbers, jint context,
+ jint kv, jint chunk) {
     kinglet_error err;
     kinglet_memory out = {.struct_size = sizeof out};
-    jbyte *p = take_bytes(env, path), *b = take_bytes(env, backend);
-    kinglet_model_options model = model_options(b, threads, 0, 0, 0);
+    jbyte *p = take_bytes(env, path);
+    model_options model = take_options(env, backend, folder, numbers);
     kinglet_session_options session = session_options(context, kv, chunk);
     (void)jni;
-    kinglet_status status = kinglet_model_estimate((const char *)p, &model, &session, &out, &err);
+    kinglet_status status = kinglet_model_estimate((const char *)p, &model.options, &session, &out, &err);
     drop_bytes(env, path, p);
-    drop_bytes(env, backend, b);
+    drop_options(env, &model);
     return memory(env, status, &err, &out);
 }
 
 NATIVE(jlong, modelOpen)
-(JNIEnv *env, jclass jni, jbyteArray path, jbyteArray backend, jint threads, jlong budget, jlong prefixes, jint flags) {
+(JNIEnv *env, jclass jni, jbyteArray path, jbyteArray backend, jbyteArray folder, jlongArray numbers) {
     kinglet_error err;
     kinglet_model *out = NULL;
-    jbyte *p = take_bytes(env, path), *b = take_bytes(env, backend);
-    kinglet_model_options options = model_options(b, threads, budget, prefixes, flags);
+    jbyte *p = take_bytes(env, path);
+    model_options model = take_options(env, backend, folder, numbers);
     (void)jni;
-    kinglet_status status = kinglet_model_open((const char *)p, &options, &out, &err);
+    kinglet_status status = kinglet_model_open((const char *)p, &model.options, &out, &err);
     drop_bytes(env, path, p);
-    drop_bytes(env, backend, b);
+    drop_options(env, &model);
     return pointer(env, status, &err, out);
 }
 
 NATIVE(jlong, modelOpenFd)
-(JNIEnv *env, jclass jni, jint fd, jlong offset, jlong length, jbyteArray backend, jint threads, jlong budget,
- jlong prefixes, jint flags) {
+(JNIEnv *env, jclass jni, jint fd, jlong offset, jlong length, jbyteArray backend, jbyteArray folder,
+ jlongArray numbers) {
     kinglet_error err;
     kinglet_model *out = NULL;
-    jbyte *b = take_bytes(env, backend);
-    kinglet_model_options options = model_options(b, threads, budget, prefixes, flags);
+    model_options model = take_options(env, backend, folder, numbers);
     (void)jni;
-    kinglet_status status = kinglet_model_open_fd(fd, (uint64_t)offset, (uint64_t)length, &options, &out, &err);
-    drop_bytes(env, backend, b);
+    kinglet_status status = kinglet_model_open_fd(fd, (uint64_t)offset, (uint64_t)length, &model.options, &out, &err);
+    drop_options(env, &model);
     return pointer(env, status, &err, out);
 }
 
 NATIVE(jlong, modelOpenMemory)
-(JNIEnv *env, jclass jni, jbyteArray content, jbyteArray backend, jint threads, jlong budget, jlong prefixes, jint flags) {
+(JNIEnv *env, jclass jni, jbyteArray content, jbyteArray backend, jbyteArray folder, jlongArray numbers) {
     kinglet_error err;
     kinglet_model *out = NULL;
-    jbyte *c = take_bytes(env, content), *b = take_bytes(env, backend);
-    kinglet_model_options options = model_options(b, threads, budget, prefixes, flags);
+    jbyte *c = take_bytes(env, content);
+    model_options model = take_options(env, backend, folder, numbers);
     (void)jni;
-    kinglet_status status = kinglet_model_open_memory(c, length_of(env, content), NULL, NULL, &options, &out, &err);
+    kinglet_status status =
+        kinglet_model_open_memory(c, length_of(env, content), NULL, NULL, &model.options, &out, &err);
     drop_bytes(env, content, c);
-    drop_bytes(env, backend, b);
+    drop_options(env, &model);
     return pointer(env, status, &err, out);
 }
 

@@ -43,6 +43,14 @@ export interface ModelOptions {
   memoryBudget?: number;
   /** Most bytes for prompts that were read, so that sessions that begin alike share the work; 0: none. */
   prefixCache?: number;
+  /** How many of the last layers a GPU runs, while the CPU runs the others; 0: all, or as many as its memory holds. */
+  gpuLayers?: number;
+  /** Most bytes of a GPU's memory that a session takes: it gets as many layers as that holds; 0: no limit. */
+  gpuMemory?: number;
+  /** Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; none are timed without. */
+  tuningFolder?: string;
+  /** Let products of eight bits compete too: quicker for some, but rounded more. With a folder only. */
+  tuneInt8?: boolean;
   /** Read all weights on opening, and refuse NaN and infinity. */
   validate?: boolean;
   /** Read the file into memory instead of mapping it: for files that others change. */

@@ -33,10 +33,15 @@ const REPORT = [
   'reward_margin',
 ];
 
-function modelOptions({ backend = 'auto', threads = 0, memoryBudget = 0, prefixCache = 0, validate = false, copy = false } = {}) {
+function modelOptions({
+  backend = 'auto', threads = 0, memoryBudget = 0, prefixCache = 0, gpuLayers = 0, gpuMemory = 0, tuningFolder = null,
+  tuneInt8 = false, validate = false, copy = false,
+} = {}) {
   const flags = (validate ? constants.KINGLET_MODEL_VALIDATE : 0) | (copy ? constants.KINGLET_MODEL_COPY : 0);
   const budgets = { memory_budget: memoryBudget, prefix_cache: prefixCache };
-  return struct('kinglet_model_options', { backend, threads, flags, ...budgets });
+  const tuning = tuneInt8 ? constants.KINGLET_TUNE_INT8 : 0;
+  const gpu = { gpu_layers: gpuLayers, gpu_memory: gpuMemory, tuning_folder: tuningFolder, tuning };
+  return struct('kinglet_model_options', { backend, threads, flags, ...budgets, ...gpu });
 }
 
 function sessionOptions({ context = 0, kv, chunk = 0 } = {}) {

@@ -102,6 +102,14 @@ func structured(_ model: Model) async throws {
 func errors(_ model: Model) async throws {
     let session = try model.session()
     await fails("missing_model_code") { _ = try Model("/no/such/model") }
+    var options = Model.Options()
+    options.backend = "cpu"
+    options.gpuLayers = 1
+    let onCpu = try Model(path, options)
+    await fails("wrong_options_code", values["layers_on_cpu"]!) { _ = try onCpu.session() }
+    options.tuningFolder = ""
+    let wrong = options
+    await fails("wrong_options_code", values["empty_folder"]!) { _ = try Model(path, wrong) }
     await fails("unknown_key_code", values["unknown_key"]!) { _ = try session.generate(request("unknown_key_request")) }
     await fails("context_full_code") { try await session.feed([Int32](repeating: 1, count: 100_000)) }
     let answer = try session.generate(request("greedy_request"))

@@ -46,6 +46,10 @@ pub fn cpu() -> kinglet_model_options {
         reserved: 0,
         memory_budget: 0,
         prefix_cache: 0,
+        gpu_layers: 0,
+        tuning: 0,
+        gpu_memory: 0,
+        tuning_folder: null(),
     }
 }
 

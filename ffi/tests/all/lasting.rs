@@ -11,14 +11,14 @@ use crate::hard::{
 };
 use crate::support::{Scratch, error, message};
 
-fn feed(session: *mut kinglet_session, tokens: &[i32]) {
+pub fn feed(session: *mut kinglet_session, tokens: &[i32]) {
     let mut err = error();
     // SAFETY: all pointers are ours.
     let status = unsafe { kinglet_session_feed(session, tokens.as_ptr(), tokens.len(), &mut err) };
     assert_eq!(status, KINGLET_OK, "{}", message(&err));
 }
 
-fn logits(session: *mut kinglet_session) -> Vec<f32> {
+pub fn logits(session: *mut kinglet_session) -> Vec<f32> {
     let (mut count, mut logits) = (0, vec![0f32; 4096]);
     // SAFETY: the array is as long as we say.
     let status = unsafe { kinglet_session_logits(session, logits.as_mut_ptr(), 4096, &mut count, null_mut()) };
@@ -34,7 +34,7 @@ fn count(session: *mut kinglet_session) -> usize {
     count
 }
 
-fn free(sessions: &[*mut kinglet_session], model: *mut kinglet_model) {
+pub fn free(sessions: &[*mut kinglet_session], model: *mut kinglet_model) {
     // SAFETY: they are ours.
     unsafe {
         sessions.iter().for_each(|session| kinglet_session_free(*session));

@@ -36,6 +36,7 @@ Examples:
   kinglet bench smollm2 --adapter mine                 what an adapter beside the weights costs
   kinglet bench smollm2 -p 512 -n 0 --ops              with the time of each kind of operation
   kinglet bench smollm2 --backend gpu --tune           which kernels the GPU is quickest with
+  kinglet bench smollm2 --backend gpu --kernels usual  and with those that are taken untimed
   kinglet bench kernels --types Q4_K,Q8_0              the kernels of linear maps, one by one")]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Arguments {
@@ -61,7 +62,7 @@ pub struct Arguments {
     /// Show where the time goes
     #[arg(long)]
     ops: bool,
-    /// Time the kernels a GPU may multiply with, show them all, and keep what is found
+    /// Time the kernels a GPU may multiply with, show them all, and keep what is found; with --kernels int8 those too
     #[cfg(feature = "gpu")]
     #[arg(long)]
     tune: bool,
@@ -159,7 +160,7 @@ fn tuned_table(tuned: &[TunedKernel]) -> String {
         table.row(vec![
             t.family.into(),
             t.weights.into(),
-            t.shape.into(),
+            shape(t),
             t.kernel.clone(),
             t.microseconds.map_or("-".into(), |us| format!("{us:.1}")),
             format!("{:.5}", t.worst),
@@ -174,15 +175,22 @@ fn tuned_table(tuned: &[TunedKernel]) -> String {
 fn tuned_lines(tuned: &[TunedKernel]) -> String {
     let chosen = tuned.iter().filter(|t| t.chosen && !t.default);
     let lines = chosen.map(|t| {
-        let alike = |other: &&TunedKernel| (other.weights, other.shape) == (t.weights, t.shape) && other.default;
+        let alike = |o: &&TunedKernel| (o.weights, o.shape, o.timed) == (t.weights, t.shape, t.timed) && o.default;
         let usual = tuned.iter().find(alike).and_then(|usual| usual.microseconds);
         let gain = match (t.microseconds, usual) {
             (Some(us), Some(usual)) => format!(", {us:.1} µs, not {usual:.1} µs"),
             _ => String::new(),
         };
-        format!("\nTuned for {} times {}: {}{gain}.", t.shape, t.weights, t.kernel)
+        format!("\nTuned for {} times {}: {}{gain}.", shape(t), t.weights, t.kernel)
     });
     lines.collect()
+}
+
+/// A class of shapes, with the one that was timed.
+#[cfg(feature = "gpu")]
+fn shape(t: &TunedKernel) -> String {
+    let (rows, (n, k)) = t.timed;
+    format!("{} ({rows} × {n} × {k})", t.shape)
 }
 
 pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {

@@ -11,6 +11,7 @@ final class Jni {
     // The numbers of kinglet.h; the C file does not compile where they differ.
     @Native static final int MODEL_VALIDATE = 1;
     @Native static final int MODEL_COPY = 2;
+    @Native static final int TUNE_INT8 = 2;
     @Native static final int TOKENIZE_SPECIAL = 1;
     @Native static final int TOKENIZE_CONTROL = 2;
     @Native static final int DETOKENIZE_CONTROL = 1;
@@ -54,15 +55,15 @@ final class Jni {
     static native byte[] devicesJson();
 
     /** The fields of kinglet_memory. */
-    static native long[] estimate(byte[] path, byte[] backend, int threads, int context, int kv, int chunk);
+    static native long[] estimate(
+            byte[] path, byte[] backend, byte[] tuningFolder, long[] options, int context, int kv, int chunk);
 
-    static native long modelOpen(byte[] path, byte[] backend, int threads, long budget, long prefixes, int flags);
+    static native long modelOpen(byte[] path, byte[] backend, byte[] tuningFolder, long[] options);
 
     static native long modelOpenFd(
-            int fd, long offset, long length, byte[] backend, int threads, long budget, long prefixes, int flags);
+            int fd, long offset, long length, byte[] backend, byte[] tuningFolder, long[] options);
 
-    static native long modelOpenMemory(
-            byte[] bytes, byte[] backend, int threads, long budget, long prefixes, int flags);
+    static native long modelOpenMemory(byte[] bytes, byte[] backend, byte[] tuningFolder, long[] options);
 
     static native void modelFree(long model);
 

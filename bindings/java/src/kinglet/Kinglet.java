@@ -21,8 +21,9 @@ public final class Kinglet {
 
     /** What opening a model and one session with a full window would take. Nothing is allocated. */
     public static Memory estimate(String path, Model.Options model, Session.Options session) {
-        byte[] backend = Jni.utf8(model.backend);
-        return new Memory(Jni.estimate(
-                Jni.utf8(path), backend, model.threads, session.context, session.kv(), session.chunk));
+        byte[] file = Jni.utf8(path), backend = model.backend(), folder = model.tuningFolder();
+        long[] numbers = model.numbers(model.copy);
+        return new Memory(
+                Jni.estimate(file, backend, folder, numbers, session.context, session.kv(), session.chunk));
     }
 }

@@ -16,13 +16,32 @@ public final class Model extends Handle {
         public long memoryBudget;
         /** Most bytes for prompts that were read, so that sessions that begin alike share the work; 0: none. */
         public long prefixCache;
+        /** How many of the last layers a GPU runs, while the CPU runs the others; 0: all, or as many as its memory holds. */
+        public int gpuLayers;
+        /** Most bytes of a GPU's memory that a session takes: it gets as many layers as that holds; 0: no limit. */
+        public long gpuMemory;
+        /** Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; null: none are timed. */
+        public String tuningFolder;
+        /** Let products of eight bits compete too: quicker for some, but rounded more. With a folder only. */
+        public boolean tuneInt8;
         /** Read all weights on opening, and refuse NaN and infinity. */
         public boolean validate;
         /** Read the file into memory instead of mapping it: for files that others change. */
         public boolean copy;
 
-        private int flags() {
-            return (validate ? Jni.MODEL_VALIDATE : 0) | (copy ? Jni.MODEL_COPY : 0);
+        byte[] backend() {
+            return Jni.utf8(backend);
+        }
+
+        byte[] tuningFolder() {
+            return Jni.utf8(tuningFolder);
+        }
+
+        /** The numbers of kinglet_model_options, in the order that kinglet_jni.c has. */
+        long[] numbers(boolean copy) {
+            int flags = (validate ? Jni.MODEL_VALIDATE : 0) | (copy ? Jni.MODEL_COPY : 0);
+            int tuning = tuneInt8 ? Jni.TUNE_INT8 : 0;
+            return new long[] {flags, threads, memoryBudget, prefixCache, gpuLayers, gpuMemory, tuning};
         }
     }
 
@@ -37,9 +56,7 @@ public final class Model extends Handle {
 
     /** Opens the GGUF file at {@code path}; of a model in several files, any one of them. */
     public static Model open(String path, Options o) {
-        byte[] backend = Jni.utf8(o.backend);
-        return new Model(
-                Jni.modelOpen(Jni.utf8(path), backend, o.threads, o.memoryBudget, o.prefixCache, o.flags()));
+        return new Model(Jni.modelOpen(Jni.utf8(path), o.backend(), o.tuningFolder(), o.numbers(o.copy)));
     }
 
     /**
@@ -47,16 +64,13 @@ public final class Model extends Handle {
      * package. The descriptor may be closed afterwards.
      */
     public static Model open(int descriptor, long offset, long length, Options o) {
-        byte[] backend = Jni.utf8(o.backend);
-        return new Model(Jni.modelOpenFd(
-                descriptor, offset, length, backend, o.threads, o.memoryBudget, o.prefixCache, o.flags()));
+        long[] numbers = o.numbers(o.copy);
+        return new Model(Jni.modelOpenFd(descriptor, offset, length, o.backend(), o.tuningFolder(), numbers));
     }
 
     /** Opens the model in {@code bytes}, which are copied. */
     public static Model open(byte[] bytes, Options o) {
-        int flags = o.flags() | Jni.MODEL_COPY;
-        byte[] backend = Jni.utf8(o.backend);
-        return new Model(Jni.modelOpenMemory(bytes, backend, o.threads, o.memoryBudget, o.prefixCache, flags));
+        return new Model(Jni.modelOpenMemory(bytes, o.backend(), o.tuningFolder(), o.numbers(true)));
     }
 
     /** What the model is, as JSON. */

@@ -142,11 +142,14 @@ class _Object:
         self.close()
 
 
-def _model_options(backend: str, threads: int, **fields: int) -> Any:
+def _model_options(
+    backend: str, threads: int, tuning_folder: str | os.PathLike[str] | None = None, **fields: int
+) -> Any:
     name = ffi.new("char[]", backend.encode())
-    options = struct("model_options", backend=name, threads=threads, **fields)
-    # The name must live as long as the struct.
-    return options, name
+    folder = ffi.NULL if tuning_folder is None else ffi.new("char[]", encode(tuning_folder))
+    options = struct("model_options", backend=name, threads=threads, tuning_folder=folder, **fields)
+    # The texts must live as long as the struct.
+    return options, (name, folder)
 
 
 def _session_options(context: int, kv: str | None, chunk: int) -> Any:
@@ -168,10 +171,12 @@ def estimate(
     context: int = 0,
     kv: str | None = None,
     chunk: int = 0,
+    gpu_layers: int = 0,
+    gpu_memory: int = 0,
 ) -> Memory:
     """What opening a model and one session with a full window would take. Nothing is allocated."""
     memory = struct("memory")
-    options, _name = _model_options(backend, threads)
+    options, _texts = _model_options(backend, threads, gpu_layers=gpu_layers, gpu_memory=gpu_memory)
     call(lib.kinglet_model_estimate, encode(path), options, _session_options(context, kv, chunk), memory)
     return _memory(memory)
 
@@ -187,15 +192,24 @@ class Model(_Object):
         threads: int = 0,
         memory_budget: int = 0,
         prefix_cache: int = 0,
+        gpu_layers: int = 0,
+        gpu_memory: int = 0,
+        tuning_folder: str | os.PathLike[str] | None = None,
+        tune_int8: bool = False,
         validate: bool = False,
         copy: bool = False,
     ) -> None:
         """Opens the file at the path ``source``, or the model in the bytes ``source``, which are copied. ``prefix_cache`` is how
-        many bytes prompts may take that were read, so that sessions that begin alike share the work."""
+        many bytes prompts may take that were read, so that sessions that begin alike share the work.
+
+        A GPU runs the last ``gpu_layers`` layers and the CPU the others (0: all, or as many as the GPU's memory holds); it gets
+        as many as ``gpu_memory`` bytes hold (0: no limit). With a ``tuning_folder`` its kernels are timed once, the times kept
+        there, and the quickest taken; with ``tune_int8`` products of eight bits compete too, which are rounded more."""
         in_memory = isinstance(source, (bytes, bytearray, memoryview))
         flags = lib.KINGLET_MODEL_VALIDATE * validate | lib.KINGLET_MODEL_COPY * (copy or in_memory)
         budgets = {"memory_budget": memory_budget, "prefix_cache": prefix_cache}
-        options, _name = _model_options(backend, threads, flags=flags, **budgets)
+        gpu = {"gpu_layers": gpu_layers, "gpu_memory": gpu_memory, "tuning": lib.KINGLET_TUNE_INT8 * tune_int8}
+        options, _texts = _model_options(backend, threads, tuning_folder, flags=flags, **budgets, **gpu)
         if isinstance(source, (bytes, bytearray, memoryview)):
             content = ffi.from_buffer(source)
             arguments = (content, len(content), ffi.NULL, ffi.NULL, options)

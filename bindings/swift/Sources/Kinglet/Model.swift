@@ -38,6 +38,14 @@ public final class Model: @unchecked Sendable {
         public var memoryBudget: UInt64 = 0
         /// Most bytes for prompts that were read, so that sessions that begin alike share the work; 0: none.
         public var prefixCache: UInt64 = 0
+        /// How many of the last layers a GPU runs, while the CPU runs the others; 0: all, or as many as its memory holds.
+        public var gpuLayers: Int32 = 0
+        /// Most bytes of a GPU's memory that a session takes: it gets as many layers as that holds; 0: no limit.
+        public var gpuMemory: UInt64 = 0
+        /// Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; nil: none are timed.
+        public var tuningFolder: String?
+        /// Let products of eight bits compete too: quicker for some, but rounded more. With a folder only.
+        public var tuneInt8 = false
         /// Read all weights on opening, and refuse NaN and infinity.
         public var validate = false
         /// Read the file into memory instead of mapping it: for files that others change.

@@ -90,19 +90,33 @@ func array<Element>(
     return elements
 }
 
-/// A model's options, which `body` passes on while the name of the backend lives.
+/// A model's options, which `body` passes on while the texts in them live.
 func withModelOptions<Result>(
     _ options: Model.Options, _ body: (UnsafePointer<kinglet_model_options>) throws -> Result
 ) rethrows -> Result {
-    try options.backend.withCString { backend in
+    try withCStrings(options.backend, options.tuningFolder) { backend, folder in
         var native = kinglet_model_options()
         native.struct_size = UInt32(MemoryLayout<kinglet_model_options>.size)
         native.backend = backend
         native.threads = options.threads
         native.memory_budget = options.memoryBudget
         native.prefix_cache = options.prefixCache
+        native.gpu_layers = options.gpuLayers
+        native.gpu_memory = options.gpuMemory
+        native.tuning_folder = folder
+        native.tuning = options.tuneInt8 ? UInt32(KINGLET_TUNE_INT8) : 0
         native.flags = (options.validate ? UInt32(KINGLET_MODEL_VALIDATE) : 0) | (options.copy ? UInt32(KINGLET_MODEL_COPY) : 0)
         return try body(&native)
+    }
+}
+
+/// Two texts as C has them while `body` runs, the second one NULL for nil.
+private func withCStrings<Result>(
+    _ first: String, _ second: String?, _ body: (UnsafePointer<CChar>, UnsafePointer<CChar>?) throws -> Result
+) rethrows -> Result {
+    try first.withCString { first in
+        guard let second else { return try body(first, nil) }
+        return try second.withCString { try body(first, $0) }
     }
 }
 

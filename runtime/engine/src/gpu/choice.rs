@@ -12,10 +12,17 @@ use crate::tape::Gate;
 const LARGE_TILES: u32 = 256;
 /// Weights from which on a matrix is large for a few rows.
 const LARGE_MATRIX: u64 = 2 << 20;
-/// How much quicker than today's fixed choice another must be, for clocks are no better; and how much quicker what rounds to
-/// eight bits, for that is the price.
-const LEAD: f64 = 1.03;
-const LEAD_OF_INT8: f64 = 1.1;
+/// How much quicker than the usual choice another must be to take its place, and on every shape that stands for a class:
+/// products that are timed alone are not a model, where a lead of less than this was seen to be lost. And how much quicker what
+/// rounds to eight bits, for that is its price.
+const LEAD: f64 = 1.1;
+const LEAD_OF_INT8: f64 = 1.2;
+
+/// Seconds that stand for what was tried and is not used: more than anything takes that is.
+const UNUSED: f64 = 1e9;
+
+/// What is noted of a candidate that was not tried.
+pub(super) const UNTRIED: &str = "not tried, for lack of time";
 
 /// Seconds a dispatch may hold the device: screens are drawn in between.
 const LONGEST: f64 = 0.025;
@@ -108,9 +115,10 @@ impl fmt::Display for Form {
     }
 }
 
-/// Shapes that are treated alike, and the one that is timed for all: rows, and the matrix `[n, k]`.
-#[derive(Clone, Copy, Debug)]
+/// A product that is timed, for a class of shapes that are treated alike: rows, and the matrix `[n, k]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Shape {
+    /// Of the class.
     pub name: &'static str,
     pub rows: u32,
     pub matrix: (u32, u32),
@@ -120,21 +128,33 @@ const fn shape(name: &'static str, rows: u32, matrix: (u32, u32)) -> Shape {
     Shape { name, rows, matrix }
 }
 
-/// By [`matvec_shape`].
-const MATVEC: [Shape; 4] = [
-    shape("one row, small matrix", 1, (768, 768)),
-    shape("one row, large matrix", 1, (4_096, 2_048)),
-    shape("eight rows, small matrix", 8, (768, 768)),
-    shape("eight rows, large matrix", 8, (4_096, 2_048)),
+/// Names of classes by [`matvec_class`].
+const MATVEC_CLASSES: [&str; 4] =
+    ["one row, small matrix", "one row, large matrix", "eight rows, small matrix", "eight rows, large matrix"];
+/// By [`matmul_class`].
+const MATMUL_CLASSES: [&str; 3] = ["few tiles", "some tiles", "many tiles"];
+
+/// Two of each class, as the maps of small models are: wide and narrow ones (up and down), heads.
+const MATVEC: [Shape; 8] = [
+    shape(MATVEC_CLASSES[0], 1, (768, 1_536)),
+    shape(MATVEC_CLASSES[0], 1, (1_536, 768)),
+    shape(MATVEC_CLASSES[1], 1, (4_096, 2_048)),
+    shape(MATVEC_CLASSES[1], 1, (16_384, 768)),
+    shape(MATVEC_CLASSES[2], 8, (768, 1_536)),
+    shape(MATVEC_CLASSES[2], 8, (1_536, 768)),
+    shape(MATVEC_CLASSES[3], 8, (4_096, 2_048)),
+    shape(MATVEC_CLASSES[3], 8, (16_384, 768)),
 ];
-/// By [`matmul_shape`].
-const MATMUL: [Shape; 3] = [
-    shape("few tiles", 512, (768, 768)),
-    shape("some tiles", 512, (4_096, 768)),
-    shape("many tiles", 512, (8_192, 768)),
+const MATMUL: [Shape; 6] = [
+    shape(MATMUL_CLASSES[0], 512, (768, 1_536)),
+    shape(MATMUL_CLASSES[0], 512, (1_536, 768)),
+    shape(MATMUL_CLASSES[1], 512, (4_096, 768)),
+    shape(MATMUL_CLASSES[1], 512, (2_048, 2_048)),
+    shape(MATMUL_CLASSES[2], 512, (8_192, 768)),
+    shape(MATMUL_CLASSES[2], 512, (8_192, 2_048)),
 ];
 
-/// The shapes of a family; smaller ones where a processor has to compute them.
+/// The shapes that are timed for a family; where a processor has to compute them one of each class, and a smaller one.
 pub(super) fn shapes(family: Family, kind: DeviceKind) -> Vec<Shape> {
     let smaller = |s: &Shape| match family {
         Family::Matvec => Shape { matrix: (s.matrix.0 / 2, s.matrix.1), ..*s },
@@ -144,12 +164,15 @@ pub(super) fn shapes(family: Family, kind: DeviceKind) -> Vec<Shape> {
         Family::Matvec => &MATVEC,
         Family::Matmul => &MATMUL,
     };
-    shapes.iter().map(|s| if kind == DeviceKind::Software { smaller(s) } else { *s }).collect()
+    match kind {
+        DeviceKind::Software => shapes.iter().step_by(2).map(smaller).collect(),
+        _ => shapes.to_vec(),
+    }
 }
 
-/// Index of the shape of up to `rows` rows times so many weights.
-fn matvec_shape(rows: u32, weights: u64) -> usize {
-    2 * usize::from(rows > 1) + usize::from(weights >= LARGE_MATRIX)
+/// The class of up to `rows` rows times so many weights.
+fn matvec_class(rows: u32, weights: u64) -> &'static str {
+    MATVEC_CLASSES[2 * usize::from(rows > 1) + usize::from(weights >= LARGE_MATRIX)]
 }
 
 /// The tile of a product of many rows with cooperative matrices where nothing was tuned.
@@ -161,12 +184,12 @@ fn large_tiles(rows: u32, columns: u32) -> u32 {
     rows.div_ceil(Tile::LARGE.rows) * columns.div_ceil(Tile::LARGE.columns)
 }
 
-/// Index of the shape of up to `rows` rows times a matrix of `columns` rows.
-fn matmul_shape(rows: u32, columns: u32) -> usize {
+/// The class of up to `rows` rows times a matrix of `columns` rows.
+fn matmul_class(rows: u32, columns: u32) -> &'static str {
     match large_tiles(rows, columns) {
-        0..64 => 0,
-        64..LARGE_TILES => 1,
-        _ => 2,
+        0..64 => MATMUL_CLASSES[0],
+        64..LARGE_TILES => MATMUL_CLASSES[1],
+        _ => MATMUL_CLASSES[2],
     }
 }
 
@@ -174,7 +197,7 @@ fn matmul_shape(rows: u32, columns: u32) -> usize {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Timed {
     pub form: Form,
-    /// Seconds of a product of each shape; none where it is not used.
+    /// Seconds of a product of each of [`Choices::shapes`]; none where it is not used.
     pub seconds: Vec<f64>,
     /// Largest difference from the plain kernel, in root mean squares of its results.
     pub worst: f32,
@@ -185,28 +208,41 @@ pub(super) struct Timed {
 /// What was found for a family and a type; nothing where nothing was timed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Choices {
+    /// What was timed.
+    pub shapes: Vec<Shape>,
     pub candidates: Vec<Timed>,
 }
 
 impl Choices {
-    /// The quickest of those that may be taken for a shape.
-    fn best(&self, shape: usize, usual: Form, may: impl Fn(Form) -> bool) -> Option<Form> {
-        let handicap = |form: Form| match form {
-            form if form == usual => 1.0,
-            form if form.is_int8() => LEAD_OF_INT8,
-            _ => LEAD,
+    /// What is taken for a class of shapes: the usual choice, unless another that may be taken is clearly quicker on every
+    /// shape of the class, of several the one with the largest lead where its lead is least.
+    fn best(&self, class: &str, usual: Form, may: impl Fn(Form) -> bool) -> Form {
+        let Some(before) = self.candidates.iter().find(|c| c.form == usual && c.note != UNTRIED) else {
+            // With nothing to compare with nothing is clear.
+            return usual;
         };
-        let timed = self.candidates.iter().filter(|c| may(c.form));
-        let times = timed.filter_map(|c| Some((c.form, c.seconds.get(shape)? * handicap(c.form))));
-        times.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(form, _)| form)
+        let lead = |c: &Timed| -> Option<f64> {
+            let wanted = if c.form.is_int8() { LEAD_OF_INT8 } else { LEAD };
+            let of_class = self.shapes.iter().enumerate().filter(|(_, shape)| shape.name == class);
+            let leads = of_class.map(|(i, _)| {
+                let seconds = c.seconds.get(i)?;
+                Some(before.seconds.get(i).unwrap_or(&UNUSED) / seconds / wanted)
+            });
+            leads.reduce(|a, b| Some(a?.min(b?)))?
+        };
+        let others = self.candidates.iter().filter(|c| c.form != usual && may(c.form));
+        let leads = others.filter_map(|c| Some((c.form, lead(c)?))).filter(|(_, lead)| *lead > 1.0);
+        // Of equals the first.
+        leads.reduce(|a, b| if b.1 > a.1 { b } else { a }).map_or(usual, |(form, _)| form)
     }
 
     /// Columns of a product of `rows` rows and a matrix `[columns, k]` that take no longer than [`LONGEST`], by the time of the
     /// shape that stands for it; all where that is not known.
-    fn columns_at_once(&self, form: Form, all: &[Shape], (rows, columns, k): (u32, u32, u32)) -> u32 {
-        let index = matmul_shape(rows, columns);
+    fn columns_at_once(&self, form: Form, (rows, columns, k): (u32, u32, u32)) -> u32 {
+        let class = matmul_class(rows, columns);
+        let Some(index) = self.shapes.iter().position(|shape| shape.name == class) else { return columns };
         let seconds = self.candidates.iter().find(|c| c.form == form).and_then(|c| c.seconds.get(index));
-        let (Some(seconds), Some(shape)) = (seconds, all.get(index)) else { return columns };
+        let (Some(seconds), Some(shape)) = (seconds, self.shapes.get(index)) else { return columns };
         let size = |rows: u32, n: u32, k: u32| f64::from(rows) * f64::from(n) * f64::from(k);
         let column = seconds / size(shape.rows, shape.matrix.0, shape.matrix.1) * size(rows, 1, k);
         if column * f64::from(columns) <= LONGEST {
@@ -230,6 +266,8 @@ pub struct TunedKernel {
     pub weights: &'static str,
     /// Shapes it is about.
     pub shape: &'static str,
+    /// The one that was timed: rows, and the matrix `[n, k]`.
+    pub timed: (u32, (u32, u32)),
     /// The candidate.
     pub kernel: String,
     /// Time of a product, in microseconds; none where the candidate is not used.
@@ -238,7 +276,7 @@ pub struct TunedKernel {
     pub worst: f32,
     /// What is taken without tuning.
     pub default: bool,
-    /// What is taken, unless single precision is asked for.
+    /// What is taken for these shapes, unless single precision is asked for.
     pub chosen: bool,
     /// Why the candidate is not used.
     pub note: String,
@@ -284,7 +322,7 @@ impl Device {
         }
     }
 
-    /// What may be taken for a family and a type, today's fixed choices first.
+    /// What may be taken for a family and a type, the usual choices first.
     pub(super) fn candidates(self: &Arc<Self>, family: Family, dtype: DType) -> Vec<Form> {
         let mut forms = match family {
             Family::Matvec => {
@@ -309,7 +347,8 @@ impl Device {
             }
             Family::Matmul => vec![Form::Tile, Form::TileInt8],
         };
-        forms.retain(|form| !form.is_int8() || has_int8(dtype));
+        let int8 = has_int8(dtype) && self.tunes_int8();
+        forms.retain(|form| !form.is_int8() || int8);
         let mut seen = std::collections::HashSet::new();
         forms.retain(|form| seen.insert(*form));
         forms
@@ -320,7 +359,7 @@ impl Device {
     }
 
     /// Whether rows may be rounded to eight bits for matrices of all these types.
-    fn all_int8(&self, family: Family, types: &[DType]) -> bool {
+    pub(super) fn all_int8(&self, family: Family, types: &[DType]) -> bool {
         types.iter().all(|dtype| self.choices(family, *dtype).is_some_and(|c| c.int8()))
     }
 
@@ -339,8 +378,8 @@ impl Device {
         let demands = Demands { int8: demands.int8 && self.all_int8(Family::Matvec, types), ..demands };
         let fits = |lanes: Lanes| lanes.bytes(sums * rows) <= self.abilities.workgroup_bytes;
         let may = |form| demands.allow(form) && matches!(form, Form::Matvec(lanes) if fits(lanes));
-        match choices.best(matvec_shape(rows, weights), Form::Matvec(usual), may) {
-            Some(Form::Matvec(lanes)) => lanes,
+        match choices.best(matvec_class(rows, weights), Form::Matvec(usual), may) {
+            Form::Matvec(lanes) => lanes,
             _ => usual,
         }
     }
@@ -357,14 +396,13 @@ impl Device {
         let usual = if may(usual) { usual } else { Form::Tile };
         let choices = self.choices(Family::Matmul, dtype).unwrap_or_default();
         let may = |form| demands.allow(form) && may(form);
-        choices.best(matmul_shape(rows, columns), usual, may).unwrap_or(usual)
+        choices.best(matmul_class(rows, columns), usual, may)
     }
 
     /// Columns of a product of up to `rows` rows and a matrix `[columns, k]` that one dispatch is to compute.
     pub(super) fn columns_at_once(&self, dtype: DType, form: Form, (rows, columns, k): (u32, u32, u32)) -> u32 {
-        let all = shapes(Family::Matmul, self.info().kind);
         let choices = self.choices(Family::Matmul, dtype);
-        choices.map_or(columns, |c| c.columns_at_once(form, &all, (rows, columns, k)))
+        choices.map_or(columns, |c| c.columns_at_once(form, (rows, columns, k)))
     }
 
     /// Whether matrices of all these types can be multiplied in the way of `form`.
@@ -382,18 +420,19 @@ impl Device {
         all.sort_by_key(|((family, dtype), _)| (family.name(), dtype.name()));
         let mut rows = Vec::new();
         for ((family, dtype), choices) in all {
-            for (i, shape) in shapes(family, self.info().kind).into_iter().enumerate() {
-                let usual = self.usual(family, dtype, shape);
-                let best = choices.best(i, usual, |_| true);
+            for (i, shape) in choices.shapes.iter().enumerate() {
+                let usual = self.usual(family, dtype, *shape);
+                let best = choices.best(shape.name, usual, |_| true);
                 rows.extend(choices.candidates.iter().map(|c| TunedKernel {
                     family: family.name(),
                     weights: dtype.name(),
                     shape: shape.name,
+                    timed: (shape.rows, shape.matrix),
                     kernel: c.form.to_string(),
                     microseconds: c.seconds.get(i).map(|s| s * 1e6),
                     worst: c.worst,
                     default: c.form == usual,
-                    chosen: Some(c.form) == best,
+                    chosen: c.form == best,
                     note: c.note.clone(),
                 }));
             }
@@ -406,56 +445,117 @@ impl Device {
 mod tests {
     use super::*;
 
-    /// Noise changes nothing, rounding to eight bits must be worth it, and whoever wants single precision has it.
+    const USUAL: Form = Form::Cooperative(Tile::SMALL);
+    const CLASS: &str = MATMUL_CLASSES[0];
+    const ANY: Demands = Demands { exact: false, int8: true };
+
+    fn timed(form: Form, seconds: &[f64], note: &str) -> Timed {
+        Timed { form, seconds: seconds.into(), worst: 0.0, note: note.into() }
+    }
+
+    /// With times of two shapes of a class.
+    fn choices(candidates: Vec<Timed>) -> Choices {
+        Choices { shapes: vec![shape(CLASS, 512, (768, 768)); 2], candidates }
+    }
+
+    fn best(choices: &Choices, demands: Demands) -> Form {
+        choices.best(CLASS, USUAL, |form| demands.allow(form))
+    }
+
+    /// A small lead changes nothing, rounding to eight bits must be worth it, and whoever wants single precision has it.
     #[test]
-    fn the_quickest_that_may_be_taken_is() {
-        let usual = Form::Cooperative(Tile::SMALL);
-        let choices = |tile: f64, int8: f64| {
-            let timed = |form, seconds| Timed { form, seconds: vec![seconds], worst: 0.0, note: String::new() };
-            let wrong = Timed { form: Form::Cooperative(Tile::LARGE), seconds: vec![], worst: 1.0, note: "".into() };
-            Choices { candidates: vec![timed(usual, 1.0), timed(Form::Tile, tile), timed(Form::TileInt8, int8), wrong] }
+    fn the_usual_choice_stays_without_a_clear_lead() {
+        let of = |tile: f64, int8: f64| {
+            let times = [(USUAL, 1.0), (Form::Tile, tile), (Form::TileInt8, int8)];
+            let wrong = timed(Form::Cooperative(Tile::LARGE), &[], "results are off");
+            choices(times.iter().map(|(form, s)| timed(*form, &[*s, *s], "")).chain([wrong]).collect())
         };
-        let any = Demands { exact: false, int8: true };
-        let best = |choices: &Choices, demands: Demands| choices.best(0, usual, |form| demands.allow(form));
-        assert_eq!(best(&choices(0.98, 0.95), any), Some(usual));
-        assert_eq!(best(&choices(0.96, 0.95), any), Some(Form::Tile));
-        assert_eq!(best(&choices(0.96, 0.8), any), Some(Form::TileInt8));
-        assert_eq!(best(&choices(0.96, 0.8), Demands { int8: false, ..any }), Some(Form::Tile));
-        assert_eq!(best(&choices(2.0, 0.8), Demands { exact: true, ..any }), Some(Form::Tile));
-        assert_eq!(best(&Choices::default(), any), None);
-        assert!(choices(1.0, 1.0).int8() && !Choices::default().int8());
+        assert_eq!(best(&of(0.92, 0.85), ANY), USUAL);
+        assert_eq!(best(&of(0.90, 0.85), ANY), Form::Tile);
+        assert_eq!(best(&of(0.90, 0.7), ANY), Form::TileInt8);
+        assert_eq!(best(&of(0.90, 0.7), Demands { int8: false, ..ANY }), Form::Tile);
+        let exact = Demands { exact: true, ..ANY };
+        assert_eq!(of(2.0, 0.7).best(CLASS, Form::Tile, |form| exact.allow(form)), Form::Tile);
+        assert_eq!(best(&Choices::default(), ANY), USUAL);
+        assert_eq!(of(0.5, 0.5).best(MATMUL_CLASSES[1], USUAL, |_| true), USUAL, "another class");
+        assert!(of(1.0, 1.0).int8() && !Choices::default().int8());
+    }
+
+    /// Of the mid-size tile that is quicker on one sort of matrix and not on another, nothing comes; of two that lead, the one
+    /// that leads more where it leads least.
+    #[test]
+    fn a_lead_is_one_on_every_shape() {
+        let (large, tile) = (Form::Cooperative(Tile::LARGE), Form::Tile);
+        let of = |large_times, tile_times| {
+            choices(vec![timed(USUAL, &[1.0, 2.0], ""), timed(large, large_times, ""), timed(tile, tile_times, "")])
+        };
+        assert_eq!(best(&of(&[0.6, 1.9], &[3.0, 3.0]), ANY), USUAL);
+        assert_eq!(best(&of(&[0.8, 1.6], &[3.0, 3.0]), ANY), large);
+        assert_eq!(best(&of(&[0.5, 1.8], &[0.8, 1.6]), ANY), tile);
+        assert_eq!(best(&of(&[0.5], &[3.0, 3.0]), ANY), USUAL, "a shape was not timed");
+    }
+
+    /// What the usual choice takes is not known, or it cannot be used.
+    #[test]
+    fn without_a_comparison_nothing_is_clear() {
+        let of = |note| {
+            choices(vec![
+                timed(USUAL, &[], note),
+                timed(Form::Tile, &[0.2, 0.2], ""),
+                timed(Form::Cooperative(Tile::LARGE), &[0.1, 0.1], ""),
+            ])
+        };
+        assert_eq!(best(&of(UNTRIED), ANY), USUAL);
+        assert_eq!(best(&of("results are off"), ANY), Form::Cooperative(Tile::LARGE));
+    }
+
+    /// The maps of smollm2 (a width of 576, 1,536 in between) in chunks of 512 tokens are all of the class of few tiles.
+    #[test]
+    fn a_small_models_maps_have_few_tiles() {
+        for columns in [192, 576, 1_536] {
+            assert_eq!(matmul_class(512, columns), MATMUL_CLASSES[0]);
+            assert_eq!(usual_cooperative(512, columns), Tile::SMALL);
+        }
     }
 
     /// 512 rows times 768 × 768 in 1 ms: half the rows and 65,536 columns take 43 times as long.
     #[test]
     fn long_products_are_divided() {
-        let timed = |seconds| Timed { form: Form::Tile, seconds, worst: 0.0, note: String::new() };
-        let all = shapes(Family::Matmul, DeviceKind::Discrete);
-        let choices = Choices { candidates: vec![timed(vec![1e-3, 5.4e-3, 10.67e-3])] };
-        let columns = |sizes| choices.columns_at_once(Form::Tile, &all, sizes);
+        let shapes = [768, 4_096, 8_192].iter().zip(MATMUL_CLASSES).map(|(n, class)| shape(class, 512, (*n, 768)));
+        let candidates = vec![timed(Form::Tile, &[1e-3, 5.4e-3, 10.67e-3], "")];
+        let choices = Choices { shapes: shapes.collect(), candidates };
+        let columns = |sizes| choices.columns_at_once(Form::Tile, sizes);
         assert_eq!(columns((512, 768, 768)), 768);
         assert_eq!(columns((256, 65_536, 768)), 38_272);
         assert_eq!(columns((65_536, 65_536, 768)), FEWEST_COLUMNS);
-        assert_eq!(choices.columns_at_once(Form::TileInt8, &all, (256, 65_536, 768)), 65_536);
+        assert_eq!(choices.columns_at_once(Form::TileInt8, (256, 65_536, 768)), 65_536);
         let nothing = Choices::default();
-        assert_eq!(nothing.columns_at_once(Form::Tile, &all, (256, 65_536, 768)), 65_536);
+        assert_eq!(nothing.columns_at_once(Form::Tile, (256, 65_536, 768)), 65_536);
     }
 
     #[test]
     fn shapes_are_found_by_rows_and_matrix() {
         let matvec = [(1, 576 * 576), (1, 49_152 * 576), (4, 576 * 1_536), (8, 4_096 * 4_096)];
-        assert_eq!(matvec.map(|(rows, weights)| matvec_shape(rows, weights)), [0, 1, 2, 3]);
+        assert_eq!(matvec.map(|(rows, weights)| matvec_class(rows, weights)), MATVEC_CLASSES);
         let matmul = [(512, 576), (512, 2_048), (512, 8_192), (2_048, 2_048)];
-        assert_eq!(matmul.map(|(rows, columns)| matmul_shape(rows, columns)), [0, 1, 2, 2]);
-        for family in [Family::Matvec, Family::Matmul] {
-            for (i, s) in shapes(family, DeviceKind::Discrete).iter().enumerate() {
+        let [few, some, many] = MATMUL_CLASSES;
+        assert_eq!(matmul.map(|(rows, columns)| matmul_class(rows, columns)), [few, some, many, many]);
+        // What is timed for a class is of it, and every class is timed, by software too.
+        for (family, classes) in [(Family::Matvec, &MATVEC_CLASSES[..]), (Family::Matmul, &MATMUL_CLASSES)] {
+            let all = shapes(family, DeviceKind::Discrete);
+            for s in &all {
                 let (n, k) = s.matrix;
-                let index = match family {
-                    Family::Matvec => matvec_shape(s.rows, u64::from(n) * u64::from(k)),
-                    Family::Matmul => matmul_shape(s.rows, n),
+                let class = match family {
+                    Family::Matvec => matvec_class(s.rows, u64::from(n) * u64::from(k)),
+                    Family::Matmul => matmul_class(s.rows, n),
                 };
-                assert_eq!(index, i, "{}", s.name);
+                assert_eq!(class, s.name, "{s:?}");
             }
+            let mut names: Vec<_> = all.iter().map(|s| s.name).collect();
+            names.dedup();
+            assert_eq!(names, classes);
+            let of_software: Vec<_> = shapes(family, DeviceKind::Software).iter().map(|s| s.name).collect();
+            assert_eq!(of_software, classes);
         }
     }
 }

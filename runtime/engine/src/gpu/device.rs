@@ -4,11 +4,13 @@
 //! by the next call, and a lost device is known by its callback alone, so every wait looks at it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
+use std::time::Duration;
 
 use super::choice::{Choices, Family};
 use super::kernel::Kernel;
 use super::tune::Tuning;
+use super::weights::Resident;
 use crate::quant::DType;
 use crate::{Error, Result};
 
@@ -18,6 +20,9 @@ pub(super) const SLOT: u64 = 256;
 const CHUNK: usize = 8 << 20;
 /// Storage buffers every kernel may bind.
 const STORAGE_BUFFERS: u32 = 8;
+
+/// How long a wait lasts before somebody looks whether the device is lost.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Bytes that are asked for at once to see whether there is room.
 const ROOM_PIECE: u64 = 1 << 30;
@@ -170,6 +175,8 @@ pub struct Device {
     pub(super) preparing: Mutex<()>,
     /// What was found by it, by family and type; what is here does not change.
     pub(super) choices: Mutex<HashMap<(Family, DType), Arc<Choices>>>,
+    /// Matrices that lie here, while anybody uses them.
+    pub(super) residents: Mutex<Vec<Weak<Resident>>>,
     trouble: Arc<Mutex<Trouble>>,
     pub(super) abilities: Abilities,
 }
@@ -271,6 +278,7 @@ impl Device {
             tuning: OnceLock::new(),
             preparing: Mutex::default(),
             choices: Mutex::default(),
+            residents: Mutex::default(),
             trouble,
             abilities,
         }))
@@ -285,6 +293,13 @@ impl Device {
     pub fn destroy(&self) {
         self.device.destroy();
         lock(&self.trouble).lost.get_or_insert_with(|| "given up".into());
+    }
+
+    /// Whether it is of no use any more.
+    pub(crate) fn is_lost(&self) -> bool {
+        // A loss is told when the device is looked at.
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        lock(&self.trouble).lost.is_some()
     }
 
     /// Bytes that buffers take on the device, as the driver's allocator counts; none where it does not count.
@@ -419,7 +434,7 @@ impl Device {
     pub(super) fn wait_for(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<()> {
         loop {
             self.check()?;
-            let timeout = Some(std::time::Duration::from_millis(200));
+            let timeout = Some(LOOK);
             match self.device.poll(wgpu::PollType::Wait { submission_index: submission.clone(), timeout }) {
                 Ok(_) => return self.check(),
                 Err(wgpu::PollError::Timeout) => {}
@@ -463,13 +478,22 @@ impl Device {
 
     /// The first `bytes` of a buffer that can be mapped, once everything submitted is done.
     pub(super) fn read(&self, staging: &wgpu::Buffer, bytes: u64, out: &mut [u8]) -> Result<()> {
-        let mapped = Arc::new(Mutex::new(None));
-        let slot = mapped.clone();
-        staging.map_async(wgpu::MapMode::Read, 0..bytes, move |result| *lock(&slot) = Some(result.is_ok()));
+        let (tell, told) = mpsc::channel();
+        staging.map_async(wgpu::MapMode::Read, 0..bytes, move |result| {
+            // Nobody listens any more where the device was lost meanwhile.
+            let _ = tell.send(result.is_ok());
+        });
         self.wait()?;
-        match *lock(&mapped) {
-            Some(true) => {}
-            _ => return Err(self.error("results cannot be read back; open the session again")),
+        // It may be another thread's wait that heard of it, and that has yet to tell.
+        let is_mapped = loop {
+            match told.recv_timeout(LOOK) {
+                Ok(is_mapped) => break is_mapped,
+                Err(mpsc::RecvTimeoutError::Timeout) => self.wait()?,
+                Err(mpsc::RecvTimeoutError::Disconnected) => break false,
+            }
+        };
+        if !is_mapped {
+            return Err(self.error("results cannot be read back; open the session again"));
         }
         let view = staging.get_mapped_range(0..bytes).map_err(|e| self.error(format!("{e:?}")))?;
         out.copy_from_slice(&view);

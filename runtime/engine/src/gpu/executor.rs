@@ -25,7 +25,7 @@ use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
     Batch, Frequencies, PlanLimits, Purpose, Rows, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Weights,
-    check_dropped,
+    check_dropped, decoder,
 };
 use crate::{Error, Result, random};
 
@@ -117,7 +117,7 @@ struct Ready {
     commands: wgpu::CommandBuffer,
 }
 
-/// What forks of an executor share: the weights, and all pages of keys and values. Whoever runs has it for himself until he
+/// What forks of an executor share: the weights, which others may have too, and all pages of keys and values. Whoever runs has it for himself until he
 /// is done, so that nobody else replaces a buffer that he has bound.
 #[derive(Debug)]
 struct Shared {
@@ -286,6 +286,12 @@ impl Executor {
         })
     }
 
+    /// Bytes of an executor's weights that are on the device already, for another of the same model; 0 if they are not.
+    pub fn present(device: &Device, spec: &Spec, weights: &Arc<Weights>, options: &ExecutorOptions) -> u64 {
+        let tape = decoder::build(spec, weights, Purpose::Generate, options.stage);
+        Uploaded::present(device, weights, &tape.matrices())
+    }
+
     /// The device.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
@@ -409,7 +415,7 @@ impl Executor {
         let cache = &shared.pool.layers[layer];
         let (constants, weights) = match weights {
             TRAINED => (params, params),
-            weights => (&shared.uploaded.constants, &shared.uploaded.buffers[weights]),
+            weights => (&shared.uploaded.constants, &shared.uploaded.buffers()[weights]),
         };
         self.device.bind(uniforms, [run, constants, weights, arena, cache, params, gradients, packed])
     }
@@ -674,8 +680,9 @@ impl Executor {
         Ok(freed)
     }
 
-    /// As [`Executor::trim`], and gives back the memory of the weights, of the KV cache and of a training too: what caches
-    /// and the training hold waits in main memory, and the next run of any of them brings all up again. Gives the bytes.
+    /// As [`Executor::trim`], and gives back the memory of the KV cache, of a training and, when the last one who uses them
+    /// does so, of the weights too: what caches and the training hold waits in main memory, and the next run of any of them
+    /// brings all up again. Gives the bytes.
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`]; the weights and the caches are on the device then.

@@ -142,7 +142,7 @@ pub(super) fn check(spec: &Spec, options: &ExecutorOptions) -> Result<()> {
 
 /// Bytes of the rows that cooperative matrices or products of eight bits multiply.
 pub(super) fn packed_bytes(device: &Device, program: &Program, options: &ExecutorOptions) -> u64 {
-    let int8 = device.tunes() && options.trained.is_none();
+    let int8 = device.tunes_int8() && options.trained.is_none();
     let wanted = !options.exact && (device.abilities.cooperative || int8);
     if wanted { 8 * u64::from(program.scratch.packed_end) } else { 0 }
 }

@@ -22,14 +22,12 @@ const MANY: Shape = Shape { name: "a trial", rows: 80, matrix: (176, 768) };
 const FEW: [Shape; 2] = [Shape { rows: 1, ..MANY }, Shape { rows: 8, ..MANY }];
 /// Rows and elements that are made up; more are the same again.
 const MADE_ROWS: usize = 80;
-/// How long a product is repeated for one measurement, by the device's clock and by the processor's, which sees submissions too;
-/// and how often that is done, of which the least counts.
+/// How long a product is repeated for one measurement, by the device's clock and by the processor's, which sees submissions too.
 const BY_DEVICE: Duration = Duration::from_millis(2);
 const BY_PROCESSOR: Duration = Duration::from_millis(6);
-const MEASUREMENTS: usize = 3;
 /// Most repetitions, and most copies of a matrix they go through.
 const REPETITIONS: usize = 256;
-const COPIES: u32 = 64;
+const COPIES: u32 = 256;
 
 /// Largest difference from the plain kernel's results, in their root mean square.
 fn tolerance(form: Form) -> f32 {
@@ -193,12 +191,12 @@ impl Bed<'_> {
         }
     }
 
-    /// Encodes some dispatches `repetitions` times in one pass.
+    /// Encodes `count` of some dispatches in one pass, from number `first` on and round and round.
     fn encode(
         &self,
         dispatches: &Dispatches,
         shape: &Shape,
-        repetitions: usize,
+        (first, count): (usize, usize),
         timestamps: Option<wgpu::ComputePassTimestampWrites<'_>>,
     ) -> Result<wgpu::CommandEncoder> {
         let device = self.device;
@@ -209,7 +207,7 @@ impl Bed<'_> {
         let mut encoder = device.encoder();
         let mut pass =
             encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes: timestamps });
-        for (i, (pipeline, [x, y, z])) in dispatches.list.iter().enumerate().cycle().take(repetitions) {
+        for (i, (pipeline, [x, y, z])) in dispatches.list.iter().enumerate().cycle().skip(first).take(count) {
             pass.set_pipeline(pipeline);
             pass.set_bind_group(0, &group, &[i as u32 * SLOT as u32]);
             pass.dispatch_workgroups(*x, *y, *z);
@@ -225,7 +223,7 @@ impl Bed<'_> {
         let (_, out, end) = places(shape, self.turned);
         let bytes = 4 * u64::from(end - out);
         let staging = self.device.staging(bytes)?;
-        let mut encoder = self.encode(&dispatches, shape, dispatches.list.len(), None)?;
+        let mut encoder = self.encode(&dispatches, shape, (0, dispatches.list.len()), None)?;
         encoder.copy_buffer_to_buffer(&self.arena, 4 * u64::from(out), &staging, 0, bytes);
         // What is left of another's results is no result of this one's.
         encoder.clear_buffer(&self.arena, 4 * u64::from(out), Some(bytes));
@@ -235,9 +233,8 @@ impl Bed<'_> {
         Ok(values)
     }
 
-    /// Seconds of a product, with what it takes to make the rows ready: the least of a few measurements. Products go through
-    /// copies of the matrix, so that a cache does not have it already.
-    fn seconds(&self, form: Form, shape: &Shape) -> Result<f64> {
+    /// A product with each of as many copies of the matrix as there are, to be timed.
+    fn products(&self, form: Form, shape: &Shape) -> Result<Products> {
         let row_bytes = self.dtype.row_bytes(shape.matrix.1 as usize).unwrap_or(0) as u64;
         let matrix = row_bytes * u64::from(shape.matrix.0);
         let copies = (self.weights.size() / matrix.max(1)).clamp(1, u64::from(COPIES)) as u32;
@@ -245,35 +242,55 @@ impl Bed<'_> {
         for copy in 0..copies {
             self.product(&mut dispatches, form, shape, copy * matrix as u32)?;
         }
-        let each = dispatches.list.len() / copies as usize;
-        let clock = match self.device.abilities.timestamps {
-            true => Some(Clock::new(self.device, 1)?),
+        Products { shape: *shape, dispatches, copies: copies as usize, next: 0, repetitions: 1 }.calibrated(self)
+    }
+}
+
+/// Products of one form and shape, one after the other with copies of a matrix.
+struct Products {
+    shape: Shape,
+    dispatches: Dispatches,
+    copies: usize,
+    /// The copy that is next: no measurement begins with matrices that a cache still has from the one before.
+    next: usize,
+    repetitions: usize,
+}
+
+impl Products {
+    /// With as many repetitions to a measurement as its clock needs.
+    fn calibrated(mut self, bed: &Bed<'_>) -> Result<Products> {
+        let wanted = if bed.device.abilities.timestamps { BY_DEVICE } else { BY_PROCESSOR }.as_secs_f64();
+        let first = self.measure(bed)?;
+        // The first time may be the compiler's.
+        let once = if first > 10.0 * wanted { first } else { self.measure(bed)? };
+        self.repetitions = ((wanted / once.max(1e-9)) as usize).clamp(1, REPETITIONS);
+        Ok(self)
+    }
+
+    /// Seconds of a product, with what it takes to make the rows ready.
+    fn measure(&mut self, bed: &Bed<'_>) -> Result<f64> {
+        let device = bed.device;
+        let each = self.dispatches.list.len() / self.copies;
+        let clock = match device.abilities.timestamps {
+            true => Some(Clock::new(device, 1)?),
             false => None,
         };
-        let measure = |repetitions: usize| -> Result<Duration> {
-            let writes = clock.as_ref().map(|clock| clock.writes(0));
-            let encoder = self.encode(&dispatches, shape, repetitions * each, writes)?;
-            let begun = Instant::now();
-            let by_device = match &clock {
-                Some(clock) => clock.submit(self.device, encoder, 1)?.next(),
-                None => {
-                    self.device.queue.submit([encoder.finish()]);
-                    self.device.wait()?;
-                    None
-                }
-            };
-            // A clock that stands still is none.
-            Ok(by_device.filter(|time| !time.is_zero()).unwrap_or_else(|| begun.elapsed()))
+        let writes = clock.as_ref().map(|clock| clock.writes(0));
+        let range = (self.next * each, self.repetitions * each);
+        let encoder = bed.encode(&self.dispatches, &self.shape, range, writes)?;
+        let begun = Instant::now();
+        let by_device = match &clock {
+            Some(clock) => clock.submit(device, encoder, 1)?.next(),
+            None => {
+                device.queue.submit([encoder.finish()]);
+                device.wait()?;
+                None
+            }
         };
-        let wanted = if clock.is_some() { BY_DEVICE } else { BY_PROCESSOR };
-        let first = measure(1)?;
-        let measurements = if first > 10 * wanted { 1 } else { MEASUREMENTS };
-        let repetitions = (wanted.as_nanos() / first.as_nanos().max(1)).clamp(1, REPETITIONS as u128) as usize;
-        let mut least = f64::INFINITY;
-        for _ in 0..measurements {
-            least = least.min(measure(repetitions)?.as_secs_f64() / repetitions as f64);
-        }
-        Ok(least)
+        self.next = (self.next + self.repetitions) % self.copies;
+        // A clock that stands still is none.
+        let time = by_device.filter(|time| !time.is_zero()).unwrap_or_else(|| begun.elapsed());
+        Ok(time.as_secs_f64() / self.repetitions as f64)
     }
 }
 
@@ -333,9 +350,28 @@ impl Stopwatch<'_> {
         Ok(Stopwatch { bed: Bed::new(device, dtype, false, &shapes, bytes)?, shapes })
     }
 
-    /// Seconds of a product of each shape.
-    pub fn time(&self, form: Form) -> Result<Vec<f64>> {
-        self.shapes.iter().map(|shape| self.bed.seconds(form, shape)).collect()
+    /// A candidate that is ready to be timed.
+    pub fn ready(&self, form: Form) -> Result<Racer<'_>> {
+        let products = self.shapes.iter().map(|shape| self.bed.products(form, shape)).collect::<Result<Vec<_>>>()?;
+        Ok(Racer { bed: &self.bed, seconds: vec![f64::INFINITY; products.len()], products })
+    }
+}
+
+/// A candidate whose times are taken in turns with the others', so that a device that changes its clock does so for all.
+pub(super) struct Racer<'a> {
+    bed: &'a Bed<'a>,
+    products: Vec<Products>,
+    /// The least of each shape so far.
+    pub seconds: Vec<f64>,
+}
+
+impl Racer<'_> {
+    /// Takes the time of each shape once more.
+    pub fn turn(&mut self) -> Result<()> {
+        for (products, least) in self.products.iter_mut().zip(&mut self.seconds) {
+            *least = least.min(products.measure(self.bed)?);
+        }
+        Ok(())
     }
 }
 

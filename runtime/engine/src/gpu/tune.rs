@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::choice::{Choices, Family, Form, Timed, shapes};
+use super::choice::{Choices, Family, Form, Timed, UNTRIED, shapes};
 use super::device::{Device, DeviceKind, lock};
 use super::kernel::Kernel;
-use super::trial::{self, Stopwatch};
+use super::trial::{self, Racer, Stopwatch};
 use crate::quant::DType;
 use crate::{Error, Result, file};
 
@@ -27,18 +27,24 @@ const BUDGET: Duration = Duration::from_millis(1_500);
 const BUDGET_ON_DEMAND: Duration = Duration::from_secs(60);
 /// A card that had nothing to do is slow at first.
 const WARM_UP: Duration = Duration::from_millis(60);
+/// How often every candidate is timed, in turns, and how often at least where there is no time; the least of its times counts.
+const ROUNDS: usize = 4;
+const FEWEST_ROUNDS: usize = 2;
 /// Bytes of a file that are read: more is none of ours.
 const LARGEST_FILE: u64 = 4 << 20;
 /// Grows when what is written, timed or compared changes beside the kernels' text.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Whether a device's kernels are timed, and where the times are kept. Without it a device computes with fixed choices: nothing
 /// is timed, and nothing is written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tuning {
     /// Where files of times are kept; made if it is not there. None: kernels are timed whenever a device is opened, which
-    /// takes up to three seconds for every type of weights of a model.
+    /// takes a few seconds for every type of weights of a model.
     pub folder: Option<PathBuf>,
+    /// Let products of eight bits compete too, which the usual choices never are: rows are rounded to eight bits for them, and
+    /// results differ a little more from the CPU's.
+    pub int8: bool,
     /// Time software drivers too, which are there for tests.
     pub software: bool,
     /// Time again what is known, and replace it.
@@ -59,6 +65,8 @@ struct Times {
 struct Entry {
     family: String,
     weights: String,
+    /// Whether products of eight bits competed.
+    int8: bool,
     /// Of the candidates' kernels.
     kernels: String,
     candidates: Vec<Candidate>,
@@ -87,6 +95,11 @@ impl Device {
         let software = self.info().kind == DeviceKind::Software;
         self.tuning.get().is_some_and(|tuning| tuning.software || !software)
     }
+
+    /// Whether products of eight bits are among what is timed.
+    pub(super) fn tunes_int8(&self) -> bool {
+        self.tunes() && self.tuning.get().is_some_and(|tuning| tuning.int8)
+    }
 }
 
 /// Decides for families and types whatever is not decided yet.
@@ -109,13 +122,15 @@ pub(super) fn prepare(device: &Arc<Device>, families: &[Family], types: &[DType]
         };
         let forms = device.candidates(family, dtype);
         let kernels = fingerprint(device, family, dtype, &forms);
-        let is_it = |entry: &Entry| entry.family == family.name() && entry.weights == dtype.name();
+        let is_it = |entry: &Entry| {
+            (entry.family.as_str(), entry.weights.as_str(), entry.int8) == (family.name(), dtype.name(), tuning.int8)
+        };
         let known = times.tuned.iter().find(|e| is_it(e) && e.kernels == kernels && !tuning.again);
         let choices = known.and_then(|entry| recall(device, family, &forms, entry)).unwrap_or_else(|| {
             let budget = if tuning.again { BUDGET_ON_DEMAND } else { BUDGET };
             let choices = measure(device, family, dtype, &forms, budget);
             times.tuned.retain(|entry| !is_it(entry));
-            times.tuned.push(record(family, dtype, kernels, &choices));
+            times.tuned.push(record((family, dtype, tuning.int8), kernels, &choices));
             is_new = true;
             choices
         });
@@ -128,41 +143,54 @@ pub(super) fn prepare(device: &Arc<Device>, families: &[Family], types: &[DType]
     }
 }
 
-/// Tries and times all candidates of a family and a type.
+/// Tries all candidates of a family and a type, and times in turns those that are right.
 fn measure(device: &Arc<Device>, family: Family, dtype: DType, forms: &[Form], budget: Duration) -> Choices {
     let (begun, kind) = (Instant::now(), device.info().kind);
-    let watch = Stopwatch::new(device, dtype, shapes(family, kind)).and_then(|watch| {
-        if kind != DeviceKind::Software {
-            // The first time is the compiler's.
-            watch.time(forms[0])?;
-            let begun = Instant::now();
-            while begun.elapsed() < WARM_UP {
-                watch.time(forms[0])?;
-            }
-        }
-        Ok(watch)
-    });
-    let time = |form: Form| -> Result<(f32, Vec<f64>, String)> {
+    let shapes = shapes(family, kind);
+    let watch = Stopwatch::new(device, dtype, shapes.clone());
+    let try_one = |form: Form| -> Result<(f32, Option<Racer<'_>>, String)> {
         if begun.elapsed() > budget {
-            return Ok((0.0, Vec::new(), "not tried, for lack of time".into()));
+            return Ok((0.0, None, UNTRIED.into()));
         }
         let watch = watch.as_ref().map_err(|e| device.error(e.to_string()))?;
         let (worst, may) = trial::distance(device, dtype, form)?;
         match worst < may {
-            true => Ok((worst, watch.time(form)?, String::new())),
-            false => Ok((worst, Vec::new(), format!("results are off by more than {may}"))),
+            true => Ok((worst, Some(watch.ready(form)?), String::new())),
+            false => Ok((worst, None, format!("results are off by more than {may}"))),
         }
     };
-    let candidates = forms.iter().map(|form| {
-        let (worst, seconds, note) = time(*form).unwrap_or_else(|e| {
-            log::warn!("{} multiplies {dtype} without {form}: {e}", device.info().name);
-            // What else the driver has said about it is no concern of the next one.
-            let _ = device.check();
-            (0.0, Vec::new(), e.to_string())
-        });
-        Timed { form: *form, seconds, worst, note }
+    let refused = |form: Form, e: Error| {
+        log::warn!("{} multiplies {dtype} without {form}: {e}", device.info().name);
+        // What else the driver has said about it is no concern of the next one.
+        let _ = device.check();
+        (0.0, None, e.to_string())
+    };
+    let mut tried: Vec<_> =
+        forms.iter().map(|form| (*form, try_one(*form).unwrap_or_else(|e| refused(*form, e)))).collect();
+    let (warm_up, rounds) = if kind == DeviceKind::Software { (Duration::ZERO, 1) } else { (WARM_UP, FEWEST_ROUNDS) };
+    let warming = Instant::now();
+    // Slow times do no harm, and what fails here fails in its turn.
+    while let Some(racer) = tried.iter_mut().find_map(|(_, result)| result.1.as_mut())
+        && warming.elapsed() < warm_up
+        && racer.turn().is_ok()
+    {}
+    for round in 0..ROUNDS {
+        if round >= rounds && begun.elapsed() > budget {
+            break;
+        }
+        for (form, result) in &mut tried {
+            if let Some(racer) = &mut result.1
+                && let Err(e) = racer.turn()
+            {
+                *result = refused(*form, e);
+            }
+        }
+    }
+    let candidates = tried.into_iter().map(|(form, (worst, racer, note))| {
+        let seconds = racer.map_or_else(Vec::new, |racer| racer.seconds);
+        Timed { form, seconds, worst, note }
     });
-    let choices = Choices { candidates: candidates.collect() };
+    let choices = Choices { candidates: candidates.collect(), shapes };
     log::info!("timed {} kernels of {} for {dtype} in {:?}", forms.len(), family.name(), begun.elapsed());
     choices
 }
@@ -229,7 +257,8 @@ fn stored(device: &Device, path: &Path) -> Times {
 
 /// What an entry says of the candidates; none if it does not say it of all of them, or something odd.
 fn recall(device: &Device, family: Family, forms: &[Form], entry: &Entry) -> Option<Choices> {
-    let count = shapes(family, device.info().kind).len();
+    let shapes = shapes(family, device.info().kind);
+    let count = shapes.len();
     let candidates = forms.iter().map(|form| {
         let name = form.to_string();
         let c = entry.candidates.iter().find(|c| c.kernel == name)?;
@@ -238,10 +267,10 @@ fn recall(device: &Device, family: Family, forms: &[Form], entry: &Entry) -> Opt
         let worst = c.worst.unwrap_or(f32::INFINITY);
         is_whole.then(|| Timed { form: *form, seconds: c.seconds.clone(), worst, note: c.note.clone() })
     });
-    Some(Choices { candidates: candidates.collect::<Option<_>>()? })
+    Some(Choices { candidates: candidates.collect::<Option<_>>()?, shapes })
 }
 
-fn record(family: Family, dtype: DType, kernels: String, choices: &Choices) -> Entry {
+fn record((family, dtype, int8): (Family, DType, bool), kernels: String, choices: &Choices) -> Entry {
     let candidate = |c: &Timed| Candidate {
         kernel: c.form.to_string(),
         seconds: c.seconds.clone(),
@@ -251,6 +280,7 @@ fn record(family: Family, dtype: DType, kernels: String, choices: &Choices) -> E
     Entry {
         family: family.name().into(),
         weights: dtype.name().into(),
+        int8,
         kernels,
         candidates: choices.candidates.iter().map(candidate).collect(),
     }
@@ -290,8 +320,12 @@ mod tests {
 
     /// A device that was told to tune in `folder`, and what it decided.
     fn decided(folder: &Path, again: bool) -> (Arc<Device>, Arc<Choices>) {
+        decided_as(Tuning { folder: Some(folder.into()), int8: true, software: true, again })
+    }
+
+    fn decided_as(tuning: Tuning) -> (Arc<Device>, Arc<Choices>) {
         let device = Device::open(0, Limits::default()).expect("a GPU, or lavapipe in its place");
-        device.tune(Tuning { folder: Some(folder.into()), software: true, again });
+        device.tune(tuning);
         prepare(&device, &[KEY.0], &[KEY.1]);
         let choices = lock(&device.choices)[&KEY].clone();
         (device, choices)
@@ -327,6 +361,20 @@ mod tests {
             assert_eq!(written.tuned.len(), 1, "{damaged}");
             assert_eq!(decided(&folder.0, false).1, anew, "{damaged}");
         }
+    }
+
+    /// Who wants no products of eight bits has times of his own, beside those with them.
+    #[test]
+    fn eight_bits_compete_where_that_is_asked_for() {
+        let folder = Folder::new("int8");
+        let tuning = Tuning { folder: Some(folder.0.clone()), software: true, ..Tuning::default() };
+        let (device, without) = decided_as(tuning.clone());
+        assert!(without.candidates.iter().all(|c| !c.form.is_int8()), "{without:?}");
+        assert!(!device.all_int8(KEY.0, &[KEY.1]));
+        let (device, with) = decided(&folder.0, false);
+        assert!(device.all_int8(KEY.0, &[KEY.1]), "{with:?}");
+        assert_eq!(decided_as(tuning).1, without);
+        assert_eq!(decided(&folder.0, false).1, with);
     }
 
     #[test]

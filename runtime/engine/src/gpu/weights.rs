@@ -1,12 +1,13 @@
 //! A model's weights on a device: matrices as the quantized blocks of the file, vectors as f32.
 //!
 //! Matrices are packed one behind the other into buffers no larger than what a kernel can bind; one that does not fit is
-//! split by rows. They go up in chunks straight from the map, so that at most a few chunks exist twice.
+//! split by rows. They go up in chunks straight from the map, so that at most a few chunks exist twice. Executors on one
+//! device that use the same matrices of the same model share them: the device knows who has them, and the last one frees them.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use super::device::Device;
+use super::device::{Device, lock};
 use crate::tape::{Spec, WeightId, Weights};
 use crate::{Error, Result};
 
@@ -26,13 +27,42 @@ pub(super) struct Piece {
     pub row_bytes: u32,
 }
 
+/// Matrices on a device, for all who use them.
+#[derive(Debug)]
+pub(super) struct Resident {
+    /// Of which model, and which of its matrices.
+    weights: Arc<Weights>,
+    used: BTreeSet<WeightId>,
+    buffers: Vec<wgpu::Buffer>,
+}
+
+impl Resident {
+    /// What a device has of these matrices, if anybody uses them.
+    fn find(all: &[Weak<Resident>], weights: &Arc<Weights>, used: &BTreeSet<WeightId>) -> Option<Arc<Resident>> {
+        let is_it = |one: &Arc<Resident>| Arc::ptr_eq(&one.weights, weights) && one.used == *used;
+        all.iter().filter_map(Weak::upgrade).find(is_it)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.buffers.iter().map(wgpu::Buffer::size).sum()
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        // Groups that bind them would keep them alive.
+        self.buffers.iter().for_each(wgpu::Buffer::destroy);
+    }
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Uploaded {
     device: Arc<Device>,
     weights: Arc<Weights>,
-    /// None while their memory is given back.
-    pub buffers: Vec<wgpu::Buffer>,
+    used: BTreeSet<WeightId>,
+    /// None while they are not needed here.
+    resident: Option<Arc<Resident>>,
     sizes: Vec<u64>,
     pieces: Vec<Vec<Piece>>,
     /// First element of a vector among the constants.
@@ -40,7 +70,7 @@ pub(super) struct Uploaded {
     pub constants: wgpu::Buffer,
     /// First slope of ALiBi among the constants.
     pub slopes: Option<u32>,
-    /// Grows whenever the buffers are replaced.
+    /// Grows whenever the buffers may be others.
     pub generation: u64,
 }
 
@@ -78,7 +108,8 @@ impl Uploaded {
         let mut uploaded = Uploaded {
             device: device.clone(),
             weights: weights.clone(),
-            buffers: Vec::new(),
+            used: used.clone(),
+            resident: None,
             sizes,
             pieces,
             vectors,
@@ -100,11 +131,17 @@ impl Uploaded {
         Ok(sizes.iter().sum::<u64>() + weights.iter().map(|(_, w)| vector(w.vector().len())).sum::<u64>())
     }
 
-    /// Gives the memory of the matrices back until [`Uploaded::wake`]. Gives its bytes.
+    /// Bytes of the matrices that are `used` where a device has them already for others; 0 where it has not.
+    pub fn present(device: &Device, weights: &Arc<Weights>, used: &BTreeSet<WeightId>) -> u64 {
+        Resident::find(&lock(&device.residents), weights, used).map_or(0, |resident| resident.bytes())
+    }
+
+    /// Does without the matrices until [`Uploaded::wake`]. Gives the bytes of their memory if that is free now, 0 if others
+    /// use them.
     pub fn park(&mut self) -> u64 {
-        let bytes = self.buffers.iter().map(wgpu::Buffer::size).sum();
-        self.buffers.drain(..).for_each(|buffer| buffer.destroy());
-        bytes
+        // Nobody else takes or lets go of them meanwhile.
+        let _all = lock(&self.device.residents);
+        self.resident.take().and_then(Arc::into_inner).map_or(0, |resident| resident.bytes())
     }
 
     /// Brings the matrices up, if they are not there.
@@ -112,20 +149,45 @@ impl Uploaded {
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`]; they are not there then.
     pub fn wake(&mut self) -> Result<()> {
-        if !self.buffers.is_empty() {
+        if self.resident.is_some() {
             return Ok(());
         }
-        let allocate = |bytes: &u64| self.device.storage(*bytes, "the weights");
-        let buffers = self.sizes.iter().map(allocate).collect::<Result<Vec<wgpu::Buffer>>>()?;
+        self.device.check()?;
+        // Who wants the same meanwhile waits for it.
+        let mut all = lock(&self.device.residents);
+        all.retain(|one| one.strong_count() > 0);
+        let resident = match Resident::find(&all, &self.weights, &self.used) {
+            Some(resident) => resident,
+            None => {
+                let resident = Arc::new(self.upload()?);
+                all.push(Arc::downgrade(&resident));
+                resident
+            }
+        };
+        drop(all);
+        self.resident = Some(resident);
+        self.generation += 1;
+        Ok(())
+    }
+
+    fn upload(&self) -> Result<Resident> {
+        let (weights, used) = (self.weights.clone(), self.used.clone());
+        let mut resident = Resident { weights, used, buffers: Vec::with_capacity(self.sizes.len()) };
+        for bytes in &self.sizes {
+            resident.buffers.push(self.device.storage(*bytes, "the weights")?);
+        }
         for (id, _) in self.weights.iter() {
             for piece in &self.pieces[id.0 as usize] {
                 let rows = self.weights.rows(id, piece.first..piece.first + piece.rows);
-                self.device.upload(&buffers[piece.buffer], u64::from(piece.at), rows)?;
+                self.device.upload(&resident.buffers[piece.buffer], u64::from(piece.at), rows)?;
             }
         }
-        self.buffers = buffers;
-        self.generation += 1;
-        Ok(())
+        Ok(resident)
+    }
+
+    /// The matrices; none while they are not needed here.
+    pub fn buffers(&self) -> &[wgpu::Buffer] {
+        self.resident.as_ref().map_or(&[], |resident| &resident.buffers)
     }
 
     /// Where a matrix lies.

@@ -81,13 +81,36 @@ impl Device {
     }
 }
 
+#[cfg(feature = "gpu")]
+impl Device {
+    /// Whether opening it a second time may give what the first time gave: nothing is to be timed anew, and an open device
+    /// is what it is.
+    pub(super) fn is_shared(&self) -> bool {
+        match self {
+            Device::Cpu | Device::Open(_) => false,
+            Device::Auto | Device::Gpu(_) => true,
+            Device::Tuned(device, tuning) => device.is_shared() && !tuning.again,
+        }
+    }
+
+    /// Whether both say the same of a device that is not open yet.
+    pub(super) fn is(&self, other: &Device) -> bool {
+        match (self, other) {
+            (Device::Auto, Device::Auto) => true,
+            (Device::Gpu(one), Device::Gpu(two)) => one == two,
+            (Device::Tuned(one, as_one), Device::Tuned(two, as_two)) => one.is(two) && as_one == as_two,
+            _ => false,
+        }
+    }
+}
+
 #[cfg(not(feature = "gpu"))]
 impl Device {
     /// Refuses the GPU, which this build does not know.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(super) fn check(&self, gpu_layers: Option<usize>) -> Result<()> {
         match self {
-            Device::Cpu | Device::Auto => Ok(()),
-            Device::Gpu(_) => Err(Error::Unsupported("the GPU: this build is without it (feature `gpu`)".into())),
+            Device::Cpu | Device::Auto if gpu_layers.unwrap_or(0) == 0 => Ok(()),
+            _ => Err(Error::Unsupported("the GPU: this build is without it (feature `gpu`)".into())),
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Estimate {
     /// The mapped file: read in place, shared with other processes, and given back by the system under pressure. On a GPU
-    /// what lies there of it.
+    /// what lies there of it, once for all sessions of a model.
     pub weights: u64,
     /// The KV cache with the context window full.
     pub kv_cache: u64,

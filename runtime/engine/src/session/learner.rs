@@ -410,7 +410,7 @@ fn open(model: &Model, options: &LearnerOptions, wanted: &ExecutorOptions) -> Re
         Err(e) => return Err(e),
     }
     #[cfg(not(feature = "gpu"))]
-    options.device.check()?;
+    options.device.check(None)?;
     let needs = |options: &ExecutorOptions| {
         let needs = Executor::needs(model.spec(), model.weights(), options);
         // Parameters, each with its gradient.

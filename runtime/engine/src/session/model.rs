@@ -1,8 +1,14 @@
 //! An open model.
 
 use std::sync::{Arc, OnceLock};
+#[cfg(feature = "gpu")]
+use std::sync::{Mutex, PoisonError, Weak};
 
+#[cfg(feature = "gpu")]
+use super::Device;
 use crate::gguf::Gguf;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::grammar::{Grammar, GrammarSource, Vocabulary};
 use crate::tape::{Spec, Weights};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -24,6 +30,9 @@ struct Inner {
     template: Result<Option<ChatTemplate>>,
     /// The tokens as grammars see them, from the first grammar on.
     vocabulary: OnceLock<Arc<Vocabulary>>,
+    /// The GPUs that sessions run on, and how they were asked for.
+    #[cfg(feature = "gpu")]
+    devices: Mutex<Vec<(Device, Weak<gpu::Device>)>>,
 }
 
 impl Model {
@@ -35,7 +44,40 @@ impl Model {
         let weights = Arc::new(Weights::resolve(gguf.clone(), &spec)?);
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let template = ChatTemplate::from_gguf(&gguf, &tokenizer);
-        Ok(Model { inner: Arc::new(Inner { gguf, spec, weights, tokenizer, template, vocabulary: OnceLock::new() }) })
+        Ok(Model {
+            inner: Arc::new(Inner {
+                gguf,
+                spec,
+                weights,
+                tokenizer,
+                template,
+                vocabulary: OnceLock::new(),
+                #[cfg(feature = "gpu")]
+                devices: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The GPU for a session, none for the CPU: the one that another session of this model has open and asked for in the same
+    /// way, so that weights lie there once, or one that is opened now. One that was lost is opened anew.
+    ///
+    /// # Errors
+    /// As [`gpu::Device::open`].
+    #[cfg(feature = "gpu")]
+    pub(super) fn gpu(&self, wanted: &Device) -> Result<Option<Arc<gpu::Device>>> {
+        if !wanted.is_shared() {
+            return wanted.open();
+        }
+        // Who asks for the same meanwhile waits for it.
+        let mut devices = self.inner.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        devices.retain(|(_, device)| device.upgrade().is_some_and(|device| !device.is_lost()));
+        let open = devices.iter().find(|(asked, _)| asked.is(wanted)).and_then(|(_, device)| device.upgrade());
+        if open.is_some() {
+            return Ok(open);
+        }
+        let device = wanted.open()?;
+        devices.extend(device.iter().map(|device| (wanted.clone(), Arc::downgrade(device))));
+        Ok(device)
     }
 
     /// Whether both are clones of one.

@@ -56,7 +56,7 @@ impl Placement {
         }
         #[cfg(not(feature = "gpu"))]
         {
-            options.device.check()?;
+            options.device.check(options.gpu_layers)?;
             Placement::on_cpu(model, options, None)
         }
     }
@@ -80,7 +80,7 @@ impl Placement {
         if options.gpu_layers == Some(0) {
             return Ok(None);
         }
-        let Some(device) = options.device.open()? else {
+        let Some(device) = model.gpu(&options.device)? else {
             return match options.gpu_layers {
                 Some(_) if options.device.is_auto() => Err(Error::argument("there is no GPU for its layers")),
                 _ => Ok(None),
@@ -154,7 +154,14 @@ fn gpu_layers(model: &Model, options: &SessionOptions, device: &gpu::Device) -> 
     let needs = |layers| Ok::<u64, Error>(estimate_on_gpu(model, options, device, layers)?.on_gpu_bytes());
     let fits = |layers| {
         let needed = needs(layers)?;
-        Ok::<bool, Error>(options.gpu_memory.is_none_or(|most| needed <= most) && device.has_room(needed))
+        // What another session has there needs no room any more.
+        let present = || {
+            let (_, last) = parts(model.spec(), layers);
+            let stage = if layers < all { Stage::Last } else { Stage::Whole };
+            gpu::Executor::present(device, &last, model.weights(), &gpu_options(options, stage))
+        };
+        let has_room = || device.has_room(needed.saturating_sub(present()));
+        Ok::<bool, Error>(options.gpu_memory.is_none_or(|most| needed <= most) && has_room())
     };
     if fits(all)? {
         return Ok(all);

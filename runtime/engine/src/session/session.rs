@@ -296,8 +296,9 @@ impl Session {
         self.engine.trim()
     }
 
-    /// Gives the memory of a GPU back, that of forks and of the model that guesses ahead too: keys and values wait in main
-    /// memory, and the next call brings them and the weights up again. Gives its bytes; the CPU has none to give.
+    /// Gives the memory of a GPU back, that of forks and of the model that guesses ahead too, but for weights that other
+    /// sessions use: keys and values wait in main memory, and the next call brings them and the weights up again. Gives its
+    /// bytes; the CPU has none to give.
     ///
     /// # Errors
     /// [`Error::Memory`], [`Error::Device`]; the next call finds everything all the same.
