@@ -4,7 +4,7 @@
 //! the arena. A decoded token is one submission; longer runs are cut into several of a tenth of a second, so that the device
 //! stays responsive and a run can be cancelled.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -246,9 +246,10 @@ impl Executor {
             part: FIRST_PART,
             timings: Timings::default(),
         };
-        // What cannot be run is refused now and not later.
         let mut shared = lock(&shared);
         shared.wake()?;
+        executor.compile(&shared)?;
+        // What cannot be run is refused now and not later.
         executor.recording(&shared, 0, None)?;
         drop(shared);
         Ok(executor)
@@ -364,7 +365,46 @@ impl Executor {
         self.forget();
         // They are recorded anew when they are needed.
         self.programs.iter_mut().for_each(|p| p.recordings.clear());
+        if let Err(e) = self.compile(&lock(&self.shared)) {
+            log::debug!("the next run says: {e}");
+        }
         Ok(4 * values.len())
+    }
+
+    /// The dispatches of a program for so many decoded rows.
+    fn record<'a>(&'a self, shared: &'a Shared, program: usize, decoding: Option<Decoding>) -> Result<Recorder<'a>> {
+        let p = &self.programs[program];
+        let mut recorder = Recorder::new(
+            &self.device,
+            &self.spec,
+            (&p.tape, &p.plan),
+            (&self.weights, &shared.uploaded),
+            (self.options.kv_type, self.options.exact),
+            decoding,
+            &self.corrections,
+            Scratch { slices: self.slices, ..p.scratch },
+        );
+        recorder.record()?;
+        Ok(recorder)
+    }
+
+    /// Has the kernels compiled with which one sequence is generated, or learned, so that no run waits for that.
+    fn compile(&self, shared: &Shared) -> Result<()> {
+        let mut ways = vec![None];
+        if self.options.purpose() == Purpose::Generate {
+            let largest = largest::found(self.spec.vocab, 1);
+            let splits = [1, LONG.1].into_iter().filter(|splits| *splits == 1 || self.options.window >= LONG.0);
+            ways.extend(splits.map(|splits| Some(Decoding { rows: 1, splits, largest })));
+        }
+        let mut kernels = Vec::new();
+        for decoding in ways {
+            kernels.extend(self.record(shared, 0, decoding)?.kernels);
+        }
+        let mut seen = HashSet::new();
+        kernels.retain(|kernel| seen.insert(kernel.clone()));
+        self.device.pipelines(&kernels)?;
+        self.device.keep_pipelines();
+        Ok(())
     }
 
     /// Index of a program's recording for so many decoded rows, made at its first use, with bind groups that are true.
@@ -372,22 +412,19 @@ impl Executor {
         let at = match self.programs[program].recordings.iter().position(|r| r.decoding == decoding) {
             Some(at) => at,
             None => {
-                let p = &self.programs[program];
-                let mut recorder = Recorder::new(
-                    &self.device,
-                    &self.spec,
-                    (&p.tape, &p.plan),
-                    (&self.weights, &shared.uploaded),
-                    (self.options.kv_type, self.options.exact),
-                    decoding,
-                    &self.corrections,
-                    Scratch { slices: self.slices, ..p.scratch },
-                );
-                recorder.record()?;
-                let (dispatches, slots, binds) = (recorder.dispatches, recorder.slots, recorder.binds);
+                let Recorder { dispatches, slots, kernels, binds, .. } = self.record(shared, program, decoding)?;
+                let pipelines = self.device.pipelines(&kernels)?;
+                self.device.keep_pipelines();
                 let uniforms = self.device.descriptions(&slots)?;
-                let recording =
-                    Recording { decoding, dispatches, uniforms, binds, groups: Vec::new(), generation: u64::MAX };
+                let recording = Recording {
+                    decoding,
+                    dispatches,
+                    uniforms,
+                    pipelines,
+                    binds,
+                    groups: Vec::new(),
+                    generation: u64::MAX,
+                };
                 let recordings = &mut self.programs[program].recordings;
                 recordings.push(recording);
                 recordings.len() - 1
@@ -823,7 +860,7 @@ fn replay(
         if z == 0 {
             continue;
         }
-        pass.set_pipeline(&dispatch.pipeline);
+        pass.set_pipeline(&recording.pipelines[dispatch.pipeline]);
         pass.set_bind_group(0, &recording.groups[dispatch.group], &[dispatch.slot]);
         pass.dispatch_workgroups(x, y, z);
     }

@@ -2,8 +2,9 @@
 //!
 //! | file | what is in it |
 //! | --- | --- |
-//! | `device` | adapters, an open device with its pipelines, buffers, errors and loss |
+//! | `device` | adapters, an open device with its buffers, errors and loss |
 //! | `kernel` | which kernels there are, and their WGSL, put together from `shaders/` |
+//! | `pipelines` | kernels as the driver has compiled them, and the file that keeps them |
 //! | `weights` | quantized blocks on the device, split at its binding limit |
 //! | `kv` | pages of keys and values, shared by all sequences |
 //! | `shift` | dropping a part of a sequence |
@@ -38,6 +39,7 @@ mod kernel;
 mod kv;
 mod largest;
 mod learned;
+mod pipelines;
 mod program;
 mod record;
 mod shift;

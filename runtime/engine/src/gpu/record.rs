@@ -53,8 +53,9 @@ impl Grid {
 pub(super) struct Dispatch {
     /// The op it belongs to, for tables.
     pub op: &'static str,
-    pub pipeline: wgpu::ComputePipeline,
-    /// Index into the program's bind groups.
+    /// Index into the recording's pipelines.
+    pub pipeline: usize,
+    /// Index into its bind groups.
     pub group: usize,
     /// Offset of its description.
     pub slot: u32,
@@ -99,6 +100,7 @@ pub(super) struct Recorder<'a> {
     pub scratch: Scratch,
     pub dispatches: Vec<Dispatch>,
     pub slots: Vec<u8>,
+    pub kernels: Vec<Kernel>,
     pub binds: Vec<Binds>,
     /// The op whose dispatches come, for tables.
     pub op: &'static str,
@@ -172,6 +174,7 @@ impl<'a> Recorder<'a> {
             scratch,
             dispatches: Vec::new(),
             slots: Vec::new(),
+            kernels: Vec::new(),
             binds: Vec::new(),
             op: "",
         }
@@ -213,19 +216,24 @@ impl<'a> Recorder<'a> {
         (weight_bytes, floats): (u64, u64),
     ) -> Result<()> {
         let binds = self.binds(&kernel, binds);
-        let pipeline = self.device.pipeline(&kernel)?;
         let slot = self.slots.len() as u32;
         let bytes = bytemuck::bytes_of(op);
         debug_assert!(bytes.len() as u64 <= SLOT);
         self.slots.extend_from_slice(bytes);
         self.slots.resize(self.slots.len().next_multiple_of(SLOT as usize), 0);
-        let group = self.binds.iter().position(|b| *b == binds).unwrap_or_else(|| {
-            self.binds.push(binds);
-            self.binds.len() - 1
-        });
+        let pipeline = index_of(&mut self.kernels, kernel);
+        let group = index_of(&mut self.binds, binds);
         self.dispatches.push(Dispatch { op: self.op, pipeline, group, slot, grid, weight_bytes, floats });
         Ok(())
     }
+}
+
+/// Index of a thing among others, of which it is one then.
+fn index_of<T: PartialEq>(all: &mut Vec<T>, thing: T) -> usize {
+    all.iter().position(|other| *other == thing).unwrap_or_else(|| {
+        all.push(thing);
+        all.len() - 1
+    })
 }
 
 /// Number of a kind of rows in word 0, 1 or 2 of a run.
