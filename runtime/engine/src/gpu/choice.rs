@@ -18,9 +18,9 @@ const LEAD: f64 = 1.03;
 const LEAD_OF_INT8: f64 = 1.1;
 
 /// Seconds a dispatch may hold the device: screens are drawn in between.
-const LONGEST: f64 = 0.025;
+pub(super) const LONGEST: f64 = 0.025;
 /// Columns that a dispatch has at least, and in multiples of which long ones are divided: those of the largest tile.
-const FEWEST_COLUMNS: u32 = Tile::LARGE.columns;
+pub(super) const FEWEST_COLUMNS: u32 = Tile::LARGE.columns;
 
 /// What kernels compete for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -161,6 +161,11 @@ fn large_tiles(rows: u32, columns: u32) -> u32 {
     rows.div_ceil(Tile::LARGE.rows) * columns.div_ceil(Tile::LARGE.columns)
 }
 
+/// Multiply-adds of a product of `rows` rows and a matrix `[n, k]`.
+pub(super) fn matmul_work(rows: u32, n: u32, k: u32) -> f64 {
+    f64::from(rows) * f64::from(n) * f64::from(k)
+}
+
 /// Index of the shape of up to `rows` rows times a matrix of `columns` rows.
 fn matmul_shape(rows: u32, columns: u32) -> usize {
     match large_tiles(rows, columns) {
@@ -207,8 +212,7 @@ impl Choices {
         let index = matmul_shape(rows, columns);
         let seconds = self.candidates.iter().find(|c| c.form == form).and_then(|c| c.seconds.get(index));
         let (Some(seconds), Some(shape)) = (seconds, all.get(index)) else { return columns };
-        let size = |rows: u32, n: u32, k: u32| f64::from(rows) * f64::from(n) * f64::from(k);
-        let column = seconds / size(shape.rows, shape.matrix.0, shape.matrix.1) * size(rows, 1, k);
+        let column = seconds / matmul_work(shape.rows, shape.matrix.0, shape.matrix.1) * matmul_work(rows, 1, k);
         if column * f64::from(columns) <= LONGEST {
             return columns;
         }
@@ -363,8 +367,10 @@ impl Device {
     /// Columns of a product of up to `rows` rows and a matrix `[columns, k]` that one dispatch is to compute.
     pub(super) fn columns_at_once(&self, dtype: DType, form: Form, (rows, columns, k): (u32, u32, u32)) -> u32 {
         let all = shapes(Family::Matmul, self.info().kind);
-        let choices = self.choices(Family::Matmul, dtype);
-        choices.map_or(columns, |c| c.columns_at_once(form, &all, (rows, columns, k)))
+        match self.choices(Family::Matmul, dtype).filter(|c| !c.candidates.is_empty()) {
+            Some(choices) => choices.columns_at_once(form, &all, (rows, columns, k)),
+            None => self.columns_of(matmul_work(rows, 1, k), columns, FEWEST_COLUMNS),
+        }
     }
 
     /// Whether matrices of all these types can be multiplied in the way of `form`.

@@ -66,6 +66,8 @@ pub struct Limits {
     /// Nothing that WebGPU does not promise: no subgroups, no half precision, no cooperative matrices, and kernels that check
     /// every index.
     pub baseline: bool,
+    /// Multiply-adds per second that long dispatches are believed to do, whatever was timed; see `division`.
+    pub speed: Option<f64>,
 }
 
 /// What a device offers beyond WebGPU's baseline.
@@ -170,6 +172,8 @@ pub struct Device {
     /// What was found by it, by family and type; what is here does not change.
     pub(super) choices: Mutex<HashMap<(Family, DType), Arc<Choices>>>,
     trouble: Arc<Mutex<Trouble>>,
+    /// As [`Limits::speed`].
+    pub(super) speed: Option<f64>,
     pub(super) abilities: Abilities,
 }
 
@@ -270,6 +274,7 @@ impl Device {
             preparing: Mutex::default(),
             choices: Mutex::default(),
             trouble,
+            speed: limits.speed,
             abilities,
         }))
     }

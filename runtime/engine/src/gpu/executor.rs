@@ -12,19 +12,20 @@ use std::time::{Duration, Instant};
 use super::adapters::{self, Correction, Placed};
 use super::clock::Clock;
 use super::device::{Device, SLOT, lock};
+use super::division::{Launch, Sizes, submissions};
 use super::forward::DECODED;
 use super::kv::{KvCache, PAGE, Pool};
 use super::largest;
 use super::learned::TRAINED;
 use super::program::{LONG, Program, Recording, families, packed_bytes, slices, types};
-use super::record::{Binds, Decoding, Dispatch, Recorder, Scratch};
+use super::record::{Binds, Decoding, Recorder, Scratch};
 use super::shift::Dropped;
 use super::training::Held;
 use super::tune;
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
-    Batch, Frequencies, PlanLimits, Purpose, Rows, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Weights,
+    Batch, Frequencies, Op, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Weights,
     check_dropped,
 };
 use crate::{Error, Result, random};
@@ -110,10 +111,10 @@ struct Unread {
     width: usize,
 }
 
-/// Commands made ahead, and for what: program, how rows are decoded, outputs, tokens, generation of the buffers.
+/// Commands made ahead, and for what: program, how rows are decoded, sizes, generation of the buffers.
 #[derive(Debug)]
 struct Ready {
-    key: (usize, Option<Decoding>, usize, usize, u64),
+    key: (usize, Option<Decoding>, Sizes, u64),
     commands: wgpu::CommandBuffer,
 }
 
@@ -273,8 +274,10 @@ impl Executor {
         let rotations: usize = spec.ropes.iter().map(|rope| rope.dims).sum();
         let table = HEADER + tokens * (4 + rotations) + OUTPUT_WORDS * outputs + options.window.div_ceil(PAGE);
         let results = 4 * outputs * program.tape.info(program.tape.result).width;
-        // Of prompts, of single tokens, and of those in a long window; an op is a dispatch, more or less.
-        let descriptions = 3 * program.tape.ops.len() as u64 * SLOT;
+        // Of prompts, of single tokens, and of those in a long window; an op is a dispatch, more or less, and attention has a
+        // description for each head.
+        let attentions = program.tape.ops.iter().filter(|op| matches!(op, Op::Attention(_))).count();
+        let descriptions = 3 * (program.tape.ops.len() + attentions * spec.heads) as u64 * SLOT;
         let values = 4 * program.scratch.end
             + packed_bytes(device, &program, options)
             + (4 * table as u64).next_power_of_two()
@@ -490,11 +493,7 @@ impl Executor {
         });
         let found = decoding.map_or(0, |d| d.largest) as usize;
         let recording = self.recording(&shared, program, decoding)?;
-        let rows = |kind| match kind {
-            Rows::Tokens => batch.tokens.len(),
-            Rows::Outputs => batch.outputs.len(),
-            Rows::One => 1,
-        };
+        let sizes = Sizes { tokens: batch.tokens.len(), outputs: batch.outputs.len(), seen: seen(&mut batch, singles) };
         let p = &self.programs[program];
         let width = p.tape.info(p.tape.result).width;
         let all_at = p.plan.place(p.tape.result).offset as u64;
@@ -514,30 +513,32 @@ impl Executor {
         let copies = Copies { result_at, bytes, gradient_bytes };
         let recording = &p.recordings[recording];
         if self.timings.on {
-            replay_timed(&self.device, recording, rows, &mut self.timings)?;
-            self.device.queue.submit([self.encode(&[], recording, rows, copies)]);
+            replay_timed(&self.device, recording, &sizes, &mut self.timings)?;
+            self.device.queue.submit([self.encode(&[], recording, &sizes, copies)]);
         } else if decoding.is_none() {
             let (begun, mut before) = (Instant::now(), None);
-            let parts = recording.dispatches.chunks(self.part);
+            let launches = self.device.launches(&recording.dispatches, &sizes);
+            let parts = submissions(&launches, self.part);
             let last = parts.len() - 1;
-            for (i, part) in parts.enumerate() {
+            for (i, part) in parts.into_iter().enumerate() {
                 if cancel.load(Ordering::Relaxed) {
                     return Err(Error::Cancelled);
                 }
                 let copies = if i == last { copies } else { Copies::default() };
-                let submission = self.device.queue.submit([self.encode(part, recording, rows, copies)]);
+                let submission = self.device.queue.submit([self.encode(part, recording, &sizes, copies)]);
                 // The device has one part to do while the next is made ready.
                 if let Some(before) = before.replace(submission) {
                     self.device.wait_for(Some(before))?;
                 }
             }
             self.device.wait()?;
-            let each = begun.elapsed() / recording.dispatches.len().max(1) as u32;
+            let each = begun.elapsed() / launches.len().max(1) as u32;
             self.part = (PART_TIME.as_nanos() / each.as_nanos().max(1)).clamp(8, 1 << 20) as usize;
         } else {
-            let key = (program, decoding, batch.outputs.len(), batch.tokens.len(), recording.generation);
+            let launches = self.device.launches(&recording.dispatches, &sizes);
+            let key = (program, decoding, sizes.clone(), recording.generation);
             let ready = self.ready.take().filter(|ready| ready.key == key).map(|ready| ready.commands);
-            let encode = || self.encode(&recording.dispatches, recording, rows, copies);
+            let encode = || self.encode(&launches, recording, &sizes, copies);
             self.device.queue.submit([ready.unwrap_or_else(encode)]);
             // The next token's commands are most likely the same: they are made while the device is busy.
             self.ready = Some(Ready { key, commands: encode() });
@@ -727,16 +728,10 @@ impl Executor {
     }
 
     /// Commands for a part of a recording, and for copying what is read back.
-    fn encode(
-        &self,
-        part: &[Dispatch],
-        recording: &Recording,
-        rows: impl Fn(Rows) -> usize,
-        copies: Copies,
-    ) -> wgpu::CommandBuffer {
+    fn encode(&self, part: &[Launch<'_>], recording: &Recording, sizes: &Sizes, copies: Copies) -> wgpu::CommandBuffer {
         let mut encoder = self.device.encoder();
         if !part.is_empty() {
-            replay(&mut encoder, recording, part, rows, None);
+            replay(&mut encoder, recording, part, sizes, None);
         }
         let Copies { result_at, bytes, gradient_bytes } = copies;
         if bytes > 0 {
@@ -845,23 +840,35 @@ impl Executor {
     }
 }
 
+/// For each row, how many positions there are for it to see; of `singles` rounded up to pages, so that neighbouring runs are alike.
+fn seen(batch: &mut Batch<'_, KvCache>, singles: bool) -> Vec<u32> {
+    let mut seen = Vec::with_capacity(batch.tokens.len());
+    for i in 0..batch.segments.count() {
+        let before = batch.segments.cache(i).map_or(0, |cache| cache.len());
+        let positions = before + 1..=before + batch.segments.rows(i);
+        let rounded = |n: usize| if singles { n.next_multiple_of(PAGE) } else { n };
+        seen.extend(positions.map(|n| rounded(n) as u32));
+    }
+    seen
+}
+
 /// Encodes `part` of a recording as one pass.
 fn replay(
     encoder: &mut wgpu::CommandEncoder,
     recording: &Recording,
-    part: &[Dispatch],
-    rows: impl Fn(Rows) -> usize,
+    part: &[Launch<'_>],
+    sizes: &Sizes,
     timestamps: Option<wgpu::ComputePassTimestampWrites<'_>>,
 ) {
     let mut pass =
         encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes: timestamps });
-    for dispatch in part {
-        let [x, y, z] = dispatch.grid.size(&rows);
+    for Launch { dispatch, slot, grid, .. } in part {
+        let [x, y, z] = grid.size(|kind| sizes.rows(kind));
         if z == 0 {
             continue;
         }
         pass.set_pipeline(&recording.pipelines[dispatch.pipeline]);
-        pass.set_bind_group(0, &recording.groups[dispatch.group], &[dispatch.slot]);
+        pass.set_bind_group(0, &recording.groups[dispatch.group], &[*slot]);
         pass.dispatch_workgroups(x, y, z);
     }
 }
@@ -870,23 +877,18 @@ fn replay(
 const TIMED: usize = 2_000;
 
 /// Replays a recording with a pass per dispatch, each between two timestamps of the device.
-fn replay_timed(
-    device: &Device,
-    recording: &Recording,
-    rows: impl Fn(Rows) -> usize,
-    timings: &mut Timings,
-) -> Result<()> {
+fn replay_timed(device: &Device, recording: &Recording, sizes: &Sizes, timings: &mut Timings) -> Result<()> {
     if !device.abilities.timestamps {
         return Err(Error::Unsupported(format!("{} has no timestamps: no table of times", device.info().name)));
     }
     let clock = Clock::new(device, TIMED)?;
-    for part in recording.dispatches.chunks(TIMED) {
+    for part in device.launches(&recording.dispatches, sizes).chunks(TIMED) {
         let mut commands = device.encoder();
-        for (i, dispatch) in part.iter().enumerate() {
-            replay(&mut commands, recording, std::slice::from_ref(dispatch), &rows, Some(clock.writes(i)));
+        for (i, launch) in part.iter().enumerate() {
+            replay(&mut commands, recording, std::slice::from_ref(launch), sizes, Some(clock.writes(i)));
         }
-        for (dispatch, time) in part.iter().zip(clock.submit(device, commands, part.len())?) {
-            timings.add(dispatch.op, time);
+        for (launch, time) in part.iter().zip(clock.submit(device, commands, part.len())?) {
+            timings.add(launch.dispatch.op, time);
         }
     }
     Ok(())

@@ -10,6 +10,7 @@
 //! | `shift` | dropping a part of a sequence |
 //! | `record` | a dispatch, its description and its bind group |
 //! | `forward`, `backward` | from ops to dispatches |
+//! | `division` | what would hold the device for too long, in parts |
 //! | `learned` | the same for what is learned beside adapters of the layers' maps |
 //! | `largest` | the largest logits, so that not all are read back |
 //! | `adapters` | low-rank corrections of maps at run time |
@@ -33,6 +34,7 @@ mod backward;
 mod choice;
 mod clock;
 mod device;
+mod division;
 mod executor;
 mod forward;
 mod kernel;
