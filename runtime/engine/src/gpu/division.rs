@@ -66,7 +66,7 @@ pub(super) struct Launch<'a> {
 
 impl Device {
     /// Multiply-adds that a dispatch may do.
-    fn at_once(&self) -> f64 {
+    pub(super) fn at_once(&self) -> f64 {
         LONGEST * self.multiply_adds()
     }
 
@@ -99,26 +99,25 @@ impl Device {
             most => (most / unit * unit).max(unit),
         }
     }
+}
 
-    /// The launches of some dispatches for a run.
-    pub(super) fn launches<'a>(&self, dispatches: &'a [Dispatch], sizes: &Sizes) -> Vec<Launch<'a>> {
-        let at_once = self.at_once();
-        let mut launches = Vec::with_capacity(dispatches.len());
-        for dispatch in dispatches {
-            let whole = Launch { dispatch, slot: dispatch.slot, grid: dispatch.grid, divided: false };
-            let Some(heads) = &dispatch.heads else {
-                launches.push(whole);
-                continue;
-            };
-            let most = ((at_once / sizes.work(heads).max(1.0)) as u32).clamp(1, heads.count);
-            for first in (0..heads.count).step_by(most as usize) {
-                let grid = Grid { x: most.min(heads.count - first) * heads.groups, ..dispatch.grid };
-                let slot = dispatch.slot + first * SLOT as u32;
-                launches.push(Launch { slot, grid, divided: most < heads.count, ..whole });
-            }
+/// The launches of some dispatches for a run, of at most so many multiply-adds each.
+pub(super) fn launches<'a>(at_once: f64, dispatches: &'a [Dispatch], sizes: &Sizes) -> Vec<Launch<'a>> {
+    let mut launches = Vec::with_capacity(dispatches.len());
+    for dispatch in dispatches {
+        let whole = Launch { dispatch, slot: dispatch.slot, grid: dispatch.grid, divided: false };
+        let Some(heads) = &dispatch.heads else {
+            launches.push(whole);
+            continue;
+        };
+        let most = ((at_once / sizes.work(heads).max(1.0)) as u32).clamp(1, heads.count);
+        for first in (0..heads.count).step_by(most as usize) {
+            let grid = Grid { x: most.min(heads.count - first) * heads.groups, ..dispatch.grid };
+            let slot = dispatch.slot + first * SLOT as u32;
+            launches.push(Launch { slot, grid, divided: most < heads.count, ..whole });
         }
-        launches
     }
+    launches
 }
 
 /// Cuts launches into submissions of at most `most`, few of which were divided.
@@ -137,7 +136,6 @@ pub(super) fn submissions<'a, 'b>(launches: &'b [Launch<'a>], most: usize) -> Ve
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::Limits;
     use crate::gpu::record::Depth;
 
     /// A dispatch of nine heads with three workgroups each, between two others.
@@ -158,10 +156,9 @@ mod tests {
 
     /// First description and workgroups of the parts where so many multiply-adds may be done at once.
     fn parts(at_once: f64, window: u32) -> Vec<(u32, u32)> {
-        let device = Device::open(0, Limits { speed: Some(at_once / LONGEST), ..Limits::default() }).expect("a device");
         let sizes = Sizes { tokens: 2, outputs: 1, seen: vec![1_000, 2_000] };
         let dispatches = dispatches(window);
-        let launches = device.launches(&dispatches, &sizes);
+        let launches = launches(at_once, &dispatches, &sizes);
         let inner = &launches[1..launches.len() - 1];
         assert_eq!(inner.iter().all(|launch| launch.divided), inner.len() > 1);
         inner.iter().map(|launch| (launch.slot / SLOT as u32, launch.grid.x)).collect()

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::adapters::{self, Correction, Placed};
 use super::clock::Clock;
 use super::device::{Device, SLOT, lock};
-use super::division::{Launch, Sizes, submissions};
+use super::division::{Launch, Sizes, launches, submissions};
 use super::forward::DECODED;
 use super::kv::{KvCache, PAGE, Pool};
 use super::largest;
@@ -173,6 +173,8 @@ pub struct Executor {
     hidden: usize,
     /// Dispatches per submission of a run that is no decoding.
     part: usize,
+    /// Multiply-adds that a dispatch may do.
+    at_once: f64,
     timings: Timings,
 }
 
@@ -245,6 +247,7 @@ impl Executor {
             corrections: Vec::new(),
             hidden: 0,
             part: FIRST_PART,
+            at_once: device.at_once(),
             timings: Timings::default(),
         };
         let mut shared = lock(&shared);
@@ -513,11 +516,12 @@ impl Executor {
         let copies = Copies { result_at, bytes, gradient_bytes };
         let recording = &p.recordings[recording];
         if self.timings.on {
-            replay_timed(&self.device, recording, &sizes, &mut self.timings)?;
+            let launches = launches(self.at_once, &recording.dispatches, &sizes);
+            replay_timed(&self.device, recording, (&launches, &sizes), &mut self.timings)?;
             self.device.queue.submit([self.encode(&[], recording, &sizes, copies)]);
         } else if decoding.is_none() {
             let (begun, mut before) = (Instant::now(), None);
-            let launches = self.device.launches(&recording.dispatches, &sizes);
+            let launches = launches(self.at_once, &recording.dispatches, &sizes);
             let parts = submissions(&launches, self.part);
             let last = parts.len() - 1;
             for (i, part) in parts.into_iter().enumerate() {
@@ -535,10 +539,10 @@ impl Executor {
             let each = begun.elapsed() / launches.len().max(1) as u32;
             self.part = (PART_TIME.as_nanos() / each.as_nanos().max(1)).clamp(8, 1 << 20) as usize;
         } else {
-            let launches = self.device.launches(&recording.dispatches, &sizes);
             let key = (program, decoding, sizes.clone(), recording.generation);
             let ready = self.ready.take().filter(|ready| ready.key == key).map(|ready| ready.commands);
-            let encode = || self.encode(&launches, recording, &sizes, copies);
+            let encode =
+                || self.encode(&launches(self.at_once, &recording.dispatches, &sizes), recording, &sizes, copies);
             self.device.queue.submit([ready.unwrap_or_else(encode)]);
             // The next token's commands are most likely the same: they are made while the device is busy.
             self.ready = Some(Ready { key, commands: encode() });
@@ -877,12 +881,17 @@ fn replay(
 const TIMED: usize = 2_000;
 
 /// Replays a recording with a pass per dispatch, each between two timestamps of the device.
-fn replay_timed(device: &Device, recording: &Recording, sizes: &Sizes, timings: &mut Timings) -> Result<()> {
+fn replay_timed(
+    device: &Device,
+    recording: &Recording,
+    (launches, sizes): (&[Launch<'_>], &Sizes),
+    timings: &mut Timings,
+) -> Result<()> {
     if !device.abilities.timestamps {
         return Err(Error::Unsupported(format!("{} has no timestamps: no table of times", device.info().name)));
     }
     let clock = Clock::new(device, TIMED)?;
-    for part in device.launches(&recording.dispatches, sizes).chunks(TIMED) {
+    for part in launches.chunks(TIMED) {
         let mut commands = device.encoder();
         for (i, launch) in part.iter().enumerate() {
             replay(&mut commands, recording, std::slice::from_ref(launch), sizes, Some(clock.writes(i)));
