@@ -145,7 +145,8 @@ fn gpu_products_of_eight_bits_are_nearly_the_cpus() {
             logits(&model, &options, &prompt, &more)
         };
         run(Arithmetic::Narrow);
-        let file = std::fs::read_dir(&folder).expect("a folder").next().expect("a file").expect("a file").path();
+        let mut files = std::fs::read_dir(&folder).expect("a folder").map(|entry| entry.expect("a file").path());
+        let file = files.find(|path| path.extension().is_some_and(|e| e == "json")).expect("times");
         let text = std::fs::read_to_string(&file).expect("the file");
         let mut times: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         let mut forced = 0;
