@@ -30,6 +30,7 @@ mod full_training;
 mod gguf_real;
 mod gpu;
 mod gpu_divided;
+mod gpu_division;
 mod gpu_kv;
 mod gpu_largest;
 mod gpu_life;

@@ -3,6 +3,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::choice::{FEWEST_COLUMNS, matmul_work};
+use super::division::Heads;
 use super::forward::{CHUNK, Input, Made, Turning, row_grid};
 use super::kernel::{AttentionRows, Kernel};
 use super::record::{Depth, Grid, Kv, MatmulOp, NONE, Recorder, rows_word};
@@ -51,7 +53,9 @@ struct AttentionBackwardOp {
     cap: f32,
     kv: Kv,
     slopes: u32,
-    unused: [u32; 3],
+    /// Of the dispatch.
+    first_head: u32,
+    unused: [u32; 2],
 }
 
 #[repr(C)]
@@ -257,26 +261,32 @@ impl Recorder<'_> {
                 continue;
             }
             let (x, x_stride, scales) = dy.place((from - only.start) as u32);
-            let op = MatmulOp {
-                x,
-                x_stride,
-                rows: rows_word(dy.rows),
-                k: (to - from) as u32,
-                weight: p.at + (from - p.first) as u32 * p.row_bytes,
-                row_bytes: p.row_bytes,
-                columns: self.width(out),
-                out: self.at(out),
-                out_stride: self.width(out),
-                bias: NONE,
-                residual,
-                scale: 1.0,
-                scales,
-                ..MatmulOp::zeroed()
-            };
-            let (kernel, grid) = self.product(dtype, true, dy, op.columns);
-            let bytes = u64::from(op.k) * u64::from(p.row_bytes);
-            self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
-            residual = op.out;
+            let (k, columns) = ((to - from) as u32, self.width(out));
+            let column = matmul_work(self.row_limit(dy.rows) as u32, 1, k);
+            let step = self.device.columns_of(column, columns, FEWEST_COLUMNS);
+            for first in (0..columns).step_by(step as usize) {
+                let op = MatmulOp {
+                    x,
+                    x_stride,
+                    rows: rows_word(dy.rows),
+                    k,
+                    weight: p.at + (from - p.first) as u32 * p.row_bytes,
+                    row_bytes: p.row_bytes,
+                    columns: step.min(columns - first),
+                    out: self.at(out) + first,
+                    out_stride: columns,
+                    bias: NONE,
+                    residual: if residual == NONE { NONE } else { residual + first },
+                    scale: 1.0,
+                    scales,
+                    first,
+                    ..MatmulOp::zeroed()
+                };
+                let (kernel, grid) = self.product(dtype, true, dy, (op.columns, columns));
+                let bytes = u64::from(k) * u64::from(p.row_bytes) * u64::from(op.columns) / u64::from(columns);
+                self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(k + op.columns)))?;
+            }
+            residual = self.at(out);
         }
         Ok(())
     }
@@ -322,14 +332,18 @@ impl Recorder<'_> {
             cap: self.spec.attention_softcap.unwrap_or(0.0),
             kv,
             slopes: self.uploaded.slopes.unwrap_or(NONE),
-            unused: [0; 3],
+            first_head: 0,
+            unused: [0; 2],
         };
         let floats = u64::from((kv.heads + kv.kv_heads) * kv.head_dim);
         let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 4, (4, 2));
-        for (queries, heads) in [(true, kv.heads), (false, kv.kv_heads)] {
+        // Scores, gradients of chances and of queries; of a group's queries those of keys and values.
+        let group = kv.heads / kv.kv_heads.max(1);
+        for (queries, count, products) in [(true, kv.heads, 3), (false, kv.kv_heads, 4 * group)] {
             let kernel = Kernel::AttentionBackward { rows, queries };
-            let grid = Grid { x: heads, z: Depth::Rows(Rows::Tokens, rows.own) };
-            self.push(kernel, (0, 0), grid, &op, (0, 3 * floats))?;
+            let heads = Heads { count, groups: 1, multiply_adds: products * kv.head_dim, window: kv.window };
+            let op = |first_head| AttentionBackwardOp { first_head, ..op };
+            self.push_heads(kernel, (0, 0), (heads, rows.own), op, 3 * floats)?;
         }
         Ok(())
     }

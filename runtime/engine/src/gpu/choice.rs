@@ -25,9 +25,9 @@ const UNUSED: f64 = 1e9;
 pub(super) const UNTRIED: &str = "not tried, for lack of time";
 
 /// Seconds a dispatch may hold the device: screens are drawn in between.
-const LONGEST: f64 = 0.025;
+pub(super) const LONGEST: f64 = 0.025;
 /// Columns that a dispatch has at least, and in multiples of which long ones are divided: those of the largest tile.
-const FEWEST_COLUMNS: u32 = Tile::LARGE.columns;
+pub(super) const FEWEST_COLUMNS: u32 = Tile::LARGE.columns;
 
 /// What kernels compete for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -184,6 +184,11 @@ fn large_tiles(rows: u32, columns: u32) -> u32 {
     rows.div_ceil(Tile::LARGE.rows) * columns.div_ceil(Tile::LARGE.columns)
 }
 
+/// Multiply-adds of a product of `rows` rows and a matrix `[n, k]`.
+pub(super) fn matmul_work(rows: u32, n: u32, k: u32) -> f64 {
+    f64::from(rows) * f64::from(n) * f64::from(k)
+}
+
 /// The class of up to `rows` rows times a matrix of `columns` rows.
 fn matmul_class(rows: u32, columns: u32) -> &'static str {
     match large_tiles(rows, columns) {
@@ -237,18 +242,17 @@ impl Choices {
     }
 
     /// Columns of a product of `rows` rows and a matrix `[columns, k]` that take no longer than [`LONGEST`], by the time of the
-    /// shape that stands for it; all where that is not known.
-    fn columns_at_once(&self, form: Form, (rows, columns, k): (u32, u32, u32)) -> u32 {
+    /// shape that stands for it; `None` where that is not known.
+    fn columns_at_once(&self, form: Form, (rows, columns, k): (u32, u32, u32)) -> Option<u32> {
         let class = matmul_class(rows, columns);
-        let Some(index) = self.shapes.iter().position(|shape| shape.name == class) else { return columns };
-        let seconds = self.candidates.iter().find(|c| c.form == form).and_then(|c| c.seconds.get(index));
-        let (Some(seconds), Some(shape)) = (seconds, self.shapes.get(index)) else { return columns };
-        let size = |rows: u32, n: u32, k: u32| f64::from(rows) * f64::from(n) * f64::from(k);
-        let column = seconds / size(shape.rows, shape.matrix.0, shape.matrix.1) * size(rows, 1, k);
+        let index = self.shapes.iter().position(|shape| shape.name == class)?;
+        let seconds = self.candidates.iter().find(|c| c.form == form).and_then(|c| c.seconds.get(index))?;
+        let shape = self.shapes.get(index)?;
+        let column = seconds / matmul_work(shape.rows, shape.matrix.0, shape.matrix.1) * matmul_work(rows, 1, k);
         if column * f64::from(columns) <= LONGEST {
-            return columns;
+            return Some(columns);
         }
-        ((LONGEST / column) as u32 / FEWEST_COLUMNS * FEWEST_COLUMNS).max(FEWEST_COLUMNS)
+        Some(((LONGEST / column) as u32 / FEWEST_COLUMNS * FEWEST_COLUMNS).max(FEWEST_COLUMNS))
     }
 
     /// Whether products of eight bits were found to be right.
@@ -401,8 +405,8 @@ impl Device {
 
     /// Columns of a product of up to `rows` rows and a matrix `[columns, k]` that one dispatch is to compute.
     pub(super) fn columns_at_once(&self, dtype: DType, form: Form, (rows, columns, k): (u32, u32, u32)) -> u32 {
-        let choices = self.choices(Family::Matmul, dtype);
-        choices.map_or(columns, |c| c.columns_at_once(form, (rows, columns, k)))
+        let timed = self.choices(Family::Matmul, dtype).and_then(|c| c.columns_at_once(form, (rows, columns, k)));
+        timed.unwrap_or_else(|| self.columns_of(matmul_work(rows, 1, k), columns, FEWEST_COLUMNS))
     }
 
     /// Whether matrices of all these types can be multiplied in the way of `form`.
@@ -524,13 +528,13 @@ mod tests {
         let shapes = [768, 4_096, 8_192].iter().zip(MATMUL_CLASSES).map(|(n, class)| shape(class, 512, (*n, 768)));
         let candidates = vec![timed(Form::Tile, &[1e-3, 5.4e-3, 10.67e-3], "")];
         let choices = Choices { shapes: shapes.collect(), candidates };
-        let columns = |sizes| choices.columns_at_once(Form::Tile, sizes);
+        let columns = |sizes| choices.columns_at_once(Form::Tile, sizes).unwrap();
         assert_eq!(columns((512, 768, 768)), 768);
         assert_eq!(columns((256, 65_536, 768)), 38_272);
         assert_eq!(columns((65_536, 65_536, 768)), FEWEST_COLUMNS);
-        assert_eq!(choices.columns_at_once(Form::TileInt8, (256, 65_536, 768)), 65_536);
+        assert_eq!(choices.columns_at_once(Form::TileInt8, (256, 65_536, 768)), None);
         let nothing = Choices::default();
-        assert_eq!(nothing.columns_at_once(Form::Tile, (256, 65_536, 768)), 65_536);
+        assert_eq!(nothing.columns_at_once(Form::Tile, (256, 65_536, 768)), None);
     }
 
     #[test]

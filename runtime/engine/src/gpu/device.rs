@@ -1,4 +1,4 @@
-//! Adapters, and an open device: its queue, its pipelines, and what becomes of errors.
+//! Adapters, and an open device: its queue, its buffers, and what becomes of errors.
 //!
 //! Nothing here panics or aborts: errors of a scope become [`Error::Device`], errors outside any scope are kept and reported
 //! by the next call, and a lost device is known by its callback alone, so every wait looks at it.
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
 use std::time::Duration;
 
 use super::choice::{Choices, Family};
-use super::kernel::Kernel;
+use super::pipelines::Pipelines;
 use super::tune::Tuning;
 use super::weights::Resident;
 use crate::quant::DType;
@@ -71,6 +71,8 @@ pub struct Limits {
     /// Nothing that WebGPU does not promise: no subgroups, no half precision, no cooperative matrices, and kernels that check
     /// every index.
     pub baseline: bool,
+    /// Multiply-adds per second that long dispatches are believed to do, whatever was timed; see `division`.
+    pub speed: Option<f64>,
 }
 
 /// What a device offers beyond WebGPU's baseline.
@@ -165,8 +167,7 @@ pub struct Device {
     /// Bytes of the largest buffer a kernel can see.
     pub(super) binding_bytes: u64,
     layout: wgpu::BindGroupLayout,
-    pipeline_layout: wgpu::PipelineLayout,
-    pipelines: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
+    pub(super) pipelines: Pipelines,
     /// What trials of products with cooperative matrices gave, by type and direction.
     pub(super) trials: Mutex<HashMap<(DType, bool), bool>>,
     /// Whether and how kernels are timed, once that is said.
@@ -178,6 +179,8 @@ pub struct Device {
     /// Matrices that lie here, while anybody uses them.
     pub(super) residents: Mutex<Vec<Weak<Resident>>>,
     trouble: Arc<Mutex<Trouble>>,
+    /// As [`Limits::speed`].
+    pub(super) speed: Option<f64>,
     pub(super) abilities: Abilities,
 }
 
@@ -261,25 +264,25 @@ impl Device {
             wanted.max_storage_buffer_binding_size.min(wanted.max_buffer_size).min(u64::from(u32::MAX)) / SLOT * SLOT;
         info.binding_bytes = binding_bytes;
         let layout = bindings(&device);
-        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+        let pipelines = Pipelines::new(device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: None,
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
-        });
+        }));
         Ok(Arc::new(Device {
             device,
             queue,
             info,
             binding_bytes,
             layout,
-            pipeline_layout,
-            pipelines: Mutex::default(),
+            pipelines,
             trials: Mutex::default(),
             tuning: OnceLock::new(),
             preparing: Mutex::default(),
             choices: Mutex::default(),
             residents: Mutex::default(),
             trouble,
+            speed: limits.speed,
             abilities,
         }))
     }
@@ -386,32 +389,6 @@ impl Device {
         self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
     }
 
-    /// The pipeline of a kernel, built at its first use.
-    pub(super) fn pipeline(&self, kernel: &Kernel) -> Result<wgpu::ComputePipeline> {
-        if let Some(pipeline) = lock(&self.pipelines).get(kernel) {
-            return Ok(pipeline.clone());
-        }
-        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let module = module(&self.device, &kernel.source(), self.abilities.checked);
-        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-            label: None,
-            layout: Some(&self.pipeline_layout),
-            module: &module,
-            entry_point: Some("main"),
-            // Every kernel writes its workgroup memory before it reads it.
-            compilation_options: wgpu::PipelineCompilationOptions {
-                zero_initialize_workgroup_memory: false,
-                ..Default::default()
-            },
-            cache: None,
-        });
-        if let Some(e) = pollster::block_on(scope.pop()) {
-            return Err(self.error(format!("the kernel {kernel:?} is refused: {e}; use the CPU")));
-        }
-        lock(&self.pipelines).insert(kernel.clone(), pipeline.clone());
-        Ok(pipeline)
-    }
-
     /// A bind group: descriptions of dispatches, and the storage buffers of `shaders/bindings.wgsl` in order.
     pub(super) fn bind(&self, uniforms: &wgpu::Buffer, buffers: [&wgpu::Buffer; 8]) -> wgpu::BindGroup {
         let uniform = wgpu::BufferBinding { buffer: uniforms, offset: 0, size: wgpu::BufferSize::new(SLOT) };
@@ -514,6 +491,7 @@ fn abilities(adapter: &wgpu::Adapter, limits: &Limits) -> (Abilities, wgpu::Feat
         let baseline = Abilities { timestamps, checked: true, workgroup_bytes: 16 << 10, ..Abilities::default() };
         return (baseline, features);
     }
+    features |= has & F::PIPELINE_CACHE;
     let subgroups_of_32 = has.contains(F::SUBGROUP) && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32);
     let wanted = |p: &wgpu::CooperativeMatrixProperties| {
         (p.m_size, p.n_size, p.k_size) == (16, 16, 16)
@@ -541,19 +519,6 @@ fn experiments(wanted: bool) -> wgpu::ExperimentalFeatures {
         true => unsafe { wgpu::ExperimentalFeatures::enabled() },
         false => wgpu::ExperimentalFeatures::disabled(),
     }
-}
-
-/// A module of one of our kernels. Checks of indices and counters of loops keep compilers from unrolling: without them an
-/// H100 reads prompts five times as fast.
-fn module(device: &wgpu::Device, source: &str, checked: bool) -> wgpu::ShaderModule {
-    let descriptor = wgpu::ShaderModuleDescriptor { label: None, source: wgpu::ShaderSource::Wgsl(source.into()) };
-    if checked {
-        return device.create_shader_module(descriptor);
-    }
-    // SAFETY: the kernels are ours. Their loops end, they divide by sizes that are not zero, and they stay within the buffers:
-    // the shapes they are given are those of tensors that were checked, tokens and positions are checked before each run,
-    // and tests run the same kernels with all checks on.
-    unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
 }
 
 /// The bindings of `shaders/bindings.wgsl`.

@@ -4,7 +4,7 @@
 //! the arena. A decoded token is one submission; longer runs are cut into several of a tenth of a second, so that the device
 //! stays responsive and a run can be cancelled.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,19 +12,20 @@ use std::time::{Duration, Instant};
 use super::adapters::{self, Correction, Placed};
 use super::clock::Clock;
 use super::device::{Device, SLOT, lock};
+use super::division::{Launch, Sizes, launches, submissions};
 use super::forward::DECODED;
 use super::kv::{KvCache, PAGE, Pool};
 use super::largest;
 use super::learned::TRAINED;
 use super::program::{LONG, Program, Recording, families, packed_bytes, slices, types};
-use super::record::{Binds, Decoding, Dispatch, Recorder, Scratch};
+use super::record::{Binds, Decoding, Recorder, Scratch};
 use super::shift::Dropped;
 use super::training::Held;
 use super::tune;
 use super::weights::Uploaded;
 use crate::quant::DType;
 use crate::tape::{
-    Batch, Frequencies, PlanLimits, Purpose, Rows, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Weights,
+    Batch, Frequencies, Op, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Weights,
     check_dropped, decoder,
 };
 use crate::{Error, Result, random};
@@ -110,10 +111,10 @@ struct Unread {
     width: usize,
 }
 
-/// Commands made ahead, and for what: program, how rows are decoded, outputs, tokens, generation of the buffers.
+/// Commands made ahead, and for what: program, how rows are decoded, sizes, generation of the buffers.
 #[derive(Debug)]
 struct Ready {
-    key: (usize, Option<Decoding>, usize, usize, u64),
+    key: (usize, Option<Decoding>, Sizes, u64),
     commands: wgpu::CommandBuffer,
 }
 
@@ -172,6 +173,8 @@ pub struct Executor {
     hidden: usize,
     /// Dispatches per submission of a run that is no decoding.
     part: usize,
+    /// Multiply-adds that a dispatch may do.
+    at_once: f64,
     timings: Timings,
 }
 
@@ -244,11 +247,13 @@ impl Executor {
             corrections: Vec::new(),
             hidden: 0,
             part: FIRST_PART,
+            at_once: device.at_once(),
             timings: Timings::default(),
         };
-        // What cannot be run is refused now and not later.
         let mut shared = lock(&shared);
         shared.wake()?;
+        executor.compile(&shared)?;
+        // What cannot be run is refused now and not later.
         executor.recording(&shared, 0, None)?;
         drop(shared);
         Ok(executor)
@@ -272,8 +277,10 @@ impl Executor {
         let rotations: usize = spec.ropes.iter().map(|rope| rope.dims).sum();
         let table = HEADER + tokens * (4 + rotations) + OUTPUT_WORDS * outputs + options.window.div_ceil(PAGE);
         let results = 4 * outputs * program.tape.info(program.tape.result).width;
-        // Of prompts, of single tokens, and of those in a long window; an op is a dispatch, more or less.
-        let descriptions = 3 * program.tape.ops.len() as u64 * SLOT;
+        // Of prompts, of single tokens, and of those in a long window; an op is a dispatch, more or less, and attention has a
+        // description for each head.
+        let attentions = program.tape.ops.iter().filter(|op| matches!(op, Op::Attention(_))).count();
+        let descriptions = 3 * (program.tape.ops.len() + attentions * spec.heads) as u64 * SLOT;
         let values = 4 * program.scratch.end
             + packed_bytes(device, &program, options)
             + (4 * table as u64).next_power_of_two()
@@ -370,7 +377,46 @@ impl Executor {
         self.forget();
         // They are recorded anew when they are needed.
         self.programs.iter_mut().for_each(|p| p.recordings.clear());
+        if let Err(e) = self.compile(&lock(&self.shared)) {
+            log::debug!("the next run says: {e}");
+        }
         Ok(4 * values.len())
+    }
+
+    /// The dispatches of a program for so many decoded rows.
+    fn record<'a>(&'a self, shared: &'a Shared, program: usize, decoding: Option<Decoding>) -> Result<Recorder<'a>> {
+        let p = &self.programs[program];
+        let mut recorder = Recorder::new(
+            &self.device,
+            &self.spec,
+            (&p.tape, &p.plan),
+            (&self.weights, &shared.uploaded),
+            (self.options.kv_type, self.options.exact),
+            decoding,
+            &self.corrections,
+            Scratch { slices: self.slices, ..p.scratch },
+        );
+        recorder.record()?;
+        Ok(recorder)
+    }
+
+    /// Has the kernels compiled with which one sequence is generated, or learned, so that no run waits for that.
+    fn compile(&self, shared: &Shared) -> Result<()> {
+        let mut ways = vec![None];
+        if self.options.purpose() == Purpose::Generate {
+            let largest = largest::found(self.spec.vocab, 1);
+            let splits = [1, LONG.1].into_iter().filter(|splits| *splits == 1 || self.options.window >= LONG.0);
+            ways.extend(splits.map(|splits| Some(Decoding { rows: 1, splits, largest })));
+        }
+        let mut kernels = Vec::new();
+        for decoding in ways {
+            kernels.extend(self.record(shared, 0, decoding)?.kernels);
+        }
+        let mut seen = HashSet::new();
+        kernels.retain(|kernel| seen.insert(kernel.clone()));
+        self.device.pipelines(&kernels)?;
+        self.device.keep_pipelines();
+        Ok(())
     }
 
     /// Index of a program's recording for so many decoded rows, made at its first use, with bind groups that are true.
@@ -378,22 +424,19 @@ impl Executor {
         let at = match self.programs[program].recordings.iter().position(|r| r.decoding == decoding) {
             Some(at) => at,
             None => {
-                let p = &self.programs[program];
-                let mut recorder = Recorder::new(
-                    &self.device,
-                    &self.spec,
-                    (&p.tape, &p.plan),
-                    (&self.weights, &shared.uploaded),
-                    (self.options.kv_type, self.options.exact),
-                    decoding,
-                    &self.corrections,
-                    Scratch { slices: self.slices, ..p.scratch },
-                );
-                recorder.record()?;
-                let (dispatches, slots, binds) = (recorder.dispatches, recorder.slots, recorder.binds);
+                let Recorder { dispatches, slots, kernels, binds, .. } = self.record(shared, program, decoding)?;
+                let pipelines = self.device.pipelines(&kernels)?;
+                self.device.keep_pipelines();
                 let uniforms = self.device.descriptions(&slots)?;
-                let recording =
-                    Recording { decoding, dispatches, uniforms, binds, groups: Vec::new(), generation: u64::MAX };
+                let recording = Recording {
+                    decoding,
+                    dispatches,
+                    uniforms,
+                    pipelines,
+                    binds,
+                    groups: Vec::new(),
+                    generation: u64::MAX,
+                };
                 let recordings = &mut self.programs[program].recordings;
                 recordings.push(recording);
                 recordings.len() - 1
@@ -459,11 +502,7 @@ impl Executor {
         });
         let found = decoding.map_or(0, |d| d.largest) as usize;
         let recording = self.recording(&shared, program, decoding)?;
-        let rows = |kind| match kind {
-            Rows::Tokens => batch.tokens.len(),
-            Rows::Outputs => batch.outputs.len(),
-            Rows::One => 1,
-        };
+        let sizes = Sizes { tokens: batch.tokens.len(), outputs: batch.outputs.len(), seen: seen(&mut batch, singles) };
         let p = &self.programs[program];
         let width = p.tape.info(p.tape.result).width;
         let all_at = p.plan.place(p.tape.result).offset as u64;
@@ -483,30 +522,33 @@ impl Executor {
         let copies = Copies { result_at, bytes, gradient_bytes };
         let recording = &p.recordings[recording];
         if self.timings.on {
-            replay_timed(&self.device, recording, rows, &mut self.timings)?;
-            self.device.queue.submit([self.encode(&[], recording, rows, copies)]);
+            let launches = launches(self.at_once, &recording.dispatches, &sizes);
+            replay_timed(&self.device, recording, (&launches, &sizes), &mut self.timings)?;
+            self.device.queue.submit([self.encode(&[], recording, &sizes, copies)]);
         } else if decoding.is_none() {
             let (begun, mut before) = (Instant::now(), None);
-            let parts = recording.dispatches.chunks(self.part);
+            let launches = launches(self.at_once, &recording.dispatches, &sizes);
+            let parts = submissions(&launches, self.part);
             let last = parts.len() - 1;
-            for (i, part) in parts.enumerate() {
+            for (i, part) in parts.into_iter().enumerate() {
                 if cancel.load(Ordering::Relaxed) {
                     return Err(Error::Cancelled);
                 }
                 let copies = if i == last { copies } else { Copies::default() };
-                let submission = self.device.queue.submit([self.encode(part, recording, rows, copies)]);
+                let submission = self.device.queue.submit([self.encode(part, recording, &sizes, copies)]);
                 // The device has one part to do while the next is made ready.
                 if let Some(before) = before.replace(submission) {
                     self.device.wait_for(Some(before))?;
                 }
             }
             self.device.wait()?;
-            let each = begun.elapsed() / recording.dispatches.len().max(1) as u32;
+            let each = begun.elapsed() / launches.len().max(1) as u32;
             self.part = (PART_TIME.as_nanos() / each.as_nanos().max(1)).clamp(8, 1 << 20) as usize;
         } else {
-            let key = (program, decoding, batch.outputs.len(), batch.tokens.len(), recording.generation);
+            let key = (program, decoding, sizes.clone(), recording.generation);
             let ready = self.ready.take().filter(|ready| ready.key == key).map(|ready| ready.commands);
-            let encode = || self.encode(&recording.dispatches, recording, rows, copies);
+            let encode =
+                || self.encode(&launches(self.at_once, &recording.dispatches, &sizes), recording, &sizes, copies);
             self.device.queue.submit([ready.unwrap_or_else(encode)]);
             // The next token's commands are most likely the same: they are made while the device is busy.
             self.ready = Some(Ready { key, commands: encode() });
@@ -697,16 +739,10 @@ impl Executor {
     }
 
     /// Commands for a part of a recording, and for copying what is read back.
-    fn encode(
-        &self,
-        part: &[Dispatch],
-        recording: &Recording,
-        rows: impl Fn(Rows) -> usize,
-        copies: Copies,
-    ) -> wgpu::CommandBuffer {
+    fn encode(&self, part: &[Launch<'_>], recording: &Recording, sizes: &Sizes, copies: Copies) -> wgpu::CommandBuffer {
         let mut encoder = self.device.encoder();
         if !part.is_empty() {
-            replay(&mut encoder, recording, part, rows, None);
+            replay(&mut encoder, recording, part, sizes, None);
         }
         let Copies { result_at, bytes, gradient_bytes } = copies;
         if bytes > 0 {
@@ -815,23 +851,35 @@ impl Executor {
     }
 }
 
+/// For each row, how many positions there are for it to see; of `singles` rounded up to pages, so that neighbouring runs are alike.
+fn seen(batch: &mut Batch<'_, KvCache>, singles: bool) -> Vec<u32> {
+    let mut seen = Vec::with_capacity(batch.tokens.len());
+    for i in 0..batch.segments.count() {
+        let before = batch.segments.cache(i).map_or(0, |cache| cache.len());
+        let positions = before + 1..=before + batch.segments.rows(i);
+        let rounded = |n: usize| if singles { n.next_multiple_of(PAGE) } else { n };
+        seen.extend(positions.map(|n| rounded(n) as u32));
+    }
+    seen
+}
+
 /// Encodes `part` of a recording as one pass.
 fn replay(
     encoder: &mut wgpu::CommandEncoder,
     recording: &Recording,
-    part: &[Dispatch],
-    rows: impl Fn(Rows) -> usize,
+    part: &[Launch<'_>],
+    sizes: &Sizes,
     timestamps: Option<wgpu::ComputePassTimestampWrites<'_>>,
 ) {
     let mut pass =
         encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes: timestamps });
-    for dispatch in part {
-        let [x, y, z] = dispatch.grid.size(&rows);
+    for Launch { dispatch, slot, grid, .. } in part {
+        let [x, y, z] = grid.size(|kind| sizes.rows(kind));
         if z == 0 {
             continue;
         }
-        pass.set_pipeline(&dispatch.pipeline);
-        pass.set_bind_group(0, &recording.groups[dispatch.group], &[dispatch.slot]);
+        pass.set_pipeline(&recording.pipelines[dispatch.pipeline]);
+        pass.set_bind_group(0, &recording.groups[dispatch.group], &[*slot]);
         pass.dispatch_workgroups(x, y, z);
     }
 }
@@ -843,20 +891,20 @@ const TIMED: usize = 2_000;
 fn replay_timed(
     device: &Device,
     recording: &Recording,
-    rows: impl Fn(Rows) -> usize,
+    (launches, sizes): (&[Launch<'_>], &Sizes),
     timings: &mut Timings,
 ) -> Result<()> {
     if !device.abilities.timestamps {
         return Err(Error::Unsupported(format!("{} has no timestamps: no table of times", device.info().name)));
     }
     let clock = Clock::new(device, TIMED)?;
-    for part in recording.dispatches.chunks(TIMED) {
+    for part in launches.chunks(TIMED) {
         let mut commands = device.encoder();
-        for (i, dispatch) in part.iter().enumerate() {
-            replay(&mut commands, recording, std::slice::from_ref(dispatch), &rows, Some(clock.writes(i)));
+        for (i, launch) in part.iter().enumerate() {
+            replay(&mut commands, recording, std::slice::from_ref(launch), sizes, Some(clock.writes(i)));
         }
-        for (dispatch, time) in part.iter().zip(clock.submit(device, commands, part.len())?) {
-            timings.add(dispatch.op, time);
+        for (launch, time) in part.iter().zip(clock.submit(device, commands, part.len())?) {
+            timings.add(launch.dispatch.op, time);
         }
     }
     Ok(())

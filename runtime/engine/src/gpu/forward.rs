@@ -6,6 +6,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::choice::{Demands, Form, usual_cooperative};
+use super::division::Heads;
 use super::kernel::{AttentionRows, Kernel, Tile};
 use super::record::{Depth, Grid, Kv, MatmulOp, NONE, PackedRows, Recorder, rows_word};
 use super::weights::Piece;
@@ -149,6 +150,9 @@ struct AttentionOp {
     cap: f32,
     slopes: u32,
     kv: Kv,
+    /// Of the dispatch.
+    first_head: u32,
+    unused: [u32; 3],
     turn: Turning,
 }
 
@@ -429,7 +433,7 @@ impl Recorder<'_> {
     }
 
     /// Most rows of a kind.
-    fn row_limit(&self, rows: Rows) -> usize {
+    pub(super) fn row_limit(&self, rows: Rows) -> usize {
         match rows {
             Rows::Tokens => self.plan.limits.tokens,
             Rows::Outputs => self.plan.limits.outputs,
@@ -507,14 +511,20 @@ impl Recorder<'_> {
         self.push(kernel, (0, 0), row_grid(1, rows), &op, (0, u64::from(k + 4 * quantized_stride(k))))
     }
 
-    /// Kernel and grid of a product with a matrix of the model.
-    pub(super) fn product(&self, dtype: DType, turned: bool, input: &Input, columns: u32) -> (Kernel, Grid) {
+    /// Kernel and grid of a product with a matrix of the model, of so many columns of all: parts take the kernel of the whole.
+    pub(super) fn product(
+        &self,
+        dtype: DType,
+        turned: bool,
+        input: &Input,
+        (columns, all): (u32, u32),
+    ) -> (Kernel, Grid) {
         let (kernel, rows, across) = match input.made {
             Made::Plain if turned => (Kernel::MatmulTurned(dtype), TILE, TILE),
             Made::Plain => (Kernel::Matmul(dtype), TILE, TILE),
             Made::Quantized(..) => (Kernel::MatmulInt8(dtype), TILE, TILE),
             Made::Packed(..) => {
-                let tile = self.cooperative_tile(dtype, turned, input.rows, columns);
+                let tile = self.cooperative_tile(dtype, turned, input.rows, all);
                 (Kernel::Cooperative { dtype, turned, tile }, tile.rows, tile.columns)
             }
         };
@@ -606,7 +616,8 @@ impl Recorder<'_> {
                 continue;
             }
             let k = self.weights.get(map.weight).width as u32;
-            let step = self.columns_at_once(dtype, input, (to - from) as u32, k) as usize;
+            let all = (to - from) as u32;
+            let step = self.columns_at_once(dtype, input, all, k) as usize;
             for from in (from..to).step_by(step) {
                 let shift = (from - first) as u32;
                 let behind = |at: u32| if at == NONE { NONE } else { at + shift };
@@ -628,7 +639,7 @@ impl Recorder<'_> {
                     scales,
                     ..MatmulOp::zeroed()
                 };
-                let (kernel, grid) = self.product(dtype, false, input, op.columns);
+                let (kernel, grid) = self.product(dtype, false, input, (op.columns, all));
                 let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
                 self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
             }
@@ -698,14 +709,19 @@ impl Recorder<'_> {
             cap: self.spec.attention_softcap.unwrap_or(0.0),
             slopes: self.uploaded.slopes.unwrap_or(NONE),
             kv,
+            first_head: 0,
+            unused: [0; 3],
             turn,
         };
+        // Scores, and sums of values.
+        let heads = Heads { count: kv.heads, groups: 1, multiply_adds: 2 * kv.head_dim, window: kv.window };
         let floats = u64::from(2 * (kv.heads + kv.kv_heads) * kv.head_dim);
         if rope.is_some() {
             let (head_dim, splits) = (kv.head_dim, self.decoding.map_or(1, |d| d.splits));
             let op = AttentionOp { lse: self.scratch.parts, ..op };
             let kernel = Kernel::Attention { head_dim, kv_type: self.kv_type, splits };
-            self.push(kernel, (0, layer), row_grid(kv.heads * splits, Rows::Tokens), &op, (0, floats))?;
+            let heads = Heads { groups: splits, ..heads };
+            self.push_heads(kernel, (0, layer), (heads, 1), |first_head| AttentionOp { first_head, ..op }, floats)?;
             if splits > 1 {
                 let merge = [self.scratch.parts, op.out, kv.heads, 0];
                 let kernel = Kernel::AttentionMerge { head_dim, splits };
@@ -717,8 +733,7 @@ impl Recorder<'_> {
         let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 2, (2, 4));
         let cached = matches!(a.kv, KvSource::Cache(_)).then_some(self.kv_type);
         let kernel = Kernel::AttentionTile { rows, cached };
-        let grid = Grid { x: kv.heads, z: Depth::Rows(Rows::Tokens, rows.own) };
-        self.push(kernel, (0, layer), grid, &op, (0, floats))
+        self.push_heads(kernel, (0, layer), (heads, rows.own), |first_head| AttentionOp { first_head, ..op }, floats)
     }
 
     /// Cross-entropy, a chunk of the vocabulary at a time.

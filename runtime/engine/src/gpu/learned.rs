@@ -7,6 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::backward::{Factor, RopeBackwardOp};
+use super::choice::{FEWEST_COLUMNS, matmul_work};
 use super::forward::{CHUNK, Input, Turning, row_grid};
 use super::kernel::Kernel;
 use super::record::{Binds, Depth, Grid, MatmulOp, NONE, Recorder, rows_word};
@@ -258,20 +259,25 @@ impl Recorder<'_> {
 
     /// Adds `dyᵀ·x` to the gradient at `out`.
     fn matrix_gradient(&mut self, dy: Factor, x: Factor, out: u32) -> Result<()> {
-        let op = MatmulOp {
-            x: dy.at,
-            x_stride: dy.stride,
-            rows: rows_word(dy.rows),
-            k: x.width,
-            weight: x.at,
-            w_stride: x.stride,
-            columns: dy.width,
-            out,
-            scale: 1.0,
-            ..MatmulOp::zeroed()
-        };
-        let grid = Grid { x: op.columns.div_ceil(64) * op.k.div_ceil(64), z: Depth::Fixed(1) };
-        self.push(Kernel::Outer, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
+        let column = matmul_work(self.row_limit(dy.rows) as u32, 1, x.width);
+        let step = self.device.columns_of(column, dy.width, FEWEST_COLUMNS);
+        for first in (0..dy.width).step_by(step as usize) {
+            let op = MatmulOp {
+                x: dy.at + first,
+                x_stride: dy.stride,
+                rows: rows_word(dy.rows),
+                k: x.width,
+                weight: x.at,
+                w_stride: x.stride,
+                columns: step.min(dy.width - first),
+                out: out + first * x.width,
+                scale: 1.0,
+                ..MatmulOp::zeroed()
+            };
+            let grid = Grid { x: op.columns.div_ceil(64) * op.k.div_ceil(64), z: Depth::Fixed(1) };
+            self.push(Kernel::Outer, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))?;
+        }
+        Ok(())
     }
 
     /// Adds `scale·dy` to the rows of a table's gradient that are the run's tokens.

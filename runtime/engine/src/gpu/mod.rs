@@ -2,13 +2,15 @@
 //!
 //! | file | what is in it |
 //! | --- | --- |
-//! | `device` | adapters, an open device with its pipelines, buffers, errors and loss |
+//! | `device` | adapters, an open device with its buffers, errors and loss |
 //! | `kernel` | which kernels there are, and their WGSL, put together from `shaders/` |
+//! | `pipelines` | kernels as the driver has compiled them, and the file that keeps them |
 //! | `weights` | quantized blocks on the device, split at its binding limit |
 //! | `kv` | pages of keys and values, shared by all sequences |
 //! | `shift` | dropping a part of a sequence |
 //! | `record` | a dispatch, its description and its bind group |
 //! | `forward`, `backward` | from ops to dispatches |
+//! | `division` | what would hold the device for too long, in parts |
 //! | `learned` | the same for what is learned beside adapters of the layers' maps |
 //! | `largest` | the largest logits, so that not all are read back |
 //! | `adapters` | low-rank corrections of maps at run time |
@@ -32,12 +34,14 @@ mod backward;
 mod choice;
 mod clock;
 mod device;
+mod division;
 mod executor;
 mod forward;
 mod kernel;
 mod kv;
 mod largest;
 mod learned;
+mod pipelines;
 mod program;
 mod record;
 mod shift;

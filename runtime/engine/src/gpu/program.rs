@@ -30,6 +30,7 @@ pub(super) struct Recording {
     pub decoding: Option<Decoding>,
     pub dispatches: Vec<Dispatch>,
     pub uniforms: wgpu::Buffer,
+    pub pipelines: Vec<wgpu::ComputePipeline>,
     pub binds: Vec<Binds>,
     pub groups: Vec<wgpu::BindGroup>,
     /// Of the buffers the groups were made for.

@@ -6,6 +6,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::adapters::Placed;
 use super::device::{Device, SLOT};
+use super::division::Heads;
 use super::kernel::Kernel;
 use super::weights::Uploaded;
 use crate::Result;
@@ -53,8 +54,9 @@ impl Grid {
 pub(super) struct Dispatch {
     /// The op it belongs to, for tables.
     pub op: &'static str,
-    pub pipeline: wgpu::ComputePipeline,
-    /// Index into the program's bind groups.
+    /// Index into the recording's pipelines.
+    pub pipeline: usize,
+    /// Index into its bind groups.
     pub group: usize,
     /// Offset of its description.
     pub slot: u32,
@@ -63,6 +65,8 @@ pub(super) struct Dispatch {
     pub weight_bytes: u64,
     /// Floats of the arena it reads and writes per row.
     pub floats: u64,
+    /// Of attention, which can be divided by them.
+    pub heads: Option<Heads>,
 }
 
 /// What a bind group depends on: the buffer of weights, and the layer whose cache is touched.
@@ -99,6 +103,7 @@ pub(super) struct Recorder<'a> {
     pub scratch: Scratch,
     pub dispatches: Vec<Dispatch>,
     pub slots: Vec<u8>,
+    pub kernels: Vec<Kernel>,
     pub binds: Vec<Binds>,
     /// The op whose dispatches come, for tables.
     pub op: &'static str,
@@ -172,6 +177,7 @@ impl<'a> Recorder<'a> {
             scratch,
             dispatches: Vec::new(),
             slots: Vec::new(),
+            kernels: Vec::new(),
             binds: Vec::new(),
             op: "",
         }
@@ -213,19 +219,50 @@ impl<'a> Recorder<'a> {
         (weight_bytes, floats): (u64, u64),
     ) -> Result<()> {
         let binds = self.binds(&kernel, binds);
-        let pipeline = self.device.pipeline(&kernel)?;
+        let slot = self.describe(op);
+        let pipeline = index_of(&mut self.kernels, kernel);
+        let group = index_of(&mut self.binds, binds);
+        self.dispatches.push(Dispatch { op: self.op, pipeline, group, slot, grid, weight_bytes, floats, heads: None });
+        Ok(())
+    }
+
+    /// As [`Recorder::push`], for attention of `heads` over so many rows a workgroup; `op` describes it from a head on.
+    pub fn push_heads<T: Pod>(
+        &mut self,
+        kernel: Kernel,
+        binds: Binds,
+        (heads, rows): (Heads, u32),
+        op: impl Fn(u32) -> T,
+        floats: u64,
+    ) -> Result<()> {
+        let grid = Grid { x: heads.count * heads.groups, z: Depth::Rows(Rows::Tokens, rows) };
+        self.push(kernel, binds, grid, &op(0), (0, floats))?;
+        for first in 1..heads.count {
+            self.describe(&op(first));
+        }
+        if let Some(dispatch) = self.dispatches.last_mut() {
+            dispatch.heads = Some(heads);
+        }
+        Ok(())
+    }
+
+    /// Appends a description, and gives its offset.
+    fn describe<T: Pod>(&mut self, op: &T) -> u32 {
         let slot = self.slots.len() as u32;
         let bytes = bytemuck::bytes_of(op);
         debug_assert!(bytes.len() as u64 <= SLOT);
         self.slots.extend_from_slice(bytes);
         self.slots.resize(self.slots.len().next_multiple_of(SLOT as usize), 0);
-        let group = self.binds.iter().position(|b| *b == binds).unwrap_or_else(|| {
-            self.binds.push(binds);
-            self.binds.len() - 1
-        });
-        self.dispatches.push(Dispatch { op: self.op, pipeline, group, slot, grid, weight_bytes, floats });
-        Ok(())
+        slot
     }
+}
+
+/// Index of a thing among others, of which it is one then.
+fn index_of<T: PartialEq>(all: &mut Vec<T>, thing: T) -> usize {
+    all.iter().position(|other| *other == thing).unwrap_or_else(|| {
+        all.push(thing);
+        all.len() - 1
+    })
 }
 
 /// Number of a kind of rows in word 0, 1 or 2 of a run.

@@ -220,7 +220,7 @@ fn hex(hash: &[u8]) -> String {
 }
 
 /// A device's file in a folder.
-fn path(device: &Device, folder: &Path) -> PathBuf {
+pub(super) fn path(device: &Device, folder: &Path) -> PathBuf {
     let info = device.info();
     let hash = Sha256::digest(format!("{}\n{}\n{}", info.name, info.driver, info.api));
     folder.join(format!("gpu-{}.json", hex(&hash)))
@@ -295,15 +295,15 @@ fn write(path: &Path, times: &Times) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::gpu::Limits;
 
     /// A folder that goes away.
-    struct Folder(PathBuf);
+    pub struct Folder(pub PathBuf);
 
     impl Folder {
-        fn new(name: &str) -> Folder {
+        pub fn new(name: &str) -> Folder {
             let path = std::env::temp_dir().join(format!("kinglet-tune-{name}-{}", std::process::id()));
             let _ = std::fs::remove_dir_all(&path);
             Folder(path)

@@ -8,6 +8,7 @@ struct Op {
     q: u32, k: u32, v: u32, out: u32,
     parts: u32, scale: f32, cap: f32, slopes: u32,
     kv: Kv,
+    first_head: u32, unused0: u32, unused1: u32, unused2: u32,
     turn: Turning,
 }
 
@@ -24,7 +25,7 @@ fn number(at: u32) -> vec4<f32> { return vec4(arena[at], arena[at + 1u], arena[a
 
 @compute @workgroup_size(GROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let h = group.x / SPLITS;
+    let h = op.first_head + group.x / SPLITS;
     let split = group.x % SPLITS;
     let row = group.z;
     let kv = op.kv;

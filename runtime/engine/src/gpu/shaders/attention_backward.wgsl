@@ -7,7 +7,7 @@ struct Op {
     lse: u32, d_o: u32, dq: u32, dk: u32,
     dv: u32, delta: u32, scale: f32, cap: f32,
     kv: Kv,
-    slopes: u32, unused0: u32, unused1: u32, unused2: u32,
+    slopes: u32, first_head: u32, unused0: u32, unused1: u32,
 }
 
 struct Kv { heads: u32, kv_heads: u32, head_dim: u32, window: u32 }
@@ -78,9 +78,10 @@ fn store_others(t: u32, others: Others) {
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+    let own_head = op.first_head + group.x;
     let shared_by = op.kv.heads / op.kv.kv_heads;
     let window = op.kv.window;
-    let kv_head = select(group.x, group.x / shared_by, QUERIES);
+    let kv_head = select(own_head, own_head / shared_by, QUERIES);
     let first_row = group.z * OWN;
     let end = min(first_row + OWN, run[0]);
     let r = t / PER_ROW;
@@ -94,8 +95,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var b = vec4<f32>();
         if m < end {
             if QUERIES {
-                a = arena[vector_at(op.q, op.kv.heads, group.x, m, v)];
-                b = arena[vector_at(op.d_o, op.kv.heads, group.x, m, v)];
+                a = arena[vector_at(op.q, op.kv.heads, own_head, m, v)];
+                b = arena[vector_at(op.d_o, op.kv.heads, own_head, m, v)];
             } else {
                 a = arena[vector_at(op.k, op.kv.kv_heads, kv_head, m, v)];
                 b = arena[vector_at(op.v, op.kv.kv_heads, kv_head, m, v)];
@@ -109,7 +110,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var part = 0.0;
         if row < end {
             for (var v = lane; v < VECTORS; v += PER_ROW) {
-                part += dot(own_second[r * STRIDE + v], arena[vector_at(op.o, op.kv.heads, group.x, row, v)]);
+                part += dot(own_second[r * STRIDE + v], arena[vector_at(op.o, op.kv.heads, own_head, row, v)]);
             }
         }
         sums[t] = part;
@@ -117,7 +118,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if row < end && lane == 0u {
             var whole = 0.0;
             for (var l = 0u; l < PER_ROW; l++) { whole += sums[t + l]; }
-            let at = row * op.kv.heads + group.x;
+            let at = row * op.kv.heads + own_head;
             arena[(op.delta + at) >> 2u][(op.delta + at) & 3u] = whole;
             delta[r] = whole;
             lse[r] = number(op.lse + at);
@@ -125,7 +126,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     var first: array<vec4<f32>, MINE>;
     var second: array<vec4<f32>, MINE>;
-    let first_head = select(group.x * shared_by, group.x, QUERIES);
+    let first_head = select(own_head * shared_by, own_head, QUERIES);
     let last_head = select(first_head + shared_by, first_head + 1u, QUERIES);
     var begin = first_row;
     while begin < end {
@@ -209,7 +210,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let v = lane + i * PER_ROW;
         if v >= VECTORS { continue; }
         if QUERIES {
-            arena[vector_at(op.dq, op.kv.heads, group.x, row, v)] = first[i];
+            arena[vector_at(op.dq, op.kv.heads, own_head, row, v)] = first[i];
         } else {
             arena[vector_at(op.dk, op.kv.kv_heads, kv_head, row, v)] = first[i];
             arena[vector_at(op.dv, op.kv.kv_heads, kv_head, row, v)] = second[i];

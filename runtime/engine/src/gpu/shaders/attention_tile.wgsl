@@ -5,6 +5,7 @@ struct Op {
     q: u32, k: u32, v: u32, out: u32,
     lse: u32, scale: f32, cap: f32, slopes: u32,
     kv: Kv,
+    first_head: u32, unused0: u32, unused1: u32, unused2: u32,
 }
 
 var<workgroup> queries: array<vec4<f32>, OWN * STRIDE>;
@@ -42,7 +43,7 @@ fn store_others(t: u32, all: array<vec4<f32>, LOADS>) {
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-    let h = group.x;
+    let h = op.first_head + group.x;
     let kv_head = h / (op.kv.heads / op.kv.kv_heads);
     let window = op.kv.window;
     let first = group.z * OWN;

@@ -25,6 +25,7 @@ fn weights_unit(i: u32, n0: u32, k: u32) -> Unit {
         inside = row < op.k && at < op.columns;
     }
     if !inside { return Unit(); }
+    if TURNED { at += op.first; }
     return unpack(0u, op.weight + row * op.row_bytes, at);
 }
 

@@ -14,7 +14,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         let wr = k + t / 4u;
         let wc = n0 + (t % 4u) * 16u;
         var w = Unit();
-        if wr < op.k && wc < op.columns { w = weight(wr, wc); }
+        if wr < op.k && wc < op.columns { w = weight(wr, op.first + wc); }
         workgroupBarrier();
         let at = t * 5u;
         left[at] = x.a; left[at + 1u] = x.b; left[at + 2u] = x.c; left[at + 3u] = x.d;
