@@ -165,7 +165,13 @@ fn model_options(input: &mut Input<'_>) -> Padded<kinglet_model_options> {
     // A GPU is another matter: its driver is not ours.
     let backends: [*const c_char; 4] = [c"cpu".as_ptr(), c"cpu".as_ptr(), c"tpu".as_ptr(), c"gpu:\xff".as_ptr()];
     out.value.backend = backends[usize::from(input.byte()) % backends.len()];
-    out.value.flags = u32::from(input.byte()) % 8;
+    // (In what the flags leave of their byte, so that inputs of before this stay what they are.)
+    let byte = input.byte();
+    out.value.flags = u32::from(byte % 8);
+    out.value.tuning = u32::from(byte >> 3 & 3);
+    out.value.gpu_layers = [0, 1, -1, i32::MIN][usize::from(byte >> 5 & 3)];
+    out.value.gpu_memory = u64::from(byte >> 7);
+    out.value.tuning_folder = if byte >> 3 == 31 { c"/nowhere".as_ptr() } else { std::ptr::null() };
     out.value.threads = match input.byte() {
         0..=239 => 1,
         _ => input.number() as i32,
