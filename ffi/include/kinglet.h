@@ -158,8 +158,8 @@ typedef struct kinglet_model_options {
                                 0: no limit */
     const char *tuning_folder; /* kernels are timed before a device's first run, a few seconds for each type of weights, those
                                 are taken that are clearly quicker than the usual ones, and the times kept here, in a file for
-                                each device and driver. A folder that cannot be written is a warning in the log. NULL: nothing is
-                                timed or written */
+                                each device and driver, with what the driver has compiled, which it trusts: a folder of your
+                                own. One that cannot be written is a warning in the log. NULL: nothing is timed or written */
 } kinglet_model_options;
 
 /* Bytes that a model with one session takes: of main memory, or of the GPU's where it runs there; of a model that is divided,

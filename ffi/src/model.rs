@@ -54,7 +54,7 @@ pub struct kinglet_model_options {
     pub tuning: u32,
     /// Most bytes of a GPU's memory that a session takes; 0 for no limit.
     pub gpu_memory: u64,
-    /// Where times of a GPU's kernels are kept; NULL for none that are timed.
+    /// Where times of a GPU's kernels and what its driver has compiled are kept; NULL for none.
     pub tuning_folder: *const c_char,
 }
 
