@@ -80,7 +80,8 @@ pub(super) struct Token<'a> {
     pub q: &'a [i8],
     /// Scale of every 32 values.
     pub d: &'a [f32],
-    /// Scale times sum of every 32 values.
+    /// Scale times sum of every 32 values: what offsets of integers have added is taken off by them.
+    #[cfg(target_arch = "x86_64")]
     pub sums: &'a [f32],
     /// Of all values.
     pub sum: f32,
@@ -109,6 +110,7 @@ pub(super) unsafe fn each_tile<const R: usize>(
         let token = Token {
             q: &x.values()[t * k..][..k],
             d: &x.scales()[t * layout.groups..][..k / GROUP],
+            #[cfg(target_arch = "x86_64")]
             sums,
             sum: sums.iter().sum(),
         };
