@@ -701,7 +701,7 @@ pub(super) unsafe fn cross_entropy(
     let patch = c.patch(weight);
     let correction = patch.and_then(|patch| {
         let h = c.patch_first_half(patch, &x, team, linear);
-        team.wait();
+        c.patch_wait(patch, rows, team);
         Some((patch.parts[0].as_ref()?, h))
     });
     // SAFETY: this thread's scratch was reserved for a chunk of logits of every row.

@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::choice::{FEWEST_COLUMNS, matmul_work};
+use super::choice::matmul_work;
 use super::division::Heads;
 use super::forward::{CHUNK, Input, Made, Turning, row_grid};
 use super::kernel::{AttentionRows, Kernel};
@@ -263,7 +263,7 @@ impl Recorder<'_> {
             let (x, x_stride, scales) = dy.place((from - only.start) as u32);
             let (k, columns) = ((to - from) as u32, self.width(out));
             let column = matmul_work(self.row_limit(dy.rows) as u32, 1, k);
-            let step = self.device.columns_of(column, columns, FEWEST_COLUMNS);
+            let step = self.device.columns_of(column, columns);
             for first in (0..columns).step_by(step as usize) {
                 let op = MatmulOp {
                     x,

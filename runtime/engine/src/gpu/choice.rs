@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::device::{Device, DeviceKind, lock};
+use super::division::columns_within;
 use super::kernel::{Kernel, Tile, has_int8};
 use crate::quant::DType;
 use crate::tape::Gate;
@@ -249,10 +250,7 @@ impl Choices {
         let seconds = self.candidates.iter().find(|c| c.form == form).and_then(|c| c.seconds.get(index))?;
         let shape = self.shapes.get(index)?;
         let column = seconds / matmul_work(shape.rows, shape.matrix.0, shape.matrix.1) * matmul_work(rows, 1, k);
-        if column * f64::from(columns) <= LONGEST {
-            return Some(columns);
-        }
-        Some(((LONGEST / column) as u32 / FEWEST_COLUMNS * FEWEST_COLUMNS).max(FEWEST_COLUMNS))
+        Some(columns_within(LONGEST / column, columns))
     }
 
     /// Whether products of eight bits were found to be right.
@@ -406,7 +404,7 @@ impl Device {
     /// Columns of a product of up to `rows` rows and a matrix `[columns, k]` that one dispatch is to compute.
     pub(super) fn columns_at_once(&self, dtype: DType, form: Form, (rows, columns, k): (u32, u32, u32)) -> u32 {
         let timed = self.choices(Family::Matmul, dtype).and_then(|c| c.columns_at_once(form, (rows, columns, k)));
-        timed.unwrap_or_else(|| self.columns_of(matmul_work(rows, 1, k), columns, FEWEST_COLUMNS))
+        timed.unwrap_or_else(|| self.columns_of(matmul_work(rows, 1, k), columns))
     }
 
     /// Whether matrices of all these types can be multiplied in the way of `form`.

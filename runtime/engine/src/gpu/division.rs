@@ -5,7 +5,7 @@
 //! How long something takes is told by the times of products in single precision, if there are such (`choice` knows better of
 //! products that it has timed), else by a low guess of what such devices do.
 
-use super::choice::{Choices, Family, Form, LONGEST, matmul_work, shapes};
+use super::choice::{Choices, FEWEST_COLUMNS, Form, LONGEST, matmul_work};
 use super::device::{Device, DeviceKind, SLOT, lock};
 use super::record::{Dispatch, Grid};
 use crate::tape::Rows;
@@ -78,7 +78,7 @@ impl Device {
         let kind = self.info().kind;
         let of = |choices: &Choices| {
             let tile = choices.candidates.iter().find(|c| c.form == Form::Tile)?;
-            let times = shapes(Family::Matmul, kind).into_iter().zip(&tile.seconds);
+            let times = choices.shapes.iter().zip(&tile.seconds);
             let speeds = times.map(|(s, seconds)| matmul_work(s.rows, s.matrix.0, s.matrix.1) / seconds);
             speeds.max_by(f64::total_cmp)
         };
@@ -92,12 +92,17 @@ impl Device {
         }
     }
 
-    /// How many of `all` columns of so many multiply-adds each one dispatch is to compute: a multiple of `unit`, or all.
-    pub(super) fn columns_of(&self, multiply_adds: f64, all: u32, unit: u32) -> u32 {
-        match (self.at_once() / multiply_adds.max(1.0)) as u32 {
-            most if most >= all => all,
-            most => (most / unit * unit).max(unit),
-        }
+    /// How many of `all` columns of so many multiply-adds each one dispatch is to compute, as [`columns_within`].
+    pub(super) fn columns_of(&self, multiply_adds: f64, all: u32) -> u32 {
+        columns_within(self.at_once() / multiply_adds.max(1.0), all)
+    }
+}
+
+/// How many of `all` columns one dispatch is to compute that may compute `most`: all, or a multiple of [`FEWEST_COLUMNS`].
+pub(super) fn columns_within(most: f64, all: u32) -> u32 {
+    match most as u32 {
+        most if most >= all => all,
+        most => (most / FEWEST_COLUMNS * FEWEST_COLUMNS).max(FEWEST_COLUMNS),
     }
 }
 

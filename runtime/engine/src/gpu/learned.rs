@@ -7,7 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::backward::{Factor, RopeBackwardOp};
-use super::choice::{FEWEST_COLUMNS, matmul_work};
+use super::choice::matmul_work;
 use super::forward::{CHUNK, Input, Turning, row_grid};
 use super::kernel::Kernel;
 use super::record::{Binds, Depth, Grid, MatmulOp, NONE, Recorder, rows_word};
@@ -260,7 +260,7 @@ impl Recorder<'_> {
     /// Adds `dyᵀ·x` to the gradient at `out`.
     fn matrix_gradient(&mut self, dy: Factor, x: Factor, out: u32) -> Result<()> {
         let column = matmul_work(self.row_limit(dy.rows) as u32, 1, x.width);
-        let step = self.device.columns_of(column, dy.width, FEWEST_COLUMNS);
+        let step = self.device.columns_of(column, dy.width);
         for first in (0..dy.width).step_by(step as usize) {
             let op = MatmulOp {
                 x: dy.at + first,
