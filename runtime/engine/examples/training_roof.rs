@@ -103,22 +103,35 @@ fn linear_map(isa: Isa, dtype: DType, rows: usize, k: usize, tokens: usize) -> R
         failed = linear_backward(isa, &task, &mut scratch);
     });
     failed?;
-    let mut buffers = [vec![0u64; wide_bytes(tokens, k) / 8], vec![0u64; wide_bytes(tokens, rows) / 8]];
+    let mut buffers =
+        [vec![0u64; rounded_bytes::<i16>(tokens, k) / 8], vec![0u64; rounded_bytes::<i16>(tokens, rows) / 8]];
     let mut widen = |i: usize, values: &[f32], k: usize| {
         // SAFETY: as large as it has to be, and used by nobody else.
-        let to = unsafe { WideMut::new(buffers[i].as_mut_ptr().cast(), tokens, k) };
-        widen_rows(isa, values, k, 0..tokens, &to)
+        let to = unsafe { RoundedMut::new(buffers[i].as_mut_ptr().cast(), tokens, k) };
+        round_rows::<i16>(isa, values, k, 0..tokens, &to)
     };
     widen(0, &x, k)?;
     widen(1, &dy, rows)?;
-    let dy = Wide::new(bytemuck::cast_slice(&buffers[1]), tokens, rows)?;
-    let task = WideBackwardTask { dtype, weight, k, columns: 0..k, dy: &dy, dx, accumulate };
+    let dy = Rounded::<i16>::new(bytemuck::cast_slice(&buffers[1]), tokens, rows)?;
+    let task = RoundedBackwardTask { dtype, weight, k, columns: 0..k, dy: &dy, dx, accumulate };
     let mut failed = Ok(());
     report(&format!("backward wide {dtype} {rows} × {k}, {tokens} tokens"), flops, || {
-        failed = linear_backward_wide(isa, &task, &mut scratch);
+        failed = linear_backward_rounded(isa, &task, &mut scratch);
     });
     failed?;
-    let wide = Some(Wide::new(bytemuck::cast_slice(&buffers[0]), tokens, k)?);
+    let mut bytes = vec![0u64; rounded_bytes::<u8>(tokens, rows) / 8];
+    // SAFETY: as above.
+    round_rows::<u8>(isa, &values(tokens * rows), rows, 0..tokens, &unsafe {
+        RoundedMut::new(bytes.as_mut_ptr().cast(), tokens, rows)
+    })?;
+    let dy = Rounded::<u8>::new(bytemuck::cast_slice(&bytes), tokens, rows)?;
+    let task = RoundedBackwardTask { dtype, weight, k, columns: 0..k, dy: &dy, dx, accumulate };
+    let mut failed = Ok(());
+    report(&format!("backward narrow {dtype} {rows} × {k}, {tokens} tokens"), flops, || {
+        failed = linear_backward_rounded(isa, &task, &mut scratch);
+    });
+    failed?;
+    let wide = Some(Rounded::new(bytemuck::cast_slice(&buffers[0]), tokens, k)?);
     let x = Activations { f32s: &x, q8: None, wide, tokens, k, stride: k };
     let task = LinearTask { dtype, weight, k, rows: 0..rows, x: &x, out: y, accumulate };
     let mut failed = Ok(());

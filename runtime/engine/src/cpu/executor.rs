@@ -19,7 +19,7 @@ use crate::quant::DType;
 use crate::system::Stopwatch;
 use crate::tape::{
     Batch, Frequencies, Op, Plan, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Value,
-    Weights, decoder,
+    WeightId, Weights, decoder,
 };
 use crate::{Error, Result};
 
@@ -32,10 +32,23 @@ pub enum Arithmetic {
     /// f32, as the mathematics has it.
     Exact,
     /// 16-bit integers forward and backward: a third faster than f32 on AVX2, with errors of 10⁻⁴.
-    #[default]
     Wide,
-    /// 8-bit activations forward, with errors of 10⁻²; the gradient of that in 16-bit integers.
+    /// 8-bit activations, and for the gradient weights of 8 bits, too, with errors of 10⁻²: what inference computes, and half as
+    /// fast again. Of gradients the 8 bits are taken where an instruction multiplies four of them (AVX-512 with VNNI), else
+    /// 16; maps with dense weights are learned in 16 bits.
+    #[default]
     Narrow,
+}
+
+impl Arithmetic {
+    /// Whether a map with weights of `dtype` reads its input in 16 bits where something is learned.
+    pub(super) fn reads_16_bits(self, dtype: DType) -> bool {
+        match self {
+            Arithmetic::Exact => false,
+            Arithmetic::Wide => true,
+            Arithmetic::Narrow => !linear::needs_q8(dtype),
+        }
+    }
 }
 
 /// How an executor is set up.
@@ -100,7 +113,8 @@ impl Program {
         };
         let narrow = options.arithmetic == Arithmetic::Narrow;
         let plan = Plan::new(&tape, limits, |rows, width| narrow.then(|| linear::activation_bytes(rows, width)));
-        let tables = Tables::new(&tape, plan.arena_bytes, &limits, purpose, options.arithmetic);
+        let rounded = rounded_bytes(&tape, weights, &limits, options);
+        let tables = Tables::new(&tape, plan.arena_bytes, &limits, purpose, rounded);
         let logits = match purpose {
             Purpose::Score | Purpose::Learn => limits.outputs * VOCAB_CHUNK,
             Purpose::Generate | Purpose::Embed => 0,
@@ -124,14 +138,15 @@ pub(super) struct Tables {
     pub probabilities: usize,
     /// `[2][tokens][heads · head_dim]`: gradients of keys and of values by query head, where several read one.
     pub heads: usize,
-    /// The input of a linear map in 16 bits, and the gradients of its outputs, where those are read.
-    pub wide: [usize; 2],
+    /// The input of a linear map, and the gradients of its outputs, rounded as `linear::Rounded`, where those are read.
+    pub rounded: [usize; 2],
     /// Bytes of the arena, values and tables.
     end: usize,
 }
 
 impl Tables {
-    fn new(tape: &Tape, start: usize, limits: &PlanLimits, purpose: Purpose, arithmetic: Arithmetic) -> Tables {
+    /// For a tape whose values end at `start`, with so many bytes of rounded inputs and gradients.
+    fn new(tape: &Tape, start: usize, limits: &PlanLimits, purpose: Purpose, rounded: [usize; 2]) -> Tables {
         let spec = &tape.spec;
         // Per row and kind of rotation: cosines, then sines.
         let rope_row: usize = spec.ropes.iter().map(|r| r.dims).sum();
@@ -146,26 +161,31 @@ impl Tables {
         let heads = probabilities + if learn { limits.outputs * VOCAB_CHUNK * 4 } else { 0 };
         let by_head = 2 * limits.tokens * spec.heads * spec.head_dim * 4;
         let first = heads + if learn && spec.heads > spec.kv_heads { by_head.next_multiple_of(64) } else { 0 };
-        let [inputs, gradients] = match arithmetic {
-            Arithmetic::Wide => wide_bytes(tape, limits),
-            Arithmetic::Narrow => [0, wide_bytes(tape, limits)[1]],
-            Arithmetic::Exact => [0; 2],
-        };
-        let wide = [first, first + inputs];
-        Tables { rope: start, rope_row, partial, probabilities, heads, wide, end: first + inputs + gradients }
+        let [inputs, gradients] = rounded;
+        let rounded = [first, first + inputs];
+        Tables { rope: start, rope_row, partial, probabilities, heads, rounded, end: first + inputs + gradients }
     }
 }
 
-/// The most that one op needs for its input, and for the gradients of its outputs, in 16 bits.
-fn wide_bytes(tape: &Tape, limits: &PlanLimits) -> [usize; 2] {
+/// The most bytes that one op needs for its input, and for the gradients of its outputs, in 16 bits.
+fn rounded_bytes(tape: &Tape, weights: &Weights, limits: &PlanLimits, options: &ExecutorOptions) -> [usize; 2] {
+    let arithmetic = options.arithmetic;
+    if arithmetic == Arithmetic::Exact {
+        return [0; 2];
+    }
     let bytes = |value: Value| {
         let info = tape.info(value);
-        linear::wide_bytes(limits.rows(info.rows), info.width)
+        linear::rounded_bytes::<i16>(limits.rows(info.rows), info.width)
     };
+    let learns = options.trained.is_some();
+    let read = |id: WeightId| learns && arithmetic.reads_16_bits(weights.get(id).dtype);
+    let input = |x: Value, read: bool| if read { bytes(x) } else { 0 };
     let needs = tape.ops.iter().map(|op| match op {
-        Op::Linear(op) => [bytes(op.x), 0],
-        Op::CrossEntropy { x, .. } => [bytes(*x), 0],
-        Op::CrossEntropyGrad { x, .. } => [bytes(*x), linear::wide_bytes(limits.outputs, VOCAB_CHUNK)],
+        Op::Linear(op) => [input(op.x, op.parts.iter().any(|part| read(part.weight))), 0],
+        Op::CrossEntropy { x, weight, .. } => [input(*x, read(*weight)), 0],
+        Op::CrossEntropyGrad { x, weight, .. } => {
+            [input(*x, read(*weight)), linear::rounded_bytes::<i16>(limits.outputs, VOCAB_CHUNK)]
+        }
         Op::LinearBackward { parts, .. } => [0, parts.iter().map(|(dy, _)| bytes(*dy)).sum()],
         _ => [0, 0],
     });
@@ -253,6 +273,8 @@ pub(super) struct Context<'a> {
     pub alone: bool,
     pub kv: KvLayout,
     pub arithmetic: Arithmetic,
+    /// Whether something of the model is trained.
+    pub learns: bool,
     pub frequencies: &'a [Frequencies],
     /// Corrections of the maps' results.
     pub patches: Option<&'a Patches>,
@@ -424,6 +446,7 @@ impl Executor {
             alone: batch.alone,
             kv,
             arithmetic: self.options.arithmetic,
+            learns: self.options.trained.is_some(),
             frequencies: &self.frequencies,
             patches: self.patches.as_ref(),
         };

@@ -113,48 +113,64 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// As [`Context::activations`], for an op whose threads all come here: in 16-bit arithmetic they round the value
-    /// together first, and meet.
+    /// As [`Context::activations`], for an op whose threads all come here: where one of its matrices is multiplied in 16 bits
+    /// they round the value together first, and meet.
     ///
     /// # Safety
     /// As for [`Context::activations`]; nobody reads what the last op has rounded.
-    pub(super) unsafe fn linear_input(&self, value: Value, team: &Team<'_>) -> linear::Activations<'_> {
+    pub(super) unsafe fn linear_input(
+        &self,
+        value: Value,
+        mut matrices: impl Iterator<Item = WeightId>,
+        team: &Team<'_>,
+    ) -> linear::Activations<'_> {
         // SAFETY: by the caller's promise.
         let mut x = unsafe { self.activations(value) };
-        if self.arithmetic == Arithmetic::Wide {
-            let (matrix, place) = (self.matrix(value), self.tables.wide[0]);
+        if matrices.any(|id| self.in_16_bits(id)) {
+            let (matrix, place) = (self.matrix(value), self.tables.rounded[0]);
             // SAFETY: the place was reserved for the value; shares are disjoint, and complete behind the barrier.
             x.wide = unsafe {
-                self.widen(&matrix, matrix.width, team.share(matrix.rows, 1), place);
+                self.round::<i16>(&matrix, matrix.width, team.share(matrix.rows, 1), place);
                 team.wait();
-                Some(self.widened(matrix.rows, matrix.width, place))
+                Some(self.rounded(matrix.rows, matrix.width, place))
             };
         }
         x
     }
 
-    /// Rounds the first `k` values of some rows of `x` to 16 bits, into `place` of the arena.
+    /// Whether a map is multiplied with its input in 16 bits.
+    fn in_16_bits(&self, weight: WeightId) -> bool {
+        // A session leaves dense weights exact.
+        self.learns && self.arithmetic.reads_16_bits(self.weights.get(weight).dtype)
+    }
+
+    /// Rounds the first `k` values of some rows of `x`, into `place` of the arena.
     ///
     /// # Safety
     /// `place` was reserved for all rows of `k`; nobody else writes these rows, or reads them yet.
-    pub(super) unsafe fn widen(&self, x: &Matrix, k: usize, rows: Range<usize>, place: usize) {
+    pub(super) unsafe fn round<Q: linear::Level>(&self, x: &Matrix, k: usize, rows: Range<usize>, place: usize) {
         // SAFETY: by the caller's promise.
         let done = unsafe {
-            let to = linear::WideMut::new(self.arena.add(place), x.rows, k);
-            linear::widen_rows(self.isa, x.all(0..rows.end), x.width, rows, &to)
+            let to = linear::RoundedMut::new(self.arena.add(place), x.rows, k);
+            linear::round_rows::<Q>(self.isa, x.all(0..rows.end), x.width, rows, &to)
         };
         debug_assert!(done.is_ok());
     }
 
-    /// What [`Context::widen`] has written to `place`.
+    /// What [`Context::round`] has written to `place`.
     ///
     /// # Safety
     /// All rows have been, with these sizes.
-    pub(super) unsafe fn widened(&self, rows: usize, k: usize, place: usize) -> linear::Wide<'_> {
+    pub(super) unsafe fn rounded<Q: linear::Level>(
+        &self,
+        rows: usize,
+        k: usize,
+        place: usize,
+    ) -> linear::Rounded<'_, Q> {
         // SAFETY: by the caller's promise.
-        let bytes = unsafe { std::slice::from_raw_parts(self.arena.add(place), linear::wide_bytes(rows, k)) };
-        match linear::Wide::new(bytes, rows, k) {
-            Ok(wide) => wide,
+        let bytes = unsafe { std::slice::from_raw_parts(self.arena.add(place), linear::rounded_bytes::<Q>(rows, k)) };
+        match linear::Rounded::new(bytes, rows, k) {
+            Ok(rounded) => rounded,
             // The arena and its places are aligned to cache lines.
             Err(e) => unreachable!("{e}"),
         }
@@ -178,9 +194,9 @@ impl<'a> Context<'a> {
         let task = linear::LinearTask { dtype, weight: bytes, k: info.width, rows, x, out: out.out(), accumulate };
         let kernel = match self.arithmetic {
             Arithmetic::Exact => linear::linear_exact,
-            Arithmetic::Wide => linear::linear_wide,
+            _ if self.in_16_bits(weight) => linear::linear_wide,
             Arithmetic::Narrow if self.alone => linear_alone,
-            Arithmetic::Narrow => linear::linear,
+            Arithmetic::Wide | Arithmetic::Narrow => linear::linear,
         };
         // The sizes were checked when the weights were resolved and the arena planned.
         if let Err(e) = kernel(self.isa, &task, scratch) {
@@ -454,7 +470,7 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
         return;
     }
     // SAFETY: the input was finished before the last barrier.
-    let x = unsafe { c.linear_input(op.x, team) };
+    let x = unsafe { c.linear_input(op.x, op.parts.iter().map(|part| part.weight), team) };
     let share = |index: usize| match op.epilogue {
         // Both halves of a gated pair in the same thread, which then joins them.
         Epilogue::Gated(..) => team.share(c.tape.info(op.parts[index].out).width, ROW_UNIT),
@@ -691,7 +707,7 @@ pub(super) unsafe fn cross_entropy(
     let vocab = c.weights.get(weight).rows;
     let chunks = vocab.div_ceil(VOCAB_CHUNK);
     // SAFETY: the input was finished before the last barrier.
-    let x = unsafe { c.linear_input(x, team) };
+    let x = unsafe { c.linear_input(x, std::iter::once(weight), team) };
     // SAFETY: the partial sums' place in the arena, `[chunk][row]` of maximum and sum, then `[row]` of target logits.
     let (partial, target_logits) = unsafe {
         let base = c.arena.add(c.tables.partial).cast::<f32>();

@@ -123,7 +123,7 @@ pub(super) unsafe fn cross_entropy_gradient(
     let (x, targets, probabilities) = unsafe {
         let targets = c.arena.add(c.tables.partial).cast::<f32>().add(2 * vocab.div_ceil(VOCAB_CHUNK) * rows);
         let probabilities = Matrix::new(c.arena.add(c.tables.probabilities).cast(), rows, VOCAB_CHUNK);
-        (c.linear_input(x, team), targets, probabilities)
+        (c.linear_input(x, std::iter::once(weight), team), targets, probabilities)
     };
     let (mut capped, mut unscaled) = (Vec::new(), Vec::new());
     for start in (0..vocab).step_by(VOCAB_CHUNK) {

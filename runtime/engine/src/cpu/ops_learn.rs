@@ -103,7 +103,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let rows = team.share(y.rows, 1);
                 begin(c, *dx, *out, rows.clone());
                 if c.arithmetic != Arithmetic::Exact {
-                    linear_backward_wide(c, parts, &y, dx.is_some(), team, scratch);
+                    linear_backward_rounded(c, parts, &y, dx.is_some(), team, scratch);
                     return;
                 }
                 for (i, (dy, weight)) in parts.iter().enumerate() {
@@ -204,12 +204,35 @@ pub(super) unsafe fn linear_backward(
     }
 }
 
-/// The same in 16-bit integers for several maps of one input: all threads round the gradients of the outputs together,
+/// Whether the gradient of a map's input is computed in 8 bits, if it is rounded: where an instruction is made for it, and
+/// weights are not meant to be more accurate.
+pub(super) fn in_8_bits(c: &Context<'_>, weight: WeightId) -> bool {
+    let quantized = linear::needs_q8(c.weights.get(weight).dtype);
+    c.arithmetic == Arithmetic::Narrow && quantized && linear::has_backward::<u8>(c.isa)
+}
+
+/// Rounds the first `k` values of some rows of a gradient to 8 or 16 bits, into `place`.
+///
+/// # Safety
+/// As for [`Context::round`].
+pub(super) unsafe fn round(
+    c: &Context<'_>,
+    eight: bool,
+    dy: &Matrix,
+    k: usize,
+    rows: std::ops::Range<usize>,
+    place: usize,
+) {
+    // SAFETY: by the caller's promise.
+    unsafe { if eight { c.round::<u8>(dy, k, rows, place) } else { c.round::<i16>(dy, k, rows, place) } }
+}
+
+/// The same with rounded factors for several maps of one input: all threads round the gradients of the outputs together,
 /// then divide the columns of `out`, so that each unpacks its own part of the weights.
 ///
 /// # Safety
 /// All threads of the team come here; `out` has its first values.
-unsafe fn linear_backward_wide(
+unsafe fn linear_backward_rounded(
     c: &Context<'_>,
     parts: &[(Value, WeightId)],
     out: &Matrix,
@@ -220,36 +243,39 @@ unsafe fn linear_backward_wide(
     if out.rows == 0 {
         return;
     }
-    let mut place = c.tables.wide[1];
+    let mut place = c.tables.rounded[1];
     let mut inputs = Vec::with_capacity(parts.len());
     for (dy, weight) in parts {
-        let dy = c.matrix(*dy);
-        // SAFETY: the place was reserved for all parts together; shares are disjoint.
-        unsafe { c.widen(&dy, dy.width, team.share(dy.rows, 1), place) };
-        inputs.push((dy, *weight, place));
-        place += linear::wide_bytes(dy.rows, dy.width);
+        let (dy, eight) = (c.matrix(*dy), in_8_bits(c, *weight));
+        // SAFETY: the place was reserved for all parts together, in 16 bits; shares are disjoint.
+        unsafe { round(c, eight, &dy, dy.width, team.share(dy.rows, 1), place) };
+        inputs.push((dy, *weight, eight, place));
+        place += linear::rounded_bytes::<i16>(dy.rows, dy.width);
     }
     team.wait();
     let columns = team.share(out.width, ops::ROW_UNIT);
-    for (i, (dy, weight, place)) in inputs.into_iter().enumerate() {
+    for (i, (dy, weight, eight, place)) in inputs.into_iter().enumerate() {
+        let rounded = (dy.rows, dy.width, place);
         // SAFETY: complete behind the barrier; this thread's columns.
         unsafe {
-            let dy = c.widened(dy.rows, dy.width, place);
-            wide_columns(c, weight, 0..dy.k, &dy, columns.clone(), out, accumulate || i > 0, scratch);
+            let accumulate = accumulate || i > 0;
+            rounded_columns(c, eight, weight, 0..dy.width, rounded, columns.clone(), out, accumulate, scratch);
         }
     }
 }
 
-/// `out (+)= dy·W` for some columns, `W` being the rows `part` of a matrix.
+/// `out (+)= dy·W` for some columns, `W` being the rows `part` of a matrix, and `dy` what [`round`] has written: rows, their
+/// width and the place.
 ///
 /// # Safety
-/// This thread alone uses these columns of `out`.
+/// `dy` is complete; this thread alone uses these columns of `out`.
 #[allow(clippy::too_many_arguments)]
-pub(super) unsafe fn wide_columns(
+pub(super) unsafe fn rounded_columns(
     c: &Context<'_>,
+    eight: bool,
     weight: WeightId,
     part: std::ops::Range<usize>,
-    dy: &linear::Wide<'_>,
+    dy: (usize, usize, usize),
     columns: std::ops::Range<usize>,
     out: &Matrix,
     accumulate: bool,
@@ -257,10 +283,21 @@ pub(super) unsafe fn wide_columns(
 ) {
     let info = c.weights.get(weight);
     let (dtype, bytes) = c.weight_rows(weight, part);
-    let (weight, dx) = (bytes, out.out());
-    let task = linear::WideBackwardTask { dtype, weight, k: info.width, columns, dy, dx, accumulate };
+    let (weight, k, dx, (rows, width, place)) = (bytes, info.width, out.out(), dy);
+    // SAFETY: by the caller's promise.
+    let done = unsafe {
+        if eight {
+            let dy = &c.rounded::<u8>(rows, width, place);
+            let task = linear::RoundedBackwardTask { dtype, weight, k, columns, dy, dx, accumulate };
+            linear::linear_backward_rounded(c.isa, &task, &mut scratch.linear)
+        } else {
+            let dy = &c.rounded::<i16>(rows, width, place);
+            let task = linear::RoundedBackwardTask { dtype, weight, k, columns, dy, dx, accumulate };
+            linear::linear_backward_rounded(c.isa, &task, &mut scratch.linear)
+        }
+    };
     // The sizes were checked when the weights were resolved and the arena planned.
-    if let Err(e) = linear::linear_backward_wide(c.isa, &task, &mut scratch.linear) {
+    if let Err(e) = done {
         unreachable!("{}: {e}", info.name);
     }
 }

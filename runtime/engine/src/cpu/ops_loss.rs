@@ -67,7 +67,7 @@ pub(super) unsafe fn cross_entropy_grad(
     let (x, states, probabilities) = unsafe {
         let states = c.arena.add(c.tables.partial).cast::<Row>();
         let probabilities = Matrix::new(c.arena.add(c.tables.probabilities).cast(), rows, VOCAB_CHUNK);
-        (c.linear_input(x, team), states, probabilities)
+        (c.linear_input(x, std::iter::once(weight), team), states, probabilities)
     };
     let mine = team.share(rows, 1);
     let mut targets: Vec<Vec<Wanted>> = mine.clone().map(|row| wanted(c, row)).collect();
@@ -95,11 +95,12 @@ pub(super) unsafe fn cross_entropy_grad(
         // SAFETY: this thread's rows, or columns once all rows are complete.
         unsafe {
             if c.arithmetic != Arithmetic::Exact {
-                c.widen(&probabilities, chunk.len(), mine.clone(), c.tables.wide[1]);
+                let (place, eight) = (c.tables.rounded[1], ops_learn::in_8_bits(c, weight));
+                ops_learn::round(c, eight, &probabilities, chunk.len(), mine.clone(), place);
                 team.wait();
-                let dy = c.widened(rows, chunk.len(), c.tables.wide[1]);
+                let dy = (rows, chunk.len(), place);
                 let columns = team.share(dx.width, ops::ROW_UNIT);
-                ops_learn::wide_columns(c, weight, chunk, &dy, columns, &dx, start > 0, scratch);
+                ops_learn::rounded_columns(c, eight, weight, chunk, dy, columns, &dx, start > 0, scratch);
             } else {
                 ops_learn::linear_backward(c, weight, chunk, &probabilities, mine.clone(), &dx, start > 0, scratch);
             }

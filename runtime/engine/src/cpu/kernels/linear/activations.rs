@@ -17,7 +17,7 @@
 //!
 //! The padding lets a kernel load eight scales at once at the end of a row.
 
-use super::wide::Wide;
+use super::rounded::Rounded;
 use crate::cpu::isa::Isa;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -33,7 +33,7 @@ pub struct Activations<'a> {
     /// The same rows in 8 bits; must be there when [`needs_q8`](super::needs_q8) says so of the weight's type.
     pub q8: Option<Q8<'a>>,
     /// The same rows in 16 bits; read by [`linear_wide`](super::linear_wide).
-    pub wide: Option<Wide<'a>>,
+    pub wide: Option<Rounded<'a, i16>>,
     /// Rows.
     pub tokens: usize,
     /// Values in a row.

@@ -17,7 +17,7 @@
 //! | `dense` | F32, F16, BF16 |
 //! | `tile` | what instruction sets share: the memory of a tile, the loops around a tile kernel |
 //! | `transpose` | the gradient with respect to the input, and the map with exact activations |
-//! | `wide` | the same two in 16-bit integers: what training runs on |
+//! | `rounded` | the same two with both factors rounded to 16 bits, the gradient also to 8: what training runs on |
 //! | `avx2/`, `avx512`, `neon/` | the instruction sets |
 //! | `table` | all kernels as data |
 
@@ -30,20 +30,23 @@ mod blocks;
 mod dense;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod rounded;
 mod scalar;
 mod table;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tile;
 mod transpose;
-mod wide;
 
 #[cfg(test)]
 mod tests;
 
 pub use activations::{Activations, GROUP, Q8, Q8Layout, Q8Mut, activation_bytes, quantize_rows};
+pub use rounded::{
+    Level, Rounded, RoundedBackwardTask, RoundedMut, has_backward, linear_backward_rounded, linear_wide, round_rows,
+    rounded_bytes,
+};
 pub use table::{KERNELS, KernelInfo, Shape, pick};
 pub use transpose::{LinearBackwardTask, linear_backward, linear_exact};
-pub use wide::{Wide, WideBackwardTask, WideMut, linear_backward_wide, linear_wide, wide_bytes, widen_rows};
 
 use crate::cpu::isa::Isa;
 use crate::quant::DType;
@@ -146,7 +149,7 @@ impl Default for Scratch {
 /// Bytes of a [`Scratch`]: what a planner counts for each thread.
 pub const fn scratch_bytes() -> usize {
     let tile = TILE_ROWS_MAX * (TILE_CHUNK + 2 * TILE_CHUNK / 16 * 4 + TILE_TOKENS * 4);
-    if tile > wide::BLOCK_BYTES { tile } else { wide::BLOCK_BYTES }
+    if tile > rounded::BLOCK_BYTES { tile } else { rounded::BLOCK_BYTES }
 }
 
 /// Computes the task's rows for all tokens of its input, with the kernel that [`pick`] names.

@@ -44,6 +44,13 @@ pub(super) struct Case {
     pub dy: Vec<f32>,
 }
 
+impl std::fmt::Display for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Case { dtype, k, rows, tokens, .. } = self;
+        write!(f, "{dtype} k={k} rows={rows} tokens={tokens}")
+    }
+}
+
 impl Case {
     pub fn new(dtype: DType, k: usize, rows: usize, tokens: usize) -> Case {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);

@@ -132,27 +132,27 @@ pub(crate) mod types {
 
 /// `$function` for the source of a type.
 macro_rules! by_type {
-    ($dtype:expr, $function:ident) => {{
+    ($dtype:expr, $function:ident $(, $more:ty)?) => {{
         use $crate::cpu::kernels::linear::avx2::source::types;
         match $dtype {
-            DType::F16 => $function::<types::F16>,
-            DType::BF16 => $function::<types::Bf16>,
-            DType::Q4_0 => $function::<types::Q4_0>,
-            DType::Q4_1 => $function::<types::Q4_1>,
-            DType::Q5_0 => $function::<types::Q5_0>,
-            DType::Q5_1 => $function::<types::Q5_1>,
-            DType::Q8_0 => $function::<types::Q8_0>,
-            DType::Q2_K => $function::<types::Q2K>,
-            DType::Q3_K => $function::<types::Q3K>,
-            DType::Q4_K => $function::<types::Q4K>,
-            DType::Q5_K => $function::<types::Q5K>,
-            DType::Q6_K => $function::<types::Q6K>,
-            DType::Q8_K => $function::<types::Q8K>,
-            DType::IQ4_NL => $function::<types::Iq4Nl>,
-            DType::IQ4_XS => $function::<types::Iq4Xs>,
-            DType::MXFP4 => $function::<types::Mxfp4>,
+            DType::F16 => $function::<types::F16 $(, $more)?>,
+            DType::BF16 => $function::<types::Bf16 $(, $more)?>,
+            DType::Q4_0 => $function::<types::Q4_0 $(, $more)?>,
+            DType::Q4_1 => $function::<types::Q4_1 $(, $more)?>,
+            DType::Q5_0 => $function::<types::Q5_0 $(, $more)?>,
+            DType::Q5_1 => $function::<types::Q5_1 $(, $more)?>,
+            DType::Q8_0 => $function::<types::Q8_0 $(, $more)?>,
+            DType::Q2_K => $function::<types::Q2K $(, $more)?>,
+            DType::Q3_K => $function::<types::Q3K $(, $more)?>,
+            DType::Q4_K => $function::<types::Q4K $(, $more)?>,
+            DType::Q5_K => $function::<types::Q5K $(, $more)?>,
+            DType::Q6_K => $function::<types::Q6K $(, $more)?>,
+            DType::Q8_K => $function::<types::Q8K $(, $more)?>,
+            DType::IQ4_NL => $function::<types::Iq4Nl $(, $more)?>,
+            DType::IQ4_XS => $function::<types::Iq4Xs $(, $more)?>,
+            DType::MXFP4 => $function::<types::Mxfp4 $(, $more)?>,
             // The checks have let nothing else through.
-            _ => $function::<types::F32>,
+            _ => $function::<types::F32 $(, $more)?>,
         }
     }};
 }

@@ -1,15 +1,14 @@
-//! AVX-512 with VNNI, in the arithmetic of the AVX2 form, to the bit: integer sums are exact in either, and f32 sums go in
-//! the same order.
+//! 16 bits, in the arithmetic of the AVX2 form, to the bit: integer sums are exact in either, and f32 sums go in the same
+//! order.
 //!
 //! A pair of steps of a slab is one vector, and `vpdpwssd` multiplies and adds in one instruction. A register tile is 12
 //! tokens × 2 slabs: 24 sums, enough for two units of latency 5, with 14 loads for 24 products. Two slabs of 512 steps are
 //! 32 KiB, which with the tokens' activations fit a first cache of 48.
 
-use super::super::avx2::source::{Source, by_type};
-use super::super::{LinearTask, Scratch};
-use super::blocks::{self, Backward, Forward, LANES, Rows, Scales, Slabs, Target, Vectors};
-use super::{GROUP, MOST_WEIGHT, SMALLEST, Wide, WideBackwardTask};
-use crate::quant::DType;
+use super::super::GROUP;
+use super::super::avx2::scales_at;
+use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors};
+use super::{Avx512, scales_of};
 use std::arch::x86_64::*;
 
 /// Tokens of a register tile.
@@ -17,65 +16,20 @@ const TILE: usize = 12;
 /// Steps of a turn of the innermost loop.
 const UNROLL: usize = 4;
 
-/// The forward map for a type; to be called with the instructions of the token `Avx512`, and a task that has been checked.
-pub(super) fn forward_of(dtype: DType) -> Forward {
-    by_type!(dtype, forward)
-}
-
-/// The backward pass for a type, likewise.
-pub(super) fn backward_of(dtype: DType) -> Backward {
-    by_type!(dtype, backward)
-}
-
-/// # Safety
-/// As for [`blocks::forward`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn forward<S: Source>(task: &LinearTask<'_>, x: &Wide<'_>, scratch: &mut Scratch) {
-    // SAFETY: the caller's promise.
-    unsafe { blocks::forward::<S, Avx512>(task, x, scratch) }
-}
-
-/// # Safety
-/// As for [`blocks::backward`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn backward<S: Source>(task: &WideBackwardTask<'_>, scratch: &mut Scratch) {
-    // SAFETY: the caller's promise.
-    unsafe { blocks::backward::<S, Avx512>(task, scratch) }
-}
-
-struct Avx512;
-
-impl Vectors for Avx512 {
+impl Vectors<i16> for Avx512 {
     const SLABS: usize = 2;
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     #[inline(never)]
-    unsafe fn fix(slab: *mut f32, steps: usize) -> Scales {
+    unsafe fn fix(slab: *mut f32, steps: usize) {
         // SAFETY: steps of 16 values; a pair of them is read before it is written over.
         unsafe {
-            let size = |v: __m512| _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fff_ffff));
-            let step = |i: usize| _mm512_loadu_ps(slab.add(LANES * i));
-            let mut top = [_mm512_setzero_si512(); 2];
-            for i in (0..steps / 2 * 2).step_by(2) {
-                top[0] = _mm512_max_epi32(top[0], size(step(i)));
-                top[1] = _mm512_max_epi32(top[1], size(step(i + 1)));
-            }
-            if steps % 2 == 1 {
-                top[0] = _mm512_max_epi32(top[0], size(step(steps - 1)));
-            }
-            let top = _mm512_max_epi32(top[0], top[1]);
-            let most = _mm512_castsi512_ps(top);
-            let infinite = _mm512_cmpgt_epi32_mask(top, _mm512_set1_epi32(0x7f7f_ffff));
-            let tiny = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(most, _mm512_set1_ps(SMALLEST));
-            let keep = !(infinite | tiny);
-            let scale = _mm512_maskz_div_ps(keep, most, _mm512_set1_ps(MOST_WEIGHT));
-            let by = _mm512_maskz_div_ps(keep, _mm512_set1_ps(MOST_WEIGHT), most);
-            let mut scales = Scales([0.0; LANES]);
-            let scale = _mm512_mask_mov_ps(scale, infinite, _mm512_set1_ps(f32::NAN));
-            _mm512_storeu_ps(scales.0.as_mut_ptr(), scale);
+            let scales = scales_of::<i16>(|i| _mm512_loadu_ps(slab.add(LANES * i)), steps);
+            let (keep, by) = (scales.keep, scales.inverse);
 
             // Nothing of a NaN may be multiplied, not even by zero.
-            let int = |i: usize| _mm512_cvtps_epi32(_mm512_maskz_mul_ps(keep, step(i), by));
+            let int =
+                |i: usize| _mm512_cvtps_epi32(_mm512_maskz_mul_ps(keep, _mm512_loadu_ps(slab.add(LANES * i)), by));
             let pairs = steps / 2;
             for p in 0..pairs {
                 let (a, b) = (int(2 * p), int(2 * p + 1));
@@ -89,13 +43,13 @@ impl Vectors for Avx512 {
             for p in steps.div_ceil(2)..steps.div_ceil(GROUP) * GROUP / 2 {
                 _mm512_storeu_si512(slab.add(LANES * p).cast(), _mm512_setzero_si512());
             }
-            scales
+            _mm512_storeu_ps(slab.add(scales_at(steps.div_ceil(GROUP))), scales.scale);
         }
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     #[inline(never)]
-    unsafe fn multiply(slabs: Slabs<'_>, x: Rows, to: Target) {
+    unsafe fn multiply(slabs: Slabs, x: Rows<i16>, to: Target) {
         let tiles = x.tokens.div_ceil(TILE);
         let mut t = 0;
         for i in 0..tiles {
@@ -103,7 +57,7 @@ impl Vectors for Avx512 {
             let n = (x.tokens - t).div_ceil(tiles - i);
             let (x, to) = (x.from(t, n), to.from(t));
             // SAFETY: the caller's promise.
-            unsafe { if slabs.scales.len() == 2 { some::<2>(slabs, x, to) } else { some::<1>(slabs, x, to) } }
+            unsafe { if slabs.count == 2 { some::<2>(slabs, x, to) } else { some::<1>(slabs, x, to) } }
             t += n;
         }
     }
@@ -114,7 +68,7 @@ impl Vectors for Avx512 {
 /// # Safety
 /// As for [`Vectors::multiply`].
 #[inline(always)]
-unsafe fn some<const S: usize>(slabs: Slabs<'_>, x: Rows, to: Target) {
+unsafe fn some<const S: usize>(slabs: Slabs, x: Rows<i16>, to: Target) {
     // SAFETY: the caller's promise.
     unsafe {
         match x.tokens {
@@ -141,7 +95,7 @@ unsafe fn some<const S: usize>(slabs: Slabs<'_>, x: Rows, to: Target) {
 /// # Safety
 /// As for [`Vectors::multiply`], with T tokens and S slabs.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn tile<const T: usize, const S: usize>(slabs: Slabs<'_>, x: Rows, to: Target) {
+unsafe fn tile<const T: usize, const S: usize>(slabs: Slabs, x: Rows<i16>, to: Target) {
     // SAFETY: by the contract.
     unsafe {
         let steps = std::hint::black_box(GROUP / 2 / UNROLL);
@@ -190,7 +144,7 @@ unsafe fn tile<const T: usize, const S: usize>(slabs: Slabs<'_>, x: Rows, to: Ta
                 let mask = ((1u32 << columns) - 1) as __mmask16;
                 let at = to.at.wrapping_add(t * to.row + LANES * s);
                 let old = if to.add { _mm512_maskz_loadu_ps(mask, at) } else { _mm512_setzero_ps() };
-                let scale = _mm512_loadu_ps(slabs.scales[s].0.as_ptr());
+                let scale = _mm512_loadu_ps(slabs.at.add(s * slabs.step + scales_at(slabs.groups)));
                 _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(acc, scale, old));
             }
         }

@@ -1,24 +1,27 @@
-//! The linear map and its gradient in 16-bit integers: the arithmetic of training.
+//! The linear map and its gradient with both factors rounded to integers: the arithmetic of training.
 //!
-//! 8-bit activations are good enough to generate with, not to take gradients of; f32 is more than is needed, and slower by
-//! half. In between, an activation is rounded to 13 bits by a scale per token and group of 64, a weight, once unpacked, to
-//! 14 bits by a scale per lane of a block. Products and their sums over a group are exact in 32 bits (64 · 4095 · 8191 <
-//! 2³¹), sums of groups are f32. The error is that of the two roundings, 2⁻¹³ of the largest value of a group and 2⁻¹⁴
-//! of the largest weight of a block (whose error stays the same from token to token, so it gets the more bits), at twice
-//! the operations per instruction of f32 (`vpmaddwd`).
+//! f32 is more than training needs, and slower by half or three quarters. A [`Level`] is how far values are rounded:
+//!
+//! | | activations | weights | products | error |
+//! | --- | --- | --- | --- | --- |
+//! | `i16` | 13 bits, a scale per token and group of 64 | 14 bits, once unpacked, a scale per lane of a block | 2 in a lane of 32 bits (`vpmaddwd`, `vpdpwssd`) | 2⁻¹³ of the largest value of a group, 2⁻¹⁴ of the largest weight of a block |
+//! | `u8` | 8 bits, likewise, with 128 added | 8 bits, a scale per lane and group of 64 | 4 (`vpdpbusd`) | 2⁻⁸ of the largest value, or weight, of a group |
+//!
+//! Products and their sums over a group are exact in 32 bits, sums of groups are f32. The forward map runs at `i16`, or with
+//! 8-bit activations as [`linear`](super::linear) does, which reads most weights as they are; its gradient at either.
 //!
 //! | | lanes | block of weights | sums run over |
 //! | --- | --- | --- | --- |
 //! | forward, [`linear_wide`] | rows of W | 64 rows × 512 columns | columns |
-//! | backward, [`linear_backward_wide`] | columns of W | 384 rows × 128 columns | rows |
+//! | backward, [`linear_backward_rounded`] | columns of W | 384 rows × 128 columns | rows |
 //!
 //! A block is unpacked to f32 and rounded in place, once for all tokens, so what it costs hardly depends on the type.
-//! Rows of activations are rounded once ([`widen_rows`]) for all maps and all threads that read them. In memory (each
+//! Rows of activations are rounded once ([`round_rows`]) for all maps and all threads that read them. In memory (each
 //! section on 64 bytes):
 //!
 //! | section | type | shape |
 //! | --- | --- | --- |
-//! | `q` | i16 | `[tokens][groups · 64]`, zeros behind the last value |
+//! | `q` | the level's | `[tokens][groups · 64]`, zeros behind the last value |
 //! | `d` | f32 | `[tokens][groups]`, `groups` = k / 64 rounded up |
 //!
 //! The order of a sum depends neither on the tokens nor on the share of the task, nor on the width of the vectors: any
@@ -35,8 +38,16 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod blocks;
+#[cfg(not(target_arch = "x86_64"))]
+mod blocks {
+    /// Nothing is computed by vectors here.
+    pub trait Kernels {}
+    impl<Q> Kernels for Q {}
+}
 #[cfg(test)]
 mod tests;
+
+use blocks::Kernels;
 
 use super::activations::SMALLEST;
 use super::{LinearTask, OutMut, Scratch, check_sizes, matrix_fault};
@@ -47,11 +58,55 @@ use std::ops::Range;
 
 /// Values that share a scale, and whose products are summed exactly.
 const GROUP: usize = 64;
-/// Largest size of a rounded activation, and of a rounded weight: `GROUP` products of the two fit an i32.
-const MOST: f32 = 4095.0;
-/// See [`MOST`].
-const MOST_WEIGHT: f32 = 8191.0;
-const _: () = assert!(GROUP as f64 * MOST as f64 * MOST_WEIGHT as f64 <= i32::MAX as f64);
+
+/// How far values are rounded, and the type that holds an activation.
+pub trait Level: bytemuck::Pod + Kernels {
+    /// Largest size of a rounded activation.
+    const MOST: f32;
+    /// Largest size of a rounded weight: `GROUP` products of the two fit an i32.
+    const MOST_WEIGHT: f32;
+    /// Rows of a block of weights whose scale is one, in the backward pass.
+    const SHARED: usize;
+
+    /// Holds a rounded activation.
+    fn hold(value: i32) -> Self;
+    /// The activation that is held.
+    fn value(self) -> i32;
+}
+
+impl Level for i16 {
+    const MOST: f32 = 4095.0;
+    const MOST_WEIGHT: f32 = 8191.0;
+    const SHARED: usize = BACKWARD_ROWS;
+
+    fn hold(value: i32) -> i16 {
+        value as i16
+    }
+
+    fn value(self) -> i32 {
+        self.into()
+    }
+}
+
+/// With 128 added, as `vpdpbusd` wants it.
+impl Level for u8 {
+    const MOST: f32 = 127.0;
+    const MOST_WEIGHT: f32 = 127.0;
+    const SHARED: usize = GROUP;
+
+    fn hold(value: i32) -> u8 {
+        (value + 128) as u8
+    }
+
+    fn value(self) -> i32 {
+        i32::from(self) - 128
+    }
+}
+
+const fn fits<Q: Level>() -> bool {
+    GROUP as f64 * Q::MOST as f64 * Q::MOST_WEIGHT as f64 <= i32::MAX as f64
+}
+const _: () = assert!(fits::<i16>() && fits::<u8>() && BACKWARD_ROWS.is_multiple_of(GROUP));
 /// Columns of a block: a unit of every format.
 const UNIT: usize = 256;
 /// Threads divide the columns of a matrix at multiples of this.
@@ -65,10 +120,10 @@ const FORWARD_COLUMNS: usize = 512;
 /// Bytes of scratch for a block.
 pub(super) const BLOCK_BYTES: usize = 4 * BACKWARD_ROWS * BACKWARD_COLUMNS;
 
-/// Rows of 16-bit values, laid out as the module describes.
+/// Rows of rounded values, laid out as the module describes.
 #[derive(Clone, Copy, Debug)]
-pub struct Wide<'a> {
-    q: &'a [i16],
+pub struct Rounded<'a, Q> {
+    q: &'a [Q],
     d: &'a [f32],
     /// Rows.
     pub tokens: usize,
@@ -77,34 +132,35 @@ pub struct Wide<'a> {
 }
 
 /// Byte offset of the scales, and bytes in all.
-const fn layout(tokens: usize, k: usize) -> (usize, usize) {
+const fn layout<Q>(tokens: usize, k: usize) -> (usize, usize) {
     let groups = k.div_ceil(GROUP);
-    let d = (tokens * groups * GROUP * 2).next_multiple_of(64);
+    let d = (tokens * groups * GROUP * size_of::<Q>()).next_multiple_of(64);
     (d, d + (tokens * groups * 4).next_multiple_of(64))
 }
 
-/// Bytes of the buffer that [`widen_rows`] fills for `tokens` rows of `k` values: what a planner reserves.
-pub const fn wide_bytes(tokens: usize, k: usize) -> usize {
-    layout(tokens, k).1
+/// Bytes of the buffer that [`round_rows`] fills for `tokens` rows of `k` values: what a planner reserves.
+pub const fn rounded_bytes<Q: Level>(tokens: usize, k: usize) -> usize {
+    layout::<Q>(tokens, k).1
 }
 
-impl<'a> Wide<'a> {
-    /// Reads `buffer`, which [`widen_rows`] has filled under the same `tokens` and `k`.
+impl<'a, Q: Level> Rounded<'a, Q> {
+    /// Reads `buffer`, which [`round_rows`] has filled under the same `tokens` and `k`.
     ///
     /// # Errors
     /// [`Error::Argument`] for a buffer that is too short or not aligned for f32.
-    pub fn new(buffer: &'a [u8], tokens: usize, k: usize) -> Result<Wide<'a>> {
+    pub fn new(buffer: &'a [u8], tokens: usize, k: usize) -> Result<Rounded<'a, Q>> {
         let groups = k.div_ceil(GROUP);
-        let (d, bytes) = layout(tokens, k);
+        let (d, bytes) = layout::<Q>(tokens, k);
         let misfit = || {
             Error::argument(format!(
-                "16-bit activations: {bytes} bytes at an address aligned to 4 are needed for {tokens} rows of {k}, got {}",
+                "rounded activations: {bytes} bytes at an address aligned to 4 are needed for {tokens} rows of {k}, got {}",
                 buffer.len()
             ))
         };
         let buffer = buffer.get(..bytes).ok_or_else(misfit)?;
-        Ok(Wide {
-            q: bytemuck::try_cast_slice(&buffer[..tokens * groups * GROUP * 2]).map_err(|_| misfit())?,
+        let values = &buffer[..tokens * groups * GROUP * size_of::<Q>()];
+        Ok(Rounded {
+            q: bytemuck::try_cast_slice(values).map_err(|_| misfit())?,
             d: bytemuck::try_cast_slice(&buffer[d..d + tokens * groups * 4]).map_err(|_| misfit())?,
             tokens,
             k,
@@ -117,73 +173,73 @@ impl<'a> Wide<'a> {
     }
 }
 
-/// Where [`widen_rows`] writes: a buffer that several threads may share, each writing its own rows.
+/// Where [`round_rows`] writes: a buffer that several threads may share, each writing its own rows.
 #[derive(Clone, Copy, Debug)]
-pub struct WideMut {
+pub struct RoundedMut {
     base: *mut u8,
     tokens: usize,
     k: usize,
 }
 
-// SAFETY: a plain address; `WideMut::new` makes the caller vouch for the memory and for disjoint rows.
-unsafe impl Send for WideMut {}
+// SAFETY: a plain address; `RoundedMut::new` makes the caller vouch for the memory and for disjoint rows.
+unsafe impl Send for RoundedMut {}
 // SAFETY: as above.
-unsafe impl Sync for WideMut {}
+unsafe impl Sync for RoundedMut {}
 
-impl WideMut {
+impl RoundedMut {
     /// A destination at `base`.
     ///
     /// # Safety
-    /// `base` must be aligned for f32 and valid for writes of `wide_bytes(tokens, k)` bytes for as long as the value is
-    /// used, and no two threads may round the same row at the same time.
-    pub const unsafe fn new(base: *mut u8, tokens: usize, k: usize) -> WideMut {
-        WideMut { base, tokens, k }
+    /// `base` must be aligned for f32 and valid for writes of `rounded_bytes(tokens, k)` bytes of the level, for as long as
+    /// the value is used, and no two threads may round the same row at the same time.
+    pub const unsafe fn new(base: *mut u8, tokens: usize, k: usize) -> RoundedMut {
+        RoundedMut { base, tokens, k }
     }
 }
 
-/// Rounds rows `rows` of `x` (row `t` is `x[t * stride ..][.. k]`) to 16 bits into `dst`, to nearest, ties to even. A
-/// group that holds a NaN or an infinity gets a NaN scale, so that whatever is computed from it is NaN; a group whose
-/// values are all below 2⁻¹¹⁰ counts as zero.
+/// Rounds rows `rows` of `x` (row `t` is `x[t * stride ..][.. k]`) into `dst`, to nearest, ties to even. A group that holds a
+/// NaN or an infinity gets a NaN scale, so that whatever is computed from it is NaN; a group whose values are all below 2⁻¹¹⁰
+/// counts as zero.
 ///
 /// # Errors
 /// [`Error::Argument`] before anything is written, when a size does not fit.
-pub fn widen_rows(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst: &WideMut) -> Result<()> {
+pub fn round_rows<Q: Level>(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst: &RoundedMut) -> Result<()> {
     let k = dst.k;
     let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(k);
     if rows.end > dst.tokens || !enough {
         return Err(Error::argument(format!(
-            "rows {rows:?} of {k} values in 16 bits: the input has {} values at stride {stride}, the output {} rows",
+            "rows {rows:?} of {k} values to be rounded: the input has {} values at stride {stride}, the output {} rows",
             x.len(),
             dst.tokens
         )));
     }
     let groups = k.div_ceil(GROUP);
     for t in rows {
-        // SAFETY: the row lies in the buffer, by `layout` and the caller of `WideMut::new`, who vouched for it being ours.
+        // SAFETY: the row lies in the buffer, by `layout` and the caller of `RoundedMut::new`, who vouched for it being ours.
         let (q, d) = unsafe {
-            let q = dst.base.cast::<i16>().add(t * groups * GROUP);
-            let d = dst.base.add(layout(dst.tokens, k).0).cast::<f32>().add(t * groups);
+            let q = dst.base.cast::<Q>().add(t * groups * GROUP);
+            let d = dst.base.add(layout::<Q>(dst.tokens, k).0).cast::<f32>().add(t * groups);
             (std::slice::from_raw_parts_mut(q, groups * GROUP), std::slice::from_raw_parts_mut(d, groups))
         };
         let x = &x[t * stride..t * stride + k];
         #[cfg(target_arch = "x86_64")]
         if crate::cpu::kernels::vector::has_avx2(isa) {
             // SAFETY: the token in `isa` proves the instructions; the slices fit each other.
-            unsafe { avx2::widen_row(x, q, d) };
+            unsafe { avx2::round_row(x, q, d) };
             continue;
         }
-        widen_row(x, q, d);
+        round_row(x, q, d);
     }
     let _ = isa;
     Ok(())
 }
 
-/// The specification of [`widen_rows`]: one row.
-fn widen_row(x: &[f32], q: &mut [i16], d: &mut [f32]) {
+/// The specification of [`round_rows`]: one row.
+fn round_row<Q: Level>(x: &[f32], q: &mut [Q], d: &mut [f32]) {
     for ((x, q), d) in x.chunks(GROUP).zip(q.chunks_exact_mut(GROUP)).zip(d) {
-        let (scale, inverse) = scale_of(x.iter().copied(), MOST);
-        q.fill(0);
-        q.iter_mut().zip(x).for_each(|(q, x)| *q = round(*x, inverse));
+        let (scale, inverse) = scale_of(x.iter().copied(), Q::MOST);
+        q.fill(Q::hold(0));
+        q.iter_mut().zip(x).for_each(|(q, x)| *q = Q::hold(round(*x, inverse)));
         *d = scale;
     }
 }
@@ -199,11 +255,11 @@ fn scale_of(values: impl Iterator<Item = f32>, to: f32) -> (f32, f32) {
     }
 }
 
-fn round(x: f32, inverse: f32) -> i16 {
-    if inverse == 0.0 { 0 } else { (x * inverse).round_ties_even() as i16 }
+fn round(x: f32, inverse: f32) -> i32 {
+    if inverse == 0.0 { 0 } else { (x * inverse).round_ties_even() as i32 }
 }
 
-/// As [`linear`](super::linear), reading [`Activations::wide`](super::Activations::wide) for every type.
+/// As [`linear`](super::linear), in 16 bits, reading [`Activations::wide`](super::Activations::wide) for every type.
 ///
 /// # Errors
 /// [`Error::Argument`] before anything is written, when a size does not fit.
@@ -231,7 +287,7 @@ pub fn linear_wide(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> Re
 
 /// One thread's share of the backward pass of a linear map.
 #[derive(Clone, Debug)]
-pub struct WideBackwardTask<'a> {
+pub struct RoundedBackwardTask<'a, Q> {
     /// Type of the weights.
     pub dtype: DType,
     /// The whole matrix: `dy.k` rows of `dtype.row_bytes(k)` bytes, one after the other.
@@ -241,7 +297,7 @@ pub struct WideBackwardTask<'a> {
     /// The columns of dx to compute; threads divide these, at multiples of 32.
     pub columns: Range<usize>,
     /// The gradient of the output.
-    pub dy: &'a Wide<'a>,
+    pub dy: &'a Rounded<'a, Q>,
     /// The gradient of the input, `dx[t][c]`, for all tokens of `dy`.
     pub dx: OutMut,
     /// Add to `dx` instead of overwriting it.
@@ -252,18 +308,18 @@ pub struct WideBackwardTask<'a> {
 ///
 /// # Errors
 /// [`Error::Argument`] before anything is written, when a size does not fit.
-pub fn linear_backward_wide(isa: Isa, task: &WideBackwardTask<'_>, scratch: &mut Scratch) -> Result<()> {
+pub fn linear_backward_rounded<Q: Level>(
+    isa: Isa,
+    task: &RoundedBackwardTask<'_, Q>,
+    scratch: &mut Scratch,
+) -> Result<()> {
     check_backward(task)?;
     if task.columns.is_empty() || task.dy.tokens == 0 {
         return Ok(());
     }
     #[cfg(target_arch = "x86_64")]
     if task.dy.k > 0
-        && let Some(backward) = match isa {
-            Isa::Avx512(_) => Some(avx512::backward_of(task.dtype)),
-            Isa::Avx2(_) => Some(avx2::backward_of(task.dtype)),
-            _ => None,
-        }
+        && let Some(backward) = Q::backward_of(isa, task.dtype)
     {
         // SAFETY: the token in `isa` proves the instructions; everything is in bounds.
         unsafe { backward(task, scratch) };
@@ -273,8 +329,16 @@ pub fn linear_backward_wide(isa: Isa, task: &WideBackwardTask<'_>, scratch: &mut
     backward_scalar(task)
 }
 
-fn check_backward(task: &WideBackwardTask<'_>) -> Result<()> {
-    let WideBackwardTask { dtype, weight, k, columns, dy, dx, .. } = task;
+/// Whether gradients at a level have kernels of their own for an instruction set; else they are computed as specified, slowly.
+pub fn has_backward<Q: Level>(isa: Isa) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return Q::backward_of(isa, DType::Q8_0).is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    return matches!((isa, size_of::<Q>()), (_, 0));
+}
+
+fn check_backward<Q>(task: &RoundedBackwardTask<'_, Q>) -> Result<()> {
+    let RoundedBackwardTask { dtype, weight, k, columns, dy, dx, .. } = task;
     let rows = dy.k;
     let misfit = |what: String| {
         Err(Error::argument(format!(
@@ -303,7 +367,7 @@ fn chunks(k: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// The specification of [`linear_wide`].
-fn forward_scalar(task: &LinearTask<'_>, x: &Wide<'_>) -> Result<()> {
+fn forward_scalar(task: &LinearTask<'_>, x: &Rounded<'_, i16>) -> Result<()> {
     let (dtype, groups) = (task.dtype, x.groups());
     let row_bytes = dtype.row_bytes(task.k).unwrap_or(0);
     let mut values = vec![0.0; task.k];
@@ -317,12 +381,12 @@ fn forward_scalar(task: &LinearTask<'_>, x: &Wide<'_>) -> Result<()> {
             }
             for chunk in chunks(task.k) {
                 let block = &values[chunk.clone()];
-                let (d, inverse) = scale_of(block.iter().copied(), MOST_WEIGHT);
+                let (d, inverse) = scale_of(block.iter().copied(), i16::MOST_WEIGHT);
                 let mut sum = 0.0f32;
                 for (g, w) in block.chunks(GROUP).enumerate() {
                     let at = t * groups + chunk.start / GROUP + g;
                     let q = &x.q[at * GROUP..][..w.len()];
-                    let dot: i32 = w.iter().zip(q).map(|(w, q)| i32::from(round(*w, inverse)) * i32::from(*q)).sum();
+                    let dot: i32 = w.iter().zip(q).map(|(w, q)| round(*w, inverse) * q.value()).sum();
                     sum += dot as f32 * x.d[at];
                 }
                 add(d * sum, task.accumulate || chunk.start > 0);
@@ -332,9 +396,9 @@ fn forward_scalar(task: &LinearTask<'_>, x: &Wide<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The specification of [`linear_backward_wide`].
-fn backward_scalar(task: &WideBackwardTask<'_>) -> Result<()> {
-    let WideBackwardTask { dtype, weight, k, dy, .. } = task;
+/// The specification of [`linear_backward_rounded`].
+fn backward_scalar<Q: Level>(task: &RoundedBackwardTask<'_, Q>) -> Result<()> {
+    let RoundedBackwardTask { dtype, weight, k, dy, .. } = task;
     let groups = dy.groups();
     let mut decoded = vec![0.0; dy.k * k];
     dequantize(*dtype, &weight[..dy.k * dtype.row_bytes(*k).unwrap_or(0)], &mut decoded)?;
@@ -347,15 +411,20 @@ fn backward_scalar(task: &WideBackwardTask<'_>) -> Result<()> {
             }
             for r in (0..dy.k).step_by(BACKWARD_ROWS) {
                 let block = r..(r + BACKWARD_ROWS).min(dy.k);
-                let (d, inverse) = scale_of(block.clone().map(|r| decoded[r * k + c]), MOST_WEIGHT);
                 let mut sum = 0.0f32;
-                for r in block.clone().step_by(GROUP) {
-                    let rows = r..(r + GROUP).min(block.end);
-                    let q = |r: usize| i32::from(dy.q[t * groups * GROUP + r]);
-                    let dot: i32 = rows.map(|r| i32::from(round(decoded[r * k + c], inverse)) * q(r)).sum();
-                    sum += dot as f32 * dy.d[t * groups + r / GROUP];
+                for shared in block.clone().step_by(Q::SHARED) {
+                    let shared = shared..(shared + Q::SHARED).min(block.end);
+                    let (d, inverse) = scale_of(shared.clone().map(|r| decoded[r * k + c]), Q::MOST_WEIGHT);
+                    let mut part = 0.0f32;
+                    for r in shared.clone().step_by(GROUP) {
+                        let rows = r..(r + GROUP).min(shared.end);
+                        let q = |r: usize| dy.q[t * groups * GROUP + r].value();
+                        let dot: i32 = rows.map(|r| round(decoded[r * k + c], inverse) * q(r)).sum();
+                        part += dot as f32 * dy.d[t * groups + r / GROUP];
+                    }
+                    sum += d * part;
                 }
-                add(d * sum, task.accumulate || r > 0);
+                add(sum, task.accumulate || r > 0);
             }
         }
     }

@@ -1,16 +1,26 @@
-//! The loops around the vector kernels of `wide`: a block of weights is unpacked to f32, rounded in place, and multiplied
+//! The loops around the vector kernels of `rounded`: a block of weights is unpacked to f32, rounded in place, and multiplied
 //! with all tokens.
 //!
-//! A block lies in *slabs* of 16 lanes, one behind the other. Unpacked, a slab is `[step][16]` f32; rounded, it is
-//! `[step / 2][16][2]` i16 in the first half of the same memory: a pair of steps is 64 bytes, two vectors of AVX2 or one
-//! of AVX-512, which `vpmaddwd` or `vpdpwssd` multiplies with a pair of activations. Several slabs that are next to each
-//! other can be multiplied together, as [`Vectors::SLABS`] says.
+//! A block lies in *slabs* of 16 lanes, one behind the other. Unpacked, a slab is `[step][16]` f32; rounded, it lies at the
+//! beginning of the same memory in vectors of 64 bytes, which a multiplying instruction takes with as many activations:
+//!
+//! | level | a vector | behind them |
+//! | --- | --- | --- |
+//! | `i16` | `[16][2]`: two steps (`vpmaddwd`, twice 32 bytes, or `vpdpwssd`) | after the last, the lanes' scales |
+//! | `u8` | `[16][4]`: four steps (`vpdpbusd`) | after each group, the lanes' scales for it, and what the activations' 128 comes to |
+//!
+//! Several slabs that are next to each other can be multiplied together, as [`Vectors::SLABS`] says.
 //!
 //! The loops are inlined into the functions of `avx2` and `avx512` that have the instructions, one for each type.
 
 use super::super::avx2::source::{Source, unpack_turned};
 use super::super::{LinearTask, Scratch, scratch_bytes};
-use super::{BACKWARD_COLUMNS, BACKWARD_ROWS, FORWARD_COLUMNS, GROUP, UNIT, Wide, WideBackwardTask};
+use super::{
+    BACKWARD_COLUMNS, BACKWARD_ROWS, FORWARD_COLUMNS, GROUP, Rounded, RoundedBackwardTask, UNIT, avx2, avx512,
+};
+use crate::cpu::isa::Isa;
+use crate::quant::DType;
+use std::arch::x86_64::__m256i;
 
 /// Rows of a block of the forward map.
 const FORWARD_ROWS: usize = 64;
@@ -23,30 +33,69 @@ pub(super) const LANES: usize = 16;
 const _: () = assert!(4 * BACKWARD_ROWS * BACKWARD_COLUMNS <= scratch_bytes());
 const _: () = assert!(4 * (FORWARD_ROWS * FORWARD_COLUMNS + 8 * UNIT) <= scratch_bytes());
 
-pub(super) type Forward = unsafe fn(&LinearTask<'_>, &Wide<'_>, &mut Scratch);
-pub(super) type Backward = unsafe fn(&WideBackwardTask<'_>, &mut Scratch);
+pub(super) type Forward = unsafe fn(&LinearTask<'_>, &Rounded<'_, i16>, &mut Scratch);
+pub type Backward<Q> = unsafe fn(&RoundedBackwardTask<'_, Q>, &mut Scratch);
 
-/// One scale for each lane of a slab.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Scales(pub [f32; LANES]);
+/// What a level of rounding has for each instruction set.
+pub trait Kernels: Copy {
+    /// The backward pass for a type; to be called where `isa` is, with a task that has been checked.
+    fn backward_of(isa: Isa, dtype: DType) -> Option<Backward<Self>>;
+
+    /// Packs the rounded activations of a group.
+    ///
+    /// # Safety
+    /// `to` has room for them; the caller has AVX2.
+    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut Self);
+}
+
+impl Kernels for i16 {
+    fn backward_of(isa: Isa, dtype: DType) -> Option<Backward<i16>> {
+        match isa {
+            Isa::Avx512(_) => Some(avx512::backward_of::<i16>(dtype)),
+            Isa::Avx2(_) => Some(avx2::backward_of(dtype)),
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut i16) {
+        // SAFETY: the caller's promise.
+        unsafe { avx2::pack_words(group, to) }
+    }
+}
+
+impl Kernels for u8 {
+    fn backward_of(isa: Isa, dtype: DType) -> Option<Backward<u8>> {
+        match isa {
+            Isa::Avx512(_) => Some(avx512::backward_of::<u8>(dtype)),
+            // Without an instruction for four products there is nothing to gain.
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { avx2::pack_bytes(group, to) }
+    }
+}
 
 /// Slabs of rounded weights that are next to each other: the i-th begins at `at + i · step`.
 #[derive(Clone, Copy)]
-pub(super) struct Slabs<'a> {
+pub(super) struct Slabs {
     pub at: *const f32,
     /// Floats between slabs.
     pub step: usize,
-    /// Theirs, and with that their number.
-    pub scales: &'a [Scales],
+    /// Their number.
+    pub count: usize,
     /// Groups of each.
     pub groups: usize,
 }
 
 /// Rows of activations: token t's group g is `q[(t · row + g) · GROUP ..][.. GROUP]`, times `d[t · row + g]`.
 #[derive(Clone, Copy)]
-pub(super) struct Rows {
-    pub q: *const i16,
+pub(super) struct Rows<Q> {
+    pub q: *const Q,
     pub d: *const f32,
     /// Groups of a row.
     pub row: usize,
@@ -54,10 +103,10 @@ pub(super) struct Rows {
     pub tokens: usize,
 }
 
-impl Rows {
+impl<Q> Rows<Q> {
     /// From token `t` on, `tokens` of them.
     #[inline(always)]
-    pub fn from(self, t: usize, tokens: usize) -> Rows {
+    pub fn from(self, t: usize, tokens: usize) -> Rows<Q> {
         let Rows { q, d, row, .. } = self;
         Rows { q: q.wrapping_add(t * row * GROUP), d: d.wrapping_add(t * row), row, tokens }
     }
@@ -80,22 +129,22 @@ impl Target {
     }
 }
 
-/// An instruction set's part of the work, once for all types: it is not inlined.
-pub(super) trait Vectors {
+/// An instruction set's part of the work at a level, once for all types: it is not inlined.
+pub(super) trait Vectors<Q> {
     /// Slabs that are multiplied together.
     const SLABS: usize;
 
-    /// Rounds a slab of `steps` × 16 weights in place, to whole groups with zeros behind the last; returns the scales.
+    /// Rounds a slab of `steps` × 16 weights in place, to whole groups with zeros behind the last.
     ///
     /// # Safety
     /// The slab has room for whole groups of f32; the caller has the instructions.
-    unsafe fn fix(slab: *mut f32, steps: usize) -> Scales;
+    unsafe fn fix(slab: *mut f32, steps: usize);
 
     /// Rows of activations times `SLABS` slabs or fewer.
     ///
     /// # Safety
     /// All of them exist and the target has room; the caller has the instructions.
-    unsafe fn multiply(slabs: Slabs<'_>, x: Rows, to: Target);
+    unsafe fn multiply(slabs: Slabs, x: Rows<Q>, to: Target);
 }
 
 /// A block that has been rounded, times all tokens of `x` from their group `group` on; `to` is the block's first result.
@@ -103,7 +152,7 @@ pub(super) trait Vectors {
 /// # Safety
 /// As for [`Vectors::multiply`].
 #[inline(always)]
-unsafe fn multiply<V: Vectors>(block: Slabs<'_>, x: &Wide<'_>, group: usize, to: Target) {
+unsafe fn multiply<Q: super::Level, V: Vectors<Q>>(block: Slabs, x: &Rounded<'_, Q>, group: usize, to: Target) {
     let x = Rows {
         q: x.q.as_ptr().wrapping_add(group * GROUP),
         d: x.d.as_ptr().wrapping_add(group),
@@ -112,11 +161,11 @@ unsafe fn multiply<V: Vectors>(block: Slabs<'_>, x: &Wide<'_>, group: usize, to:
     };
     for t in (0..x.tokens).step_by(TOKENS) {
         let x = x.from(t, TOKENS.min(x.tokens - t));
-        for (i, scales) in block.scales.chunks(V::SLABS).enumerate() {
-            let lane = i * V::SLABS * LANES;
-            let slabs = Slabs { at: block.at.wrapping_add(i * V::SLABS * block.step), scales, ..block };
-            let to = to.from(t);
-            let columns = (to.columns - lane).min(scales.len() * LANES);
+        for i in (0..block.count).step_by(V::SLABS) {
+            let at = block.at.wrapping_add(i * block.step);
+            let slabs = Slabs { at, count: V::SLABS.min(block.count - i), ..block };
+            let (to, lane) = (to.from(t), i * LANES);
+            let columns = (to.columns - lane).min(slabs.count * LANES);
             // SAFETY: the caller's promise.
             unsafe { V::multiply(slabs, x, Target { at: to.at.wrapping_add(lane), columns, ..to }) };
         }
@@ -128,19 +177,22 @@ unsafe fn multiply<V: Vectors>(block: Slabs<'_>, x: &Wide<'_>, group: usize, to:
 /// # Safety
 /// The task has been checked and has rows and columns; the caller has the instructions of `V` and AVX2.
 #[inline(always)]
-pub(super) unsafe fn forward<S: Source, V: Vectors>(task: &LinearTask<'_>, x: &Wide<'_>, scratch: &mut Scratch) {
+pub(super) unsafe fn forward<S: Source, V: Vectors<i16>>(
+    task: &LinearTask<'_>,
+    x: &Rounded<'_, i16>,
+    scratch: &mut Scratch,
+) {
     const STEP: usize = LANES * FORWARD_COLUMNS;
     let Some(row_bytes) = task.dtype.row_bytes(task.k) else { return };
     let panel = scratch.lines.as_mut_ptr().cast::<f32>();
     // SAFETY: within the scratch, as asserted above.
     let eight = unsafe { panel.add(FORWARD_ROWS * FORWARD_COLUMNS) };
-    let x = &Wide { tokens: task.x.tokens, ..*x };
+    let x = &Rounded { tokens: task.x.tokens, ..*x };
     for r in task.rows.clone().step_by(FORWARD_ROWS) {
         let rows = FORWARD_ROWS.min(task.rows.end - r);
         let slabs = rows.div_ceil(LANES);
         for chunk in super::chunks(task.k) {
             let columns = chunk.len();
-            let mut scales = [Scales([0.0; LANES]); FORWARD_ROWS / LANES];
             // SAFETY: rows of the matrix from units' beginnings; both parts of the scratch have room. The check has found
             // tokens, rows and columns in bounds of x and y.
             unsafe {
@@ -149,18 +201,18 @@ pub(super) unsafe fn forward<S: Source, V: Vectors>(task: &LinearTask<'_>, x: &W
                     let at = |i: usize| task.weight.as_ptr().add((r + i) * row_bytes + offset);
                     unpack_turned::<S>(at, rows, UNIT.min(columns - u), (panel.add(LANES * u), STEP), eight);
                 }
-                for (i, scales) in scales[..slabs].iter_mut().enumerate() {
-                    *scales = V::fix(panel.add(i * STEP), columns);
+                for i in 0..slabs {
+                    V::fix(panel.add(i * STEP), columns);
                 }
                 let groups = columns.div_ceil(GROUP);
-                let block = Slabs { at: panel, step: STEP, scales: &scales[..slabs], groups };
+                let block = Slabs { at: panel, step: STEP, count: slabs, groups };
                 let to = Target {
                     at: task.out.base.add(r),
                     row: task.out.stride,
                     columns: rows,
                     add: task.accumulate || chunk.start > 0,
                 };
-                multiply::<V>(block, x, chunk.start / GROUP, to);
+                multiply::<i16, V>(block, x, chunk.start / GROUP, to);
             }
         }
     }
@@ -171,7 +223,10 @@ pub(super) unsafe fn forward<S: Source, V: Vectors>(task: &LinearTask<'_>, x: &W
 /// # Safety
 /// As for [`forward`].
 #[inline(always)]
-pub(super) unsafe fn backward<S: Source, V: Vectors>(task: &WideBackwardTask<'_>, scratch: &mut Scratch) {
+pub(super) unsafe fn backward<S: Source, Q: super::Level, V: Vectors<Q>>(
+    task: &RoundedBackwardTask<'_, Q>,
+    scratch: &mut Scratch,
+) {
     const STEP: usize = LANES * BACKWARD_ROWS;
     let Some(row_bytes) = task.dtype.row_bytes(task.k) else { return };
     let panel = scratch.lines.as_mut_ptr().cast::<f32>();
@@ -182,7 +237,6 @@ pub(super) unsafe fn backward<S: Source, V: Vectors>(task: &WideBackwardTask<'_>
         let slabs = columns.div_ceil(LANES);
         for r in (0..task.dy.k).step_by(BACKWARD_ROWS) {
             let rows = BACKWARD_ROWS.min(task.dy.k - r);
-            let mut scales = [Scales([0.0; LANES]); BACKWARD_COLUMNS / LANES];
             // SAFETY: rows of the matrix from a unit's beginning; the panel holds a block. The check has found tokens,
             // rows and columns in bounds of dy and dx.
             unsafe {
@@ -190,17 +244,17 @@ pub(super) unsafe fn backward<S: Source, V: Vectors>(task: &WideBackwardTask<'_>
                     let unit = task.weight.as_ptr().add((r + i) * row_bytes + column / UNIT * S::UNIT_BYTES);
                     S::unpack(unit, within..within + columns, panel.add(LANES * i), STEP);
                 }
-                for (i, scales) in scales[..slabs].iter_mut().enumerate() {
-                    *scales = V::fix(panel.add(i * STEP), rows);
+                for i in 0..slabs {
+                    V::fix(panel.add(i * STEP), rows);
                 }
-                let block = Slabs { at: panel, step: STEP, scales: &scales[..slabs], groups: rows.div_ceil(GROUP) };
+                let block = Slabs { at: panel, step: STEP, count: slabs, groups: rows.div_ceil(GROUP) };
                 let to = Target {
                     at: task.dx.base.add(column),
                     row: task.dx.stride,
                     columns,
                     add: task.accumulate || r > 0,
                 };
-                multiply::<V>(block, task.dy, r / GROUP, to);
+                multiply::<Q, V>(block, task.dy, r / GROUP, to);
             }
         }
         column += columns;

@@ -2,8 +2,8 @@
 
 use super::super::avx2::source::{Source, by_type};
 use super::super::{LinearTask, Scratch};
-use super::blocks::{self, Backward, Forward, LANES, Rows, Scales, Slabs, Target, Vectors};
-use super::{GROUP, MOST, MOST_WEIGHT, SMALLEST, Wide, WideBackwardTask};
+use super::blocks::{self, Backward, Forward, LANES, Rows, Slabs, Target, Vectors};
+use super::{GROUP, Level, Rounded, RoundedBackwardTask, SMALLEST};
 use crate::quant::DType;
 use std::arch::x86_64::*;
 
@@ -18,14 +18,14 @@ pub(super) fn forward_of(dtype: DType) -> Forward {
 }
 
 /// The backward pass for a type, likewise.
-pub(super) fn backward_of(dtype: DType) -> Backward {
+pub(super) fn backward_of(dtype: DType) -> Backward<i16> {
     by_type!(dtype, backward)
 }
 
 /// # Safety
 /// As for [`blocks::forward`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn forward<S: Source>(task: &LinearTask<'_>, x: &Wide<'_>, scratch: &mut Scratch) {
+unsafe fn forward<S: Source>(task: &LinearTask<'_>, x: &Rounded<'_, i16>, scratch: &mut Scratch) {
     // SAFETY: the caller's promise.
     unsafe { blocks::forward::<S, Avx2>(task, x, scratch) }
 }
@@ -33,26 +33,76 @@ unsafe fn forward<S: Source>(task: &LinearTask<'_>, x: &Wide<'_>, scratch: &mut 
 /// # Safety
 /// As for [`blocks::backward`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn backward<S: Source>(task: &WideBackwardTask<'_>, scratch: &mut Scratch) {
+unsafe fn backward<S: Source>(task: &RoundedBackwardTask<'_, i16>, scratch: &mut Scratch) {
     // SAFETY: the caller's promise.
-    unsafe { blocks::backward::<S, Avx2>(task, scratch) }
+    unsafe { blocks::backward::<S, i16, Avx2>(task, scratch) }
 }
 
 struct Avx2;
 
-impl Vectors for Avx2 {
+impl Vectors<i16> for Avx2 {
     const SLABS: usize = 1;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline(never)]
-    unsafe fn fix(slab: *mut f32, steps: usize) -> Scales {
-        // SAFETY: the caller's promise.
-        unsafe { fix(slab, steps) }
+    unsafe fn fix(slab: *mut f32, rows: usize) {
+        // SAFETY: rows of 16 values; a pair of rows is read before it is written over.
+        unsafe {
+            let mut top = [_mm256_setzero_si256(); 2];
+            for r in 0..rows {
+                for (h, top) in top.iter_mut().enumerate() {
+                    *top = _mm256_max_epi32(*top, size_of_bits(_mm256_loadu_ps(slab.add(16 * r + 8 * h))));
+                }
+            }
+            let (mut scales, mut by, mut keep) = ([_mm256_setzero_ps(); 2], [_mm256_setzero_ps(); 2], top);
+            for h in 0..2 {
+                let most = _mm256_castsi256_ps(top[h]);
+                let infinite = _mm256_cmpgt_epi32(top[h], _mm256_set1_epi32(0x7f7f_ffff));
+                let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(most, _mm256_set1_ps(SMALLEST));
+                let finite =
+                    _mm256_andnot_si256(_mm256_or_si256(infinite, _mm256_castps_si256(tiny)), _mm256_set1_epi32(-1));
+                let scale =
+                    _mm256_and_ps(_mm256_div_ps(most, _mm256_set1_ps(i16::MOST_WEIGHT)), _mm256_castsi256_ps(finite));
+                scales[h] = _mm256_blendv_ps(scale, _mm256_set1_ps(f32::NAN), _mm256_castsi256_ps(infinite));
+                by[h] =
+                    _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(i16::MOST_WEIGHT), most), _mm256_castsi256_ps(finite));
+                keep[h] = finite;
+            }
+            let int = |r: usize, h: usize| {
+                let v = _mm256_and_ps(_mm256_loadu_ps(slab.add(16 * r + 8 * h)), _mm256_castsi256_ps(keep[h]));
+                _mm256_cvtps_epi32(_mm256_mul_ps(v, by[h]))
+            };
+            let pairs = rows / 2;
+            for p in 0..pairs {
+                let (a, b) = ([int(2 * p, 0), int(2 * p, 1)], [int(2 * p + 1, 0), int(2 * p + 1, 1)]);
+                for h in 0..2 {
+                    let pair = _mm256_blend_epi16::<0b1010_1010>(a[h], _mm256_slli_epi32::<16>(b[h]));
+                    _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), pair);
+                }
+            }
+            let mut p = pairs;
+            if rows % 2 == 1 {
+                let a = [int(2 * p, 0), int(2 * p, 1)];
+                for (h, a) in a.into_iter().enumerate() {
+                    let pair = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
+                    _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), pair);
+                }
+                p += 1;
+            }
+            for p in p..rows.div_ceil(GROUP) * GROUP / 2 {
+                for h in 0..2 {
+                    _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), _mm256_setzero_si256());
+                }
+            }
+            for (h, scales) in scales.into_iter().enumerate() {
+                _mm256_storeu_ps(slab.add(scales_at(rows.div_ceil(GROUP)) + 8 * h), scales);
+            }
+        }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline(never)]
-    unsafe fn multiply(slabs: Slabs<'_>, x: Rows, to: Target) {
+    unsafe fn multiply(slabs: Slabs, x: Rows<i16>, to: Target) {
         for t in (0..x.tokens).step_by(TILE) {
             let (x, to) = (x.from(t, TILE.min(x.tokens - t)), to.from(t));
             // SAFETY: the caller's promise.
@@ -73,7 +123,7 @@ impl Vectors for Avx2 {
 /// # Safety
 /// The caller has AVX2; `q` and `d` hold whole groups for `x`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn widen_row(x: &[f32], q: &mut [i16], d: &mut [f32]) {
+pub(super) unsafe fn round_row<Q: Level>(x: &[f32], q: &mut [Q], d: &mut [f32]) {
     let mut last = [0.0f32; GROUP];
     for (g, d) in d.iter_mut().enumerate() {
         let x = &x[g * GROUP..];
@@ -98,9 +148,9 @@ pub(super) unsafe fn widen_row(x: &[f32], q: &mut [i16], d: &mut [f32]) {
             let inverse = match most {
                 _ if !most.is_finite() => 0.0,
                 _ if most < SMALLEST => 0.0,
-                _ => MOST / most,
+                _ => Q::MOST / most,
             };
-            *d = if most.is_finite() { f32::from(u8::from(inverse > 0.0)) * (most / MOST) } else { f32::NAN };
+            *d = if most.is_finite() { f32::from(u8::from(inverse > 0.0)) * (most / Q::MOST) } else { f32::NAN };
             // Nothing of a NaN may be multiplied, not even by zero.
             let keep = _mm256_castsi256_ps(_mm256_set1_epi32(-i32::from(inverse > 0.0)));
             let by = _mm256_set1_ps(inverse);
@@ -108,80 +158,53 @@ pub(super) unsafe fn widen_row(x: &[f32], q: &mut [i16], d: &mut [f32]) {
             for (int, v) in int.iter_mut().zip(v) {
                 *int = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_and_ps(v, keep), by));
             }
-            for h in 0..GROUP / 16 {
-                let words = _mm256_packs_epi32(int[2 * h], int[2 * h + 1]);
-                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
-                _mm256_storeu_si256(q.as_mut_ptr().add(g * GROUP + 16 * h).cast(), words);
-            }
+            Q::pack(int, q.as_mut_ptr().add(g * GROUP));
         }
     }
+}
+
+/// Packs the rounded activations of a group, 16 in a vector.
+///
+/// # Safety
+/// As for [`Kernels::pack`](blocks::Kernels::pack).
+#[inline(always)]
+pub(super) unsafe fn pack_words(group: [__m256i; GROUP / 8], to: *mut i16) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for h in 0..GROUP / 16 {
+            let words = _mm256_packs_epi32(group[2 * h], group[2 * h + 1]);
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            _mm256_storeu_si256(to.add(16 * h).cast(), words);
+        }
+    }
+}
+
+/// The same 32 in a vector, with 128 added.
+///
+/// # Safety
+/// As for [`Kernels::pack`](blocks::Kernels::pack).
+#[inline(always)]
+pub(super) unsafe fn pack_bytes(group: [__m256i; GROUP / 8], to: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for h in 0..GROUP / 32 {
+            let [a, b, c, d] = [group[4 * h], group[4 * h + 1], group[4 * h + 2], group[4 * h + 3]];
+            let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+            let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            _mm256_storeu_si256(to.add(32 * h).cast(), _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
+        }
+    }
+}
+
+/// Where the scales of a slab in 16 bits lie: behind its weights, of which one f32 holds two.
+pub(super) const fn scales_at(groups: usize) -> usize {
+    groups * GROUP / 2 * LANES
 }
 
 #[inline(always)]
 unsafe fn size_of_bits(v: __m256) -> __m256i {
     // SAFETY: register arithmetic.
     unsafe { _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff_ffff)) }
-}
-
-/// Rounds a slab of `rows` × 16 weights in place: as `q[row / 2][lane][row % 2]`, i16, whole groups of rows with
-/// zeros behind the last, by one scale for each lane, which is returned.
-///
-/// # Safety
-/// The slab holds the rows, filled up to a group, as f32; the caller has AVX2.
-#[inline(always)]
-unsafe fn fix(slab: *mut f32, rows: usize) -> Scales {
-    // SAFETY: rows of 16 values; a pair of rows is read before it is written over.
-    unsafe {
-        let mut top = [_mm256_setzero_si256(); 2];
-        for r in 0..rows {
-            for (h, top) in top.iter_mut().enumerate() {
-                *top = _mm256_max_epi32(*top, size_of_bits(_mm256_loadu_ps(slab.add(16 * r + 8 * h))));
-            }
-        }
-        let (mut scales, mut by, mut keep) = ([_mm256_setzero_ps(); 2], [_mm256_setzero_ps(); 2], top);
-        for h in 0..2 {
-            let most = _mm256_castsi256_ps(top[h]);
-            let infinite = _mm256_cmpgt_epi32(top[h], _mm256_set1_epi32(0x7f7f_ffff));
-            let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(most, _mm256_set1_ps(SMALLEST));
-            let finite =
-                _mm256_andnot_si256(_mm256_or_si256(infinite, _mm256_castps_si256(tiny)), _mm256_set1_epi32(-1));
-            let scale = _mm256_and_ps(_mm256_div_ps(most, _mm256_set1_ps(MOST_WEIGHT)), _mm256_castsi256_ps(finite));
-            scales[h] = _mm256_blendv_ps(scale, _mm256_set1_ps(f32::NAN), _mm256_castsi256_ps(infinite));
-            by[h] = _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(MOST_WEIGHT), most), _mm256_castsi256_ps(finite));
-            keep[h] = finite;
-        }
-        let int = |r: usize, h: usize| {
-            let v = _mm256_and_ps(_mm256_loadu_ps(slab.add(16 * r + 8 * h)), _mm256_castsi256_ps(keep[h]));
-            _mm256_cvtps_epi32(_mm256_mul_ps(v, by[h]))
-        };
-        let pairs = rows / 2;
-        for p in 0..pairs {
-            let (a, b) = ([int(2 * p, 0), int(2 * p, 1)], [int(2 * p + 1, 0), int(2 * p + 1, 1)]);
-            for h in 0..2 {
-                let pair = _mm256_blend_epi16::<0b1010_1010>(a[h], _mm256_slli_epi32::<16>(b[h]));
-                _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), pair);
-            }
-        }
-        let mut p = pairs;
-        if rows % 2 == 1 {
-            let a = [int(2 * p, 0), int(2 * p, 1)];
-            for (h, a) in a.into_iter().enumerate() {
-                let pair = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
-                _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), pair);
-            }
-            p += 1;
-        }
-        for p in p..rows.div_ceil(GROUP) * GROUP / 2 {
-            for h in 0..2 {
-                _mm256_storeu_si256(slab.add(16 * p + 8 * h).cast(), _mm256_setzero_si256());
-            }
-        }
-        let mut lanes = Scales([0.0; LANES]);
-        for (h, scales) in scales.into_iter().enumerate() {
-            _mm256_storeu_ps(lanes.0.as_mut_ptr().add(8 * h), scales);
-        }
-        lanes
-    }
 }
 
 /// T tokens × 16 lanes.
@@ -191,7 +214,7 @@ unsafe fn fix(slab: *mut f32, rows: usize) -> Scales {
 /// # Safety
 /// As for [`Vectors::multiply`], with T rows of activations and one slab.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<const T: usize>(slab: Slabs<'_>, x: Rows, to: Target) {
+unsafe fn tile<const T: usize>(slab: Slabs, x: Rows<i16>, to: Target) {
     let Rows { q, d, row: wide, .. } = x;
     let mut w = slab.at.cast::<__m256i>();
     // SAFETY: by the contract.
@@ -226,7 +249,7 @@ unsafe fn tile<const T: usize>(slab: Slabs<'_>, x: Rows, to: Target) {
                 }
             }
         }
-        let scales = slab.scales[0].0.as_ptr();
+        let scales = slab.at.add(scales_at(slab.groups));
         let scales = [_mm256_loadu_ps(scales), _mm256_loadu_ps(scales.add(8))];
         for (t, acc) in acc.iter().enumerate() {
             for h in 0..2 {
