@@ -469,8 +469,9 @@ typedef struct kinglet_train_report {
    "gate", "up", "down"]; also "embedding", "head"), full (false; all weights instead of an adapter), batch (4), seq
    (256 tokens), accumulation (1), packing ("best_fit"), truncation ("end"), shuffle (true), steps (null: as many as
    epochs take), epochs (3), lr (2e-4), min_lr (0), schedule ("cosine"), warmup (10), weight_decay (0), betas, eps,
-   clip (1), state_8bit (false), loss ("cross_entropy", {"dpo": {"beta": 0.1}}, ...), seed (42), eval_every (50),
-   checkpoint_every (50), keep_checkpoints (2), early_stop (null). */
+   clip (1), state_8bit (false), arithmetic of the model's own maps ("narrow", in 8-bit integers; "wide", in 16;
+   "exact", in f32), loss ("cross_entropy", {"dpo": {"beta": 0.1}}, ...), seed (42), eval_every (50), checkpoint_every
+   (50), keep_checkpoints (2), early_stop (null). */
 kinglet_status kinglet_trainer_create(const kinglet_model *model, const char *config_json, kinglet_trainer **out,
                                       kinglet_error *err);
 

@@ -72,6 +72,7 @@ const TRAINING: [&str; 16] = [
     r#""loss": {"dpo": {"beta": @}}"#,
     r#""targets": ["q", "embedding", "head"]"#,
     r#""state_8bit": true"#,
+    r#""arithmetic": "wide""#,
     r#""clip": @"#,
     r#""betas": [@, @]"#,
     r#""resume": true"#,

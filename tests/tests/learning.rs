@@ -1,8 +1,8 @@
 //! The gradients of a real model's adapters against PyTorch's, step by step.
 //!
 //! `data/train_smollm2_lora.json` holds losses and gradient norms of the first steps of a LoRA training, made by torch in
-//! fp32 on weights dequantized from the same file. With exact arithmetic ours must be the same numbers; in 16-bit integers,
-//! which is how training runs, they must hardly differ; with 8-bit activations the loss stays within a hundredth.
+//! fp32 on weights dequantized from the same file. With exact arithmetic ours must be the same numbers; in 16-bit integers they
+//! must hardly differ; in 8-bit integers, which is how training runs, they must be nearer than torch's own bf16.
 
 use std::sync::atomic::AtomicBool;
 
@@ -127,22 +127,61 @@ fn gradients_in_16_bit_integers_hardly_differ_from_those_of_torch() {
     });
 }
 
-/// The whole curve: every loss within 1 %, every gradient norm within 2 %.
-#[test]
-fn fifty_steps_are_those_of_torch() {
-    if !heavy() {
-        return;
-    }
+/// How far off the whole curve is: the worst and the mean loss, the worst and the mean gradient norm.
+fn fifty_steps(arithmetic: Arithmetic) -> [f64; 4] {
     let golden = golden();
-    let (mut worst_loss, mut worst_norm, mut steps) = (0.0f64, 0.0f64, 0);
     let off = |ours: f64, theirs: &serde_json::Value| (ours / theirs.as_f64().expect("a number") - 1.0).abs();
-    train(Arithmetic::default(), 50, |step, loss, _, gradients| {
-        worst_loss = worst_loss.max(off(loss, &golden["loss"][step]));
-        worst_norm = worst_norm.max(off(norm(gradients), &golden["grad_norm"][step]));
+    let mut steps = 0;
+    let mut worst = [0.0f64; 2];
+    let mut sums = [0.0; 2];
+    train(arithmetic, 50, |step, loss, _, gradients| {
+        let of_step = [off(loss, &golden["loss"][step]), off(norm(gradients), &golden["grad_norm"][step])];
+        for (i, off) in of_step.into_iter().enumerate() {
+            worst[i] = worst[i].max(off);
+            sums[i] += off;
+        }
         steps += 1;
     });
-    println!("{steps} steps: losses within {worst_loss:.1e}, gradient norms within {worst_norm:.1e}");
-    assert!(worst_loss < 0.01 && worst_norm < 0.02 && steps == 50, "losses {worst_loss}, norms {worst_norm}");
+    assert_eq!(steps, 50);
+    let [loss, norm] = sums.map(|sum| sum / 50.0);
+    println!("{arithmetic:?}: losses {loss:.1e}, at most {:.1e}; gradient norms {norm:.1e}, {:.1e}", worst[0], worst[1]);
+    [worst[0], loss, worst[1], norm]
+}
+
+/// The whole curve: every loss within 1 %, every gradient norm within 2 %.
+#[test]
+fn fifty_steps_in_16_bit_integers_are_those_of_torch() {
+    if heavy() {
+        let [loss, _, norm, _] = fifty_steps(Arithmetic::Wide);
+        assert!(loss < 0.01 && norm < 0.02);
+    }
+}
+
+/// Every loss within 1 %; of gradient norms the mean. The first steps of Adam are ±rate by the signs of gradients, those near zero
+/// included, and the norm of the fourth hangs on them: torch with bf16 autocast has that 12 % off (and by the same steps on the
+/// same batches losses by 0.6 % in the mean and 1.5 % at most, norms by 2.7 % in the mean), so ours has to be no further.
+#[test]
+fn fifty_steps_in_8_bit_integers_are_nearer_than_torch_in_bf16() {
+    if heavy() {
+        let [loss, mean_loss, norm, mean_norm] = fifty_steps(Arithmetic::default());
+        assert!(loss < 0.01 && mean_loss < 0.003 && norm < 0.12 && mean_norm < 0.01);
+    }
+}
+
+/// At one point, where no earlier step counts: gradients in 8-bit integers beside exact ones.
+#[test]
+fn gradients_in_8_bit_integers_point_where_the_exact_ones_do() {
+    let first_step = |arithmetic| {
+        let mut first = None;
+        train(arithmetic, 1, |_, loss, _, gradients| first = Some((loss, gradients.to_vec())));
+        first.expect("a step")
+    };
+    let ((loss, gradients), (want, exact)) = (first_step(Arithmetic::Narrow), first_step(Arithmetic::Exact));
+    let product: f64 = gradients.iter().zip(&exact).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+    let cosine = product / norm(&gradients) / norm(&exact);
+    println!("loss {:.1e} off, norm {:.1e}, cosine {cosine}", loss / want - 1.0, norm(&gradients) / norm(&exact) - 1.0);
+    assert!((loss / want - 1.0).abs() < 3e-3 && (norm(&gradients) / norm(&exact) - 1.0).abs() < 1e-2);
+    assert!(cosine > 0.99, "{cosine}");
 }
 
 /// A batch that is computed in several runs gives what it gives in one, but for the order of sums.
@@ -159,12 +198,4 @@ fn runs_of_a_batch_do_not_show() {
     assert!(arenas[1] * 3 < arenas[0] * 2, "{arenas:?}: the budget should divide the batch");
     let difference: Vec<f32> = whole.iter().zip(&parts).map(|(a, b)| a - b).collect();
     assert!(norm(&difference) < 1e-4 * norm(&whole), "{} of {}", norm(&difference), norm(&whole));
-}
-
-#[test]
-fn the_loss_with_8_bit_activations_is_within_a_hundredth() {
-    let golden = golden();
-    train(Arithmetic::Narrow, 5, |step, loss, _, _| {
-        assert_close(&format!("loss of step {step}"), loss, &golden["loss"][step], 1e-2);
-    });
 }

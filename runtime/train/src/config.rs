@@ -41,6 +41,30 @@ impl Target {
     pub const LAYER: [Target; 7] = [Target::Q, Target::K, Target::V, Target::O, Target::Gate, Target::Up, Target::Down];
 }
 
+/// How the model's own maps are computed while an adapter is learned; adapters themselves are f32, and so is all in a full
+/// training. On a GPU the first two are what the device does fastest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arithmetic {
+    /// 8-bit integers, as where the adapter will be used.
+    #[default]
+    Narrow,
+    /// 16-bit integers.
+    Wide,
+    /// f32.
+    Exact,
+}
+
+impl From<Arithmetic> for kinglet_engine::session::Arithmetic {
+    fn from(arithmetic: Arithmetic) -> Self {
+        match arithmetic {
+            Arithmetic::Narrow => Self::Narrow,
+            Arithmetic::Wide => Self::Wide,
+            Arithmetic::Exact => Self::Exact,
+        }
+    }
+}
+
 /// The settings of a training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -98,6 +122,8 @@ pub struct TrainConfig {
     pub clip: f64,
     /// Keep the optimizer's state in 8 bits.
     pub state_8bit: bool,
+    /// How exactly the model's maps are computed.
+    pub arithmetic: Arithmetic,
     /// What is minimised.
     pub loss: Loss,
     /// How much the divergence from the untrained model counts in a token on which it is to stay as it is, beside the loss of a
@@ -147,6 +173,7 @@ impl Default for TrainConfig {
             eps: 1e-8,
             clip: 1.0,
             state_8bit: false,
+            arithmetic: Arithmetic::default(),
             loss: Loss::CrossEntropy,
             keep_weight: 1.0,
             keep_share: 0.5,

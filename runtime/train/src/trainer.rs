@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use kinglet_engine::adapter::{Adapter, fingerprint};
-use kinglet_engine::session::{Arithmetic, Device, Learner, LearnerOptions, Model};
+use kinglet_engine::session::{Device, Learner, LearnerOptions, Model};
 use kinglet_engine::{Stopwatch, file};
 use serde::{Deserialize, Serialize};
 
@@ -237,7 +237,7 @@ impl Trainer {
             trained,
             tokens,
             sequence,
-            arithmetic: Arithmetic::default(),
+            arithmetic: config.arithmetic.into(),
             threads: options.threads,
             device: options.device.clone(),
             memory_budget: None,

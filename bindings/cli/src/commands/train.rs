@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use kinglet_engine::Error;
 use kinglet_engine::session::Model;
-use kinglet_train::config::{Target, TrainConfig};
+use kinglet_train::config::{Arithmetic, Target, TrainConfig};
 use kinglet_train::data::{self, Dataset};
 use kinglet_train::preference::Loss;
 use kinglet_train::schedule::Shape;
@@ -153,6 +153,9 @@ struct DescentArgs {
     /// Keep the optimizer's state in 8 bits
     #[arg(long)]
     state_8bit: bool,
+    /// How exactly the model's own maps are computed [default: narrow]
+    #[arg(long, value_enum)]
+    arithmetic: Option<ArithmeticArg>,
     /// What is minimised [default: cross-entropy]
     #[arg(long, value_enum)]
     loss: Option<LossArg>,
@@ -181,6 +184,16 @@ enum ShapeArg {
     Cosine,
     Linear,
     Constant,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ArithmeticArg {
+    /// In 8-bit integers, as where the adapter will be used: fastest
+    Narrow,
+    /// In 16-bit integers
+    Wide,
+    /// In f32
+    Exact,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -253,6 +266,13 @@ impl Arguments {
         set(&mut c.eval_every, &d.eval_every);
         set(&mut c.checkpoint_every, &d.checkpoint_every);
         c.state_8bit |= d.state_8bit;
+        if let Some(arithmetic) = d.arithmetic {
+            c.arithmetic = match arithmetic {
+                ArithmeticArg::Narrow => Arithmetic::Narrow,
+                ArithmeticArg::Wide => Arithmetic::Wide,
+                ArithmeticArg::Exact => Arithmetic::Exact,
+            };
+        }
         if d.early_stop.is_some() {
             c.early_stop = d.early_stop;
         }
