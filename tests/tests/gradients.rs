@@ -432,7 +432,7 @@ fn quantized_weights_have_the_gradients_of_their_dense_twin() {
             let error = relative(&a[p.offset..p.end()], &b[p.offset..p.end()]);
             assert!(error < 1e-4, "{arch} {dtype} {}: {error:.1e} from the dense twin", p.name);
         }
-        // Rounding to 16 bits, which is how training runs, hardly moves the gradient; 8 bits do not turn it.
+        // Rounding to 16 bits hardly moves the gradient; 8 bits, which is how training runs, do not turn it.
         let rounded = |arithmetic| {
             let options = LearnerOptions { arithmetic, ..options(lora(&model, 4)) };
             learn(&mut Learner::new(&model, &options).expect("a learner"), &batch, &params).1

@@ -144,7 +144,10 @@ fn fifty_steps(arithmetic: Arithmetic) -> [f64; 4] {
     });
     assert_eq!(steps, 50);
     let [loss, norm] = sums.map(|sum| sum / 50.0);
-    println!("{arithmetic:?}: losses {loss:.1e}, at most {:.1e}; gradient norms {norm:.1e}, {:.1e}", worst[0], worst[1]);
+    println!(
+        "{arithmetic:?}: losses {loss:.1e}, at most {:.1e}; gradient norms {norm:.1e}, {:.1e}",
+        worst[0], worst[1]
+    );
     [worst[0], loss, worst[1], norm]
 }
 

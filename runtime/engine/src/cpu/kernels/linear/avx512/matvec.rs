@@ -209,6 +209,15 @@ unsafe fn unit<B: Pair, const T: usize>(
             };
             scales[t] = _mm512_permutexvar_ps(order, products);
         }
+        if B::RUN >= 4 && !B::HALVES && !B::SIGNED && groups == 8 {
+            let w = [B::pair(p, 0), B::pair(p, 1), B::pair(p, 2), B::pair(p, 3)];
+            for t in 0..T {
+                let q = x[t].q.add(256 * u);
+                let dots = dots_of_a_unit(&w, q);
+                sums[t][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scales[t], sums[t][0]);
+            }
+            return;
+        }
         let flip = _mm512_set1_epi8(-128);
         for j in 0..groups.div_ceil(2) {
             let whole = 2 * j + 1 < groups;
@@ -231,6 +240,21 @@ unsafe fn unit<B: Pair, const T: usize>(
                 sums[t][j % 2] = _mm512_fmadd_ps(dot, scale, sums[t][j % 2]);
             }
         }
+    }
+}
+
+/// The products of a unit's eight groups with their activations at `q`, for weights of five bits at most: four lanes hold the sums of
+/// groups 0, 2, 4 and 6 over half their values, the next four those over the other half, and so on for groups 1, 3, 5 and 7. That is
+/// the order in which the scales lie, and one conversion and one multiply-add for what would be four of each.
+#[inline(always)]
+unsafe fn dots_of_a_unit(w: &[__m512i; 4], q: *const i8) -> __m512i {
+    // SAFETY: the caller has the instructions, and a unit of activations.
+    unsafe {
+        let dot =
+            |j: usize| _mm512_dpbusd_epi32(_mm512_setzero_si512(), w[j], _mm512_loadu_si512(q.add(64 * j).cast()));
+        // Eight products are 8 · 31 · 127 at most, which 16 bits hold.
+        let joined = |a, b| _mm512_madd_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(1));
+        joined(joined(dot(0), dot(1)), joined(dot(2), dot(3)))
     }
 }
 
