@@ -83,6 +83,14 @@ pub(super) struct Decoding {
     pub largest: u32,
 }
 
+/// What a recorder has collected: dispatches, their descriptions, the kernels and what is bound that they are indices of.
+pub(super) struct Recorded {
+    pub dispatches: Vec<Dispatch>,
+    pub slots: Vec<u8>,
+    pub kernels: Vec<Kernel>,
+    pub binds: Vec<Binds>,
+}
+
 /// Collects dispatches.
 pub(super) struct Recorder<'a> {
     pub device: &'a Arc<Device>,
@@ -184,14 +192,16 @@ impl<'a> Recorder<'a> {
     }
 
     /// Records every op.
-    pub fn record(&mut self) -> Result<()> {
+    pub fn record(mut self) -> Result<Recorded> {
         let mut index = 0;
         while index < self.tape.ops.len() {
             self.op = self.tape.ops[index].name();
             index += self.forward(index)?;
         }
         self.largest()?;
-        self.add_slices()
+        self.add_slices()?;
+        let Recorder { dispatches, slots, kernels, binds, .. } = self;
+        Ok(Recorded { dispatches, slots, kernels, binds })
     }
 
     /// Place of a value in the arena, in floats.
