@@ -432,7 +432,9 @@ impl Executor {
     fn recording(&mut self, shared: &Shared, program: usize, decoding: Option<Decoding>) -> Result<usize> {
         let at = match self.programs[program].recordings.iter().position(|r| r.decoding == decoding) {
             Some(at) => at,
-            None => self.record(shared, program, decoding).and_then(|recorded| self.keep(program, decoding, recorded))?,
+            None => {
+                self.record(shared, program, decoding).and_then(|recorded| self.keep(program, decoding, recorded))?
+            }
         };
         let generation = self.generation + shared.generation();
         if self.programs[program].recordings[at].generation != generation {
