@@ -31,6 +31,7 @@ mod gguf_real;
 mod gpu;
 mod gpu_divided;
 mod gpu_division;
+mod gpu_import;
 mod gpu_kv;
 mod gpu_largest;
 mod gpu_life;

@@ -146,6 +146,10 @@ pub struct MemoryArgs {
     /// Most memory of the GPU to take: it gets as many layers as that holds
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub gpu_memory: Option<u64>,
+    /// Read the weights on the GPU from the mapped file, without a copy, where the driver allows that; for GPUs that share the
+    /// processor's memory
+    #[arg(long)]
+    pub gpu_import: bool,
 }
 
 impl MemoryArgs {
@@ -160,6 +164,7 @@ impl MemoryArgs {
             memory_budget: self.memory_budget,
             gpu_layers: self.gpu_layers,
             gpu_memory: self.gpu_memory,
+            gpu_import: self.gpu_import,
             ..SessionOptions::default()
         }
     }

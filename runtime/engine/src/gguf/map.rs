@@ -58,6 +58,15 @@ impl Mapping {
         Ok(Mapping::Pages(pages.make_read_only().map_err(Error::io(name))?))
     }
 
+    /// All bytes, where they lie in pages of the system's: every page that they touch is mapped, for as long as this is here.
+    #[cfg(feature = "gpu")]
+    pub(super) fn pages(&self) -> Option<&[u8]> {
+        match self {
+            Mapping::Pages(pages) => Some(pages),
+            Mapping::Shared(_) => None,
+        }
+    }
+
     /// All bytes.
     pub(super) fn bytes(&self) -> &[u8] {
         match self {

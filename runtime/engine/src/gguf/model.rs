@@ -172,6 +172,13 @@ impl Gguf {
             .unwrap_or_default()
     }
 
+    /// Of the files those whose bytes lie in pages of the system's, mapped or copied: whole pages are there, for as long as the
+    /// model is.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn pages(&self) -> impl Iterator<Item = &[u8]> {
+        self.shards.iter().filter_map(|(_, mapping)| mapping.pages())
+    }
+
     /// Bytes of all files together.
     pub fn file_bytes(&self) -> u64 {
         self.shards.iter().fold(0, |sum, (_, s)| sum.saturating_add(s.bytes().len() as u64))

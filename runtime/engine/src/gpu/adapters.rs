@@ -145,8 +145,8 @@ impl Recorder<'_> {
     }
 
     /// `out = gain ∘ product + bias + residual` of a part of a map, whose product lies apart.
-    pub(super) fn gain(&mut self, part: &Part, residual: u32) -> Result<()> {
-        let Some(c) = self.correction(part.weight) else { return Ok(()) };
+    pub(super) fn gain(&mut self, part: &Part, residual: u32) {
+        let Some(c) = self.correction(part.weight) else { return };
         let width = self.width(part.out);
         let op = RescaleOp {
             y: self.apart(part.weight),
@@ -160,32 +160,31 @@ impl Recorder<'_> {
             cap: 0.0,
             unused: [0; 3],
         };
-        self.push_rescale(&op, self.rows(part.out))
+        self.push_rescale(&op, self.rows(part.out));
     }
 
     /// Adds the corrections of a map to its results.
-    pub(super) fn correct(&mut self, l: &Linear) -> Result<()> {
-        let Some(first) = l.parts.iter().find_map(|p| self.correction(p.weight)) else { return Ok(()) };
-        self.hidden(self.factor(l.x), first)?;
+    pub(super) fn correct(&mut self, l: &Linear) {
+        let Some(first) = l.parts.iter().find_map(|p| self.correction(p.weight)) else { return };
+        self.hidden(self.factor(l.x), first);
         for part in &l.parts {
             let Some(c) = self.correction(part.weight) else { continue };
             let out = self.factor(part.out);
-            self.add(c, out.rows, (c.hidden, c.total), (c.b, c.rank), false, 1.0, out)?;
+            self.add(c, out.rows, (c.hidden, c.total), (c.b, c.rank), false, 1.0, out);
         }
-        Ok(())
     }
 
     /// Adds the correction of the embedding to the rows of the run's tokens.
-    pub(super) fn correct_embedding(&mut self, table: WeightId, scale: f32, out: Value) -> Result<()> {
-        let Some(c) = self.correction(table) else { return Ok(()) };
+    pub(super) fn correct_embedding(&mut self, table: WeightId, scale: f32, out: Value) {
+        let Some(c) = self.correction(table) else { return };
         let out = self.factor(out);
         let gather = [c.b, c.rank, self.scratch.hidden, 0];
-        self.push(Kernel::GatherParams, (0, 0), row_grid(1, out.rows), &gather, (0, u64::from(c.rank)))?;
-        self.add(c, out.rows, (0, c.rank), (c.a, out.width), true, scale, out)
+        self.push(Kernel::GatherParams, (0, 0), row_grid(1, out.rows), &gather, (0, u64::from(c.rank)));
+        self.add(c, out.rows, (0, c.rank), (c.a, out.width), true, scale, out);
     }
 
     /// Rescales logits that are not capped yet, adds the head's correction to them, and caps them.
-    pub(super) fn correct_head(&mut self, x: Value, c: Placed, out: Value, cap: f32) -> Result<()> {
+    pub(super) fn correct_head(&mut self, x: Value, c: Placed, out: Value, cap: f32) {
         let out = self.factor(out);
         let logits = RescaleOp {
             y: out.at,
@@ -200,18 +199,17 @@ impl Recorder<'_> {
             unused: [0; 3],
         };
         if c.gain != NONE {
-            self.push_rescale(&logits, out.rows)?;
+            self.push_rescale(&logits, out.rows);
         }
-        self.hidden(self.factor(x), c)?;
-        self.add(c, out.rows, (0, c.total), (c.b, c.rank), false, 1.0, out)?;
-        match cap > 0.0 {
-            true => self.push_rescale(&RescaleOp { magnitude: NONE, cap, ..logits }, out.rows),
-            false => Ok(()),
+        self.hidden(self.factor(x), c);
+        self.add(c, out.rows, (0, c.total), (c.b, c.rank), false, 1.0, out);
+        if cap > 0.0 {
+            self.push_rescale(&RescaleOp { magnitude: NONE, cap, ..logits }, out.rows);
         }
     }
 
     /// `h = x·Aᵀ` of all parts that share `x`, into scratch.
-    fn hidden(&mut self, x: Factor, first: Placed) -> Result<()> {
+    fn hidden(&mut self, x: Factor, first: Placed) {
         let product = MatmulOp {
             x: x.at,
             x_stride: x.stride,
@@ -229,7 +227,7 @@ impl Recorder<'_> {
         };
         let grid = Grid { x: first.total / 8, z: Depth::Rows(x.rows, 8) };
         let kernel = Kernel::LoraNarrow { turned: false, fours: true };
-        self.push(kernel, (0, 0), grid, &product, (0, u64::from(x.width + first.total)))
+        self.push(kernel, (0, 0), grid, &product, (0, u64::from(x.width + first.total)));
     }
 
     /// `out += scale·h·Pᵀ`, or with `turned` `scale·h·P`, with `h` a part of the rows in scratch, by its first element and how far
@@ -244,11 +242,11 @@ impl Recorder<'_> {
         turned: bool,
         scale: f32,
         out: Factor,
-    ) -> Result<()> {
+    ) {
         let x = Factor { at: self.scratch.hidden + hidden, stride, rows, width: c.rank };
         let op = parameter_product(x, weight, scale, out.at, out);
         let grid = Grid { x: out.width.div_ceil(256), z: Depth::Rows(rows, 8) };
         let kernel = Kernel::LoraWide { turned, fours: true };
-        self.push(kernel, (0, 0), grid, &op, (0, u64::from(c.rank + 2 * out.width)))
+        self.push(kernel, (0, 0), grid, &op, (0, u64::from(c.rank + 2 * out.width)));
     }
 }

@@ -108,11 +108,10 @@ impl Recorder<'_> {
             Op::LinearBackward { parts, dx, out } => {
                 let mut so_far = dx.map_or(NONE, |dx| self.at(dx));
                 for (dy, weight) in parts {
-                    let dy = self.input(*dy, &[*weight], true)?;
-                    self.turned(&dy, *weight, 0..usize::MAX, so_far, *out)?;
+                    let dy = self.input(*dy, &[*weight], true);
+                    self.turned(&dy, *weight, 0..usize::MAX, so_far, *out);
                     so_far = self.at(*out);
                 }
-                Ok(())
             }
             Op::RmsNormBackward { x, weight, dy, dx, out } => {
                 let norm = self.vector(*weight);
@@ -130,11 +129,11 @@ impl Recorder<'_> {
             Op::ScatterOutputs { x, out } => {
                 let op = [self.at(*x), self.width(*x), self.at(*out), 0];
                 let floats = u64::from(op[1]);
-                self.push(Kernel::Scatter { clear: true }, (0, 0), row_grid(1, Rows::Tokens), &op, (0, floats))?;
+                self.push(Kernel::Scatter { clear: true }, (0, 0), row_grid(1, Rows::Tokens), &op, (0, floats));
                 self.push(Kernel::Scatter { clear: false }, (0, 0), row_grid(1, Rows::Outputs), &op, (0, 2 * floats))
             }
             Op::CrossEntropyGrad { x, weight, out, dx, lora } => {
-                self.cross_entropy(*x, *weight, *out, lora.as_ref().map(|(lora, _)| lora))?;
+                self.cross_entropy(*x, *weight, *out, lora.as_ref().map(|(lora, _)| lora));
                 self.cross_entropy_gradient(*x, *weight, *dx, lora.as_ref())
             }
             Op::RowNorms { weight, a, b, scale, out } => self.row_norms(*weight, (*a, *b), *scale, *out),
@@ -148,8 +147,9 @@ impl Recorder<'_> {
             Op::RmsNormWeightBackward { x, weight, dy } => self.norm_weight(*x, *weight, *dy),
             Op::HeadNormWeightBackward { forward, d } => self.head_norm_weights(forward, *d),
             Op::EmbedBackward { table, scale, dy } => self.token_rows(*dy, ParamId(table.0), *scale),
-            op => Err(Error::Unsupported(format!("{} on the GPU; use the CPU", op.name()))),
+            op => return Err(Error::Unsupported(format!("{} on the GPU; use the CPU", op.name()))),
         }
+        Ok(())
     }
 
     /// The rows of a value.
@@ -169,7 +169,7 @@ impl Recorder<'_> {
         scale: f32,
         residual: u32,
         out: Factor,
-    ) -> Result<()> {
+    ) {
         let op = parameter_product(x, (weight, row_bytes), scale, residual, out);
         let fours = op.k.min(op.columns).is_multiple_of(8) && op.k.max(op.columns).is_multiple_of(4);
         let (kernel, across) = match op.columns < op.k {
@@ -177,11 +177,11 @@ impl Recorder<'_> {
             false => (Kernel::LoraWide { turned, fours }, if fours { 256 } else { 64 }),
         };
         let grid = Grid { x: op.columns.div_ceil(across), z: Depth::Rows(x.rows, 8) };
-        self.push(kernel, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))
+        self.push(kernel, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)));
     }
 
     /// Adds `wideᵀ·narrow·scale` to the gradient at `out`, of a matrix `[wide, narrow]`, or with `turned` of one `[narrow, wide]`.
-    pub(super) fn outer(&mut self, wide: Factor, narrow: Factor, out: u32, turned: bool, scale: f32) -> Result<()> {
+    pub(super) fn outer(&mut self, wide: Factor, narrow: Factor, out: u32, turned: bool, scale: f32) {
         let op = MatmulOp {
             x: wide.at,
             x_stride: wide.stride,
@@ -204,32 +204,32 @@ impl Recorder<'_> {
     }
 
     /// Adds the slices of all gradients up.
-    pub(super) fn add_slices(&mut self) -> Result<()> {
+    pub(super) fn add_slices(&mut self) {
         let count = self.tape.param_count() as u32;
         if self.scratch.slices < 2 || count == 0 {
-            return Ok(());
+            return;
         }
         let op = [count, self.scratch.slices, 0, 0];
         self.push(Kernel::AddSlices, (0, 0), Grid { x: count.div_ceil(64), z: Depth::Fixed(1) }, &op, (0, 0))
     }
 
-    fn lora(&mut self, l: &Lora) -> Result<()> {
+    fn lora(&mut self, l: &Lora) {
         let (x, h, out) = (self.factor(l.x), self.factor(l.h), self.factor(l.out));
-        self.trained(x, self.whole(l.a), false, 1.0, NONE, h)?;
-        self.trained(h, self.whole(l.b), false, l.scale, self.at(l.y), out)
+        self.trained(x, self.whole(l.a), false, 1.0, NONE, h);
+        self.trained(h, self.whole(l.b), false, l.scale, self.at(l.y), out);
     }
 
-    fn lora_backward(&mut self, l: &LoraBackward) -> Result<()> {
+    fn lora_backward(&mut self, l: &LoraBackward) {
         let f = &l.forward;
         let (dy, e) = (self.factor(l.dy), self.factor(l.e));
-        self.trained(dy, self.whole(f.b), true, f.scale, NONE, e)?;
-        self.outer(dy, self.factor(f.h), self.param_at(f.b), false, f.scale)?;
-        self.outer(self.factor(f.x), e, self.param_at(f.a), true, 1.0)?;
-        let Some(out) = l.out else { return Ok(()) };
-        self.trained(e, self.whole(f.a), true, 1.0, l.dx.map_or(NONE, |dx| self.at(dx)), self.factor(out))
+        self.trained(dy, self.whole(f.b), true, f.scale, NONE, e);
+        self.outer(dy, self.factor(f.h), self.param_at(f.b), false, f.scale);
+        self.outer(self.factor(f.x), e, self.param_at(f.a), true, 1.0);
+        let Some(out) = l.out else { return };
+        self.trained(e, self.whole(f.a), true, 1.0, l.dx.map_or(NONE, |dx| self.at(dx)), self.factor(out));
     }
 
-    fn dropout(&mut self, d: &Dropout, x: Value, residual: Option<Value>, out: Value) -> Result<()> {
+    fn dropout(&mut self, d: &Dropout, x: Value, residual: Option<Value>, out: Value) {
         let threshold = ((f64::from(d.rate) * 65_536.0).round() as u32).min(65_535);
         let op = DropoutOp {
             x: self.at(x),
@@ -242,18 +242,11 @@ impl Recorder<'_> {
             factor: (65_536.0 / f64::from(65_536 - threshold)) as f32,
             unused: [0; 3],
         };
-        self.push(Kernel::Dropout, (0, 0), row_grid(1, self.rows(out)), &op, (0, 2 * u64::from(op.width)))
+        self.push(Kernel::Dropout, (0, 0), row_grid(1, self.rows(out)), &op, (0, 2 * u64::from(op.width)));
     }
 
     /// `out = residual + dy·W`, `W` being some rows of a matrix of the model, which are the columns of `dy`.
-    fn turned(
-        &mut self,
-        dy: &Input,
-        weight: WeightId,
-        only: std::ops::Range<usize>,
-        mut residual: u32,
-        out: Value,
-    ) -> Result<()> {
+    fn turned(&mut self, dy: &Input, weight: WeightId, only: std::ops::Range<usize>, mut residual: u32, out: Value) {
         let dtype = self.dtype(weight);
         for p in self.pieces(weight) {
             let (from, to) = (p.first.max(only.start), (p.first + p.rows).min(only.end));
@@ -284,20 +277,19 @@ impl Recorder<'_> {
                 };
                 let (kernel, grid) = self.product(dtype, true, dy, (op.columns, columns));
                 let bytes = u64::from(k) * u64::from(p.row_bytes) * u64::from(op.columns) / u64::from(columns);
-                self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(k + op.columns)))?;
+                self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(k + op.columns)));
             }
             residual = self.at(out);
         }
-        Ok(())
     }
 
-    fn gated_backward(&mut self, kind: Gate, [gate, up, dy]: [Value; 3], [d_gate, d_up]: [Value; 2]) -> Result<()> {
+    fn gated_backward(&mut self, kind: Gate, [gate, up, dy]: [Value; 3], [d_gate, d_up]: [Value; 2]) {
         let width = self.width(dy);
         let op = [self.at(gate), self.at(up), self.at(dy), self.at(d_gate), self.at(d_up), width, 0, 0];
-        self.push(Kernel::GatedBackward(kind), (0, 0), row_grid(1, self.rows(dy)), &op, (0, 5 * u64::from(width)))
+        self.push(Kernel::GatedBackward(kind), (0, 0), row_grid(1, self.rows(dy)), &op, (0, 5 * u64::from(width)));
     }
 
-    fn rope_backward(&mut self, r: &Rope, d: [Value; 2], out: [Value; 2]) -> Result<()> {
+    fn rope_backward(&mut self, r: &Rope, d: [Value; 2], out: [Value; 2]) {
         let kv = self.kv(None);
         let op = RopeBackwardOp {
             q: self.at(r.q),
@@ -312,10 +304,10 @@ impl Recorder<'_> {
         };
         let heads = kv.heads + kv.kv_heads;
         let floats = u64::from(2 * heads * kv.head_dim);
-        self.push(Kernel::RopeBackward, (0, 0), row_grid(heads, Rows::Tokens), &op, (0, floats))
+        self.push(Kernel::RopeBackward, (0, 0), row_grid(heads, Rows::Tokens), &op, (0, floats));
     }
 
-    fn attention_backward(&mut self, a: &AttentionBackward) -> Result<()> {
+    fn attention_backward(&mut self, a: &AttentionBackward) {
         let kv = self.kv(a.window);
         let op = AttentionBackwardOp {
             q: self.at(a.qkv[0]),
@@ -343,33 +335,25 @@ impl Recorder<'_> {
             let kernel = Kernel::AttentionBackward { rows, queries };
             let heads = Heads { count, groups: 1, multiply_adds: products * kv.head_dim, window: kv.window };
             let op = |first_head| AttentionBackwardOp { first_head, ..op };
-            self.push_heads(kernel, (0, 0), (heads, rows.own), op, 3 * floats)?;
+            self.push_heads(kernel, (0, 0), (heads, rows.own), op, 3 * floats);
         }
-        Ok(())
     }
 
     /// `dx = g·(softmax − onehot)·W`, a chunk of the vocabulary at a time, and what the head learns; the rows' states are known.
-    fn cross_entropy_gradient(
-        &mut self,
-        x: Value,
-        weight: WeightId,
-        dx: Value,
-        lora: Option<&(HeadLora, Value)>,
-    ) -> Result<()> {
+    fn cross_entropy_gradient(&mut self, x: Value, weight: WeightId, dx: Value, lora: Option<&(HeadLora, Value)>) {
         let vocab = self.weights.get(weight).rows;
-        let input = self.input(x, &[weight], false)?;
+        let input = self.input(x, &[weight], false);
         let mut so_far = NONE;
         for first in (0..vocab).step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(vocab);
-            self.adapted_chunk(&input, weight, chunk.clone(), lora.map(|(lora, _)| lora))?;
-            self.softmax(chunk.clone(), NONE, false, true)?;
-            self.head_gradients(x, weight, &chunk, lora)?;
+            self.adapted_chunk(&input, weight, chunk.clone(), lora.map(|(lora, _)| lora));
+            self.softmax(chunk.clone(), NONE, false, true);
+            self.head_gradients(x, weight, &chunk, lora);
             let (logits, count) = (self.scratch.logits, chunk.len() as u32);
             let plain = Input { at: logits, stride: CHUNK as u32, rows: Rows::Outputs, made: Made::Plain };
-            let dy = self.rows_of(plain, count, &[weight], true, 1)?;
-            self.turned(&dy, weight, chunk, so_far, dx)?;
+            let dy = self.rows_of(plain, count, &[weight], true, 1);
+            self.turned(&dy, weight, chunk, so_far, dx);
             so_far = self.at(dx);
         }
-        Ok(())
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
 use std::time::Duration;
 
 use super::choice::{Choices, Family};
+use super::import::Import;
 use super::pipelines::Pipelines;
 use super::tune::Tuning;
 use super::weights::Resident;
@@ -63,7 +64,7 @@ pub struct DeviceInfo {
     pub unfit: Option<String>,
 }
 
-/// Limits below those of the adapter, for tests of what happens on smaller ones.
+/// What is used of an adapter: limits below its own, for tests of what happens on smaller ones, and what is off unless asked for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits {
     /// Bytes of the largest buffer a kernel can see at once.
@@ -73,6 +74,9 @@ pub struct Limits {
     pub baseline: bool,
     /// Multiply-adds per second that long dispatches are believed to do, whatever was timed; see `division`.
     pub speed: Option<f64>,
+    /// Weights are read from the pages of the mapped file, without a copy on the device, as far as the driver allows it. What it
+    /// does not is copied, with a warning that says why.
+    pub import: bool,
 }
 
 /// What a device offers beyond WebGPU's baseline.
@@ -178,6 +182,8 @@ pub struct Device {
     pub(super) choices: Mutex<HashMap<(Family, DType), Arc<Choices>>>,
     /// Matrices that lie here, while anybody uses them.
     pub(super) residents: Mutex<Vec<Weak<Resident>>>,
+    /// Imports pages of the mapped file, where that was asked for and can be.
+    pub(super) import: Option<Import>,
     trouble: Arc<Mutex<Trouble>>,
     /// As [`Limits::speed`].
     pub(super) speed: Option<f64>,
@@ -216,7 +222,7 @@ impl Device {
     ///
     /// # Errors
     /// A driver that refuses.
-    pub fn best() -> Result<Option<Arc<Device>>> {
+    pub fn best(limits: Limits) -> Result<Option<Arc<Device>>> {
         if !may_have_gpu() {
             return Ok(None);
         }
@@ -224,7 +230,7 @@ impl Device {
         let infos = all.iter().enumerate().map(|(index, adapter)| (describe(index, adapter), adapter));
         let real = |info: &DeviceInfo| matches!(info.kind, DeviceKind::Discrete | DeviceKind::Integrated);
         match infos.into_iter().find(|(info, _)| info.unfit.is_none() && real(info)) {
-            Some((info, adapter)) => Device::of(info, adapter, Limits::default()).map(Some),
+            Some((info, adapter)) => Device::of(info, adapter, limits).map(Some),
             None => Ok(None),
         }
     }
@@ -238,18 +244,29 @@ impl Device {
             wanted.max_storage_buffer_binding_size = wanted.max_storage_buffer_binding_size.min(bytes);
         }
         let (abilities, features) = abilities(adapter, &limits);
-        let opened = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+        let descriptor = wgpu::DeviceDescriptor {
             label: None,
             required_features: features,
             required_limits: wanted.clone(),
             experimental_features: experiments(abilities.cooperative),
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             trace: wgpu::Trace::Off,
-        }));
-        let (device, queue) = opened.map_err(|e| Error::Device {
-            device: info.name.clone(),
-            what: format!("the driver refuses to open it: {e}; use the CPU, or update the driver"),
-        })?;
+        };
+        let importing = limits.import.then(|| Import::open(adapter, &descriptor)).and_then(|opened| {
+            let warn = |why: &String| log::warn!("{} gets a copy of the weights: {why}", info.name);
+            opened.inspect_err(warn).ok()
+        });
+        let (device, queue, import) = match importing {
+            Some((device, queue, import)) => (device, queue, Some(import)),
+            None => {
+                let opened = pollster::block_on(adapter.request_device(&descriptor));
+                let (device, queue) = opened.map_err(|e| Error::Device {
+                    device: info.name.clone(),
+                    what: format!("the driver refuses to open it: {e}; use the CPU, or update the driver"),
+                })?;
+                (device, queue, None)
+            }
+        };
         let trouble = Arc::new(Mutex::new(Trouble::default()));
         let heard = trouble.clone();
         device.set_device_lost_callback(move |reason, message| {
@@ -281,6 +298,7 @@ impl Device {
             preparing: Mutex::default(),
             choices: Mutex::default(),
             residents: Mutex::default(),
+            import,
             trouble,
             speed: limits.speed,
             abilities,
@@ -308,6 +326,11 @@ impl Device {
     /// Bytes that buffers take on the device, as the driver's allocator counts; none where it does not count.
     pub fn allocated_bytes(&self) -> Option<u64> {
         self.device.generate_allocator_report().map(|report| report.total_allocated_bytes)
+    }
+
+    /// Bytes of weights that it reads from the pages of mapped files at this moment, without a copy.
+    pub fn imported_bytes(&self) -> u64 {
+        lock(&self.residents).iter().filter_map(Weak::upgrade).map(|resident| resident.imported_bytes()).sum()
     }
 
     /// Whether so many bytes can be had at this moment: they are asked for, and given back.

@@ -18,7 +18,7 @@ use super::kv::{KvCache, PAGE, Pool};
 use super::largest;
 use super::learned::TRAINED;
 use super::program::{LONG, Program, Recording, families, packed_bytes, slices, types};
-use super::record::{Binds, Decoding, Recorder, Scratch};
+use super::record::{Binds, Decoding, Recorded, Recorder, Scratch};
 use super::shift::Dropped;
 use super::training::Held;
 use super::tune;
@@ -377,16 +377,17 @@ impl Executor {
         self.forget();
         // They are recorded anew when they are needed.
         self.programs.iter_mut().for_each(|p| p.recordings.clear());
-        if let Err(e) = self.compile(&lock(&self.shared)) {
+        let shared = self.shared.clone();
+        if let Err(e) = self.compile(&lock(&shared)) {
             log::debug!("the next run says: {e}");
         }
         Ok(4 * values.len())
     }
 
     /// The dispatches of a program for so many decoded rows.
-    fn record<'a>(&'a self, shared: &'a Shared, program: usize, decoding: Option<Decoding>) -> Result<Recorder<'a>> {
+    fn record(&self, shared: &Shared, program: usize, decoding: Option<Decoding>) -> Result<Recorded> {
         let p = &self.programs[program];
-        let mut recorder = Recorder::new(
+        let recorder = Recorder::new(
             &self.device,
             &self.spec,
             (&p.tape, &p.plan),
@@ -396,27 +397,35 @@ impl Executor {
             &self.corrections,
             Scratch { slices: self.slices, ..p.scratch },
         );
-        recorder.record()?;
-        Ok(recorder)
+        recorder.record()
     }
 
-    /// Has the kernels compiled with which one sequence is generated, or learned, so that no run waits for that.
-    fn compile(&self, shared: &Shared) -> Result<()> {
+    /// Records how one sequence is generated, or learned, and has the kernels compiled all at once, so that no run waits for that.
+    fn compile(&mut self, shared: &Shared) -> Result<()> {
         let mut ways = vec![None];
         if self.options.purpose() == Purpose::Generate {
             let largest = largest::found(self.spec.vocab, 1);
             let splits = [1, LONG.1].into_iter().filter(|splits| *splits == 1 || self.options.window >= LONG.0);
             ways.extend(splits.map(|splits| Some(Decoding { rows: 1, splits, largest })));
         }
-        let mut kernels = Vec::new();
-        for decoding in ways {
-            kernels.extend(self.record(shared, 0, decoding)?.kernels);
-        }
+        let record = |decoding| Ok((decoding, self.record(shared, 0, decoding)?));
+        let recorded = ways.into_iter().map(record).collect::<Result<Vec<_>>>()?;
         let mut seen = HashSet::new();
-        kernels.retain(|kernel| seen.insert(kernel.clone()));
-        self.device.pipelines(&kernels)?;
+        let kernels = recorded.iter().flat_map(|(_, recorded)| &recorded.kernels).filter(|kernel| seen.insert(*kernel));
+        self.device.pipelines(&kernels.cloned().collect::<Vec<_>>())?;
+        recorded.into_iter().try_for_each(|(decoding, recorded)| self.keep(0, decoding, recorded).map(|_| ()))
+    }
+
+    /// Adds a recording to a program's, and gives its index.
+    fn keep(&mut self, program: usize, decoding: Option<Decoding>, recorded: Recorded) -> Result<usize> {
+        let Recorded { dispatches, slots, kernels, binds } = recorded;
+        let pipelines = self.device.pipelines(&kernels)?;
         self.device.keep_pipelines();
-        Ok(())
+        let uniforms = self.device.descriptions(&slots)?;
+        let (groups, generation) = (Vec::new(), u64::MAX);
+        let recordings = &mut self.programs[program].recordings;
+        recordings.push(Recording { decoding, dispatches, uniforms, pipelines, binds, groups, generation });
+        Ok(recordings.len() - 1)
     }
 
     /// Index of a program's recording for so many decoded rows, made at its first use, with bind groups that are true.
@@ -424,22 +433,7 @@ impl Executor {
         let at = match self.programs[program].recordings.iter().position(|r| r.decoding == decoding) {
             Some(at) => at,
             None => {
-                let Recorder { dispatches, slots, kernels, binds, .. } = self.record(shared, program, decoding)?;
-                let pipelines = self.device.pipelines(&kernels)?;
-                self.device.keep_pipelines();
-                let uniforms = self.device.descriptions(&slots)?;
-                let recording = Recording {
-                    decoding,
-                    dispatches,
-                    uniforms,
-                    pipelines,
-                    binds,
-                    groups: Vec::new(),
-                    generation: u64::MAX,
-                };
-                let recordings = &mut self.programs[program].recordings;
-                recordings.push(recording);
-                recordings.len() - 1
+                self.record(shared, program, decoding).and_then(|recorded| self.keep(program, decoding, recorded))?
             }
         };
         let generation = self.generation + shared.generation();

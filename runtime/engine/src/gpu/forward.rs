@@ -279,7 +279,7 @@ impl Recorder<'_> {
         match op {
             // Written before the run.
             Op::Input { .. } => {}
-            Op::Embed { table, scale, out } => self.embed(*table, *scale, *out)?,
+            Op::Embed { table, scale, out } => self.embed(*table, *scale, *out),
             Op::RmsNorm { x, weight, out } => {
                 // The next op may do it on the way; nobody else reads its result then.
                 if self.decoding.is_some() && self.only_reader(*out, index + 1) {
@@ -287,35 +287,38 @@ impl Recorder<'_> {
                     let norm = Some((*x, *weight));
                     match next {
                         Some(Op::Linear(l)) if self.linear_in_one(l) && !self.corrected(l) => {
-                            return self.linear(l, norm).map(|()| 2);
+                            self.linear(l, norm);
+                            return Ok(2);
                         }
                         Some(Op::Head { weight, out, .. }) if self.head_correction(*weight).is_none() => {
-                            return self.head(*x, *weight, *out, norm).map(|()| 2);
+                            self.head(*x, *weight, *out, norm);
+                            return Ok(2);
                         }
                         _ => {}
                     }
                 }
-                self.rms_norm(*x, None, *weight, *out)?;
+                self.rms_norm(*x, None, *weight, *out);
             }
-            Op::AddRmsNorm { x, y, weight, out } => self.rms_norm(*y, Some(*x), *weight, *out)?,
-            Op::Linear(l) => self.linear(l, None)?,
+            Op::AddRmsNorm { x, y, weight, out } => self.rms_norm(*y, Some(*x), *weight, *out),
+            Op::Linear(l) => self.linear(l, None),
             Op::Rope(r) => {
                 if let (Some(_), Some(Op::Attention(a))) = (self.decoding, self.tape.ops.get(index + 1))
                     && r.cache.is_some()
                 {
-                    return self.attention(a, Some(r)).map(|()| 2);
+                    self.attention(a, Some(r));
+                    return Ok(2);
                 }
-                self.rope(r)?;
+                self.rope(r);
             }
-            Op::Attention(a) => self.attention(a, None)?,
+            Op::Attention(a) => self.attention(a, None),
             Op::GatherOutputs { x, out } => {
                 let op = [self.at(*x), self.width(*x), self.at(*out), 0];
                 let floats = 2 * u64::from(op[1]);
-                self.push(Kernel::Gather, (0, 0), row_grid(1, Rows::Outputs), &op, (0, floats))?;
+                self.push(Kernel::Gather, (0, 0), row_grid(1, Rows::Outputs), &op, (0, floats));
             }
-            Op::Head { x, weight, out } => self.head(*x, *weight, *out, None)?,
-            Op::Gated { kind, gate, up, out } => self.gated(*kind, *gate, *up, *out)?,
-            Op::CrossEntropy { x, weight, out, lora } => self.cross_entropy(*x, *weight, *out, lora.as_ref())?,
+            Op::Head { x, weight, out } => self.head(*x, *weight, *out, None),
+            Op::Gated { kind, gate, up, out } => self.gated(*kind, *gate, *up, *out),
+            Op::CrossEntropy { x, weight, out, lora } => self.cross_entropy(*x, *weight, *out, lora.as_ref()),
             op => self.backward(op)?,
         }
         Ok(1)
@@ -325,7 +328,7 @@ impl Recorder<'_> {
         self.tape.ops.iter().enumerate().all(|(i, op)| i == index || !op.reads().contains(&value))
     }
 
-    fn embed(&mut self, table: WeightId, scale: f32, value: Value) -> Result<()> {
+    fn embed(&mut self, table: WeightId, scale: f32, value: Value) {
         let (k, out) = (self.width(value), self.at(value));
         let dtype = self.dtype(table);
         for p in self.pieces(table) {
@@ -339,12 +342,12 @@ impl Recorder<'_> {
                 count: p.rows as u32,
                 unused: 0,
             };
-            self.push(Kernel::Embed(dtype), (p.buffer, 0), row_grid(1, Rows::Tokens), &op, (0, u64::from(k)))?;
+            self.push(Kernel::Embed(dtype), (p.buffer, 0), row_grid(1, Rows::Tokens), &op, (0, u64::from(k)));
         }
-        self.correct_embedding(table, scale, value)
+        self.correct_embedding(table, scale, value);
     }
 
-    fn rms_norm(&mut self, y: Value, residual: Option<Value>, weight: WeightId, out: Value) -> Result<()> {
+    fn rms_norm(&mut self, y: Value, residual: Option<Value>, weight: WeightId, out: Value) {
         let op = RmsNormOp {
             y: self.at(y),
             width: self.width(y),
@@ -356,12 +359,12 @@ impl Recorder<'_> {
             unused: 0,
         };
         let floats = u64::from(op.width) * if residual.is_some() { 3 } else { 2 };
-        self.push(Kernel::RmsNorm, (0, 0), row_grid(1, self.rows(y)), &op, (0, floats))
+        self.push(Kernel::RmsNorm, (0, 0), row_grid(1, self.rows(y)), &op, (0, floats));
     }
 
-    fn gated(&mut self, kind: Gate, gate: Value, up: Value, out: Value) -> Result<()> {
+    fn gated(&mut self, kind: Gate, gate: Value, up: Value, out: Value) {
         let op = [self.at(gate), self.at(up), self.at(out), self.width(out)];
-        self.push(Kernel::Gated(kind), (0, 0), row_grid(1, self.rows(out)), &op, (0, 3 * u64::from(op[3])))
+        self.push(Kernel::Gated(kind), (0, 0), row_grid(1, self.rows(out)), &op, (0, 3 * u64::from(op[3])));
     }
 
     /// Whether one dispatch can do the op: every matrix whole, and all in one buffer.
@@ -370,7 +373,7 @@ impl Recorder<'_> {
         pieces.iter().all(|p| p.len() == 1 && p[0].buffer == pieces[0][0].buffer)
     }
 
-    fn linear(&mut self, l: &Linear, norm: Option<(Value, WeightId)>) -> Result<()> {
+    fn linear(&mut self, l: &Linear, norm: Option<(Value, WeightId)>) {
         let residual = match l.epilogue {
             Epilogue::Add(r) => self.at(r),
             _ => NONE,
@@ -382,53 +385,54 @@ impl Recorder<'_> {
                 _ => None,
             };
             let parts: Vec<(Part, Piece)> = l.parts.iter().map(|p| (p.clone(), self.pieces(p.weight)[0])).collect();
-            self.matvec(l.x, norm, &parts, gated, residual, 0.0)?;
-            return if gated.is_some() { Ok(()) } else { self.behind(l) };
+            self.matvec(l.x, norm, &parts, gated, residual, 0.0);
+            if gated.is_none() {
+                self.behind(l);
+            }
+            return;
         }
         let matrices: Vec<WeightId> = l.parts.iter().map(|p| p.weight).collect();
-        let input = self.input(l.x, &matrices, false)?;
+        let input = self.input(l.x, &matrices, false);
         for part in &l.parts {
             let (out, out_stride) = (self.at(part.out), self.width(part.out));
             let bias = part.bias.map_or(NONE, |b| self.vector(b));
             let map = Map { weight: part.weight, bias, out, out_stride, residual, cap: 0.0 };
             if self.gained(part.weight) {
                 let out = self.apart(part.weight);
-                self.matmul(&input, &Map { bias: NONE, out, residual: NONE, ..map }, None)?;
-                self.gain(part, residual)?;
+                self.matmul(&input, &Map { bias: NONE, out, residual: NONE, ..map }, None);
+                self.gain(part, residual);
             } else {
-                self.matmul(&input, &map, None)?;
+                self.matmul(&input, &map, None);
             }
         }
-        self.behind(l)
+        self.behind(l);
     }
 
     /// What follows the products of a map: corrections, the gate.
-    fn behind(&mut self, l: &Linear) -> Result<()> {
-        self.correct(l)?;
-        match l.epilogue {
-            Epilogue::Gated(kind, out) => self.gated(kind, l.parts[0].out, l.parts[1].out, out),
-            _ => Ok(()),
+    fn behind(&mut self, l: &Linear) {
+        self.correct(l);
+        if let Epilogue::Gated(kind, out) = l.epilogue {
+            self.gated(kind, l.parts[0].out, l.parts[1].out, out);
         }
     }
 
     /// Logits; those of a piece of the head are columns of them.
-    fn head(&mut self, x: Value, weight: WeightId, out: Value, norm: Option<(Value, WeightId)>) -> Result<()> {
+    fn head(&mut self, x: Value, weight: WeightId, out: Value, norm: Option<(Value, WeightId)>) {
         let last = self.spec.logit_softcap.unwrap_or(0.0);
         let correction = self.head_correction(weight);
         let cap = if correction.is_some() { 0.0 } else { last };
         if self.decoding.is_some() || self.row_limit(Rows::Outputs) <= DECODED {
             // Every piece norms for itself.
             for piece in self.pieces(weight) {
-                self.matvec(x, norm, &[(Part { weight, bias: None, out }, piece)], None, NONE, cap)?;
+                self.matvec(x, norm, &[(Part { weight, bias: None, out }, piece)], None, NONE, cap);
             }
         } else {
             let map = Map { weight, bias: NONE, out: self.at(out), out_stride: self.width(out), residual: NONE, cap };
-            let input = self.input(x, &[weight], false)?;
-            self.matmul(&input, &map, None)?;
+            let input = self.input(x, &[weight], false);
+            self.matmul(&input, &map, None);
         }
-        match correction {
-            Some(correction) => self.correct_head(x, correction, out, last),
-            None => Ok(()),
+        if let Some(correction) = correction {
+            self.correct_head(x, correction, out, last);
         }
     }
 
@@ -442,7 +446,7 @@ impl Recorder<'_> {
     }
 
     /// Makes rows of a value ready to be multiplied with some matrices.
-    pub(super) fn input(&mut self, x: Value, weights: &[WeightId], turned: bool) -> Result<Input> {
+    pub(super) fn input(&mut self, x: Value, weights: &[WeightId], turned: bool) -> Input {
         let width = self.width(x);
         self.rows_of(
             Input { at: self.at(x), stride: width, rows: self.rows(x), made: Made::Plain },
@@ -454,29 +458,22 @@ impl Recorder<'_> {
     }
 
     /// As [`Recorder::input`], for rows of `k` elements anywhere; packed ones go to this part of the packed rows.
-    pub(super) fn rows_of(
-        &mut self,
-        plain: Input,
-        k: u32,
-        weights: &[WeightId],
-        turned: bool,
-        part: usize,
-    ) -> Result<Input> {
+    pub(super) fn rows_of(&mut self, plain: Input, k: u32, weights: &[WeightId], turned: bool, part: usize) -> Input {
         let to = self.scratch.packed[part];
         let made = match self.form(plain.rows, weights, turned) {
             Form::Cooperative(_) => {
                 let padded = k.next_multiple_of(32);
                 let op = [plain.at, plain.stride, k, padded, to.scales, to.at, 0, 0];
-                self.push(Kernel::Pack, (0, 0), row_grid(1, plain.rows), &op, (0, u64::from(k + padded / 2)))?;
+                self.push(Kernel::Pack, (0, 0), row_grid(1, plain.rows), &op, (0, u64::from(k + padded / 2)));
                 Made::Packed(to, padded / 4)
             }
             Form::TileInt8 => {
-                self.quantize((plain.at, plain.stride, k), plain.rows, NONE, to)?;
+                self.quantize((plain.at, plain.stride, k), plain.rows, NONE, to);
                 Made::Quantized(to, quantized_stride(k))
             }
             _ => Made::Plain,
         };
-        Ok(Input { made, ..plain })
+        Input { made, ..plain }
     }
 
     /// How rows are multiplied with some matrices: in the way that suits the largest, if it suits all.
@@ -504,11 +501,11 @@ impl Recorder<'_> {
     }
 
     /// Quantizes rows of `k` elements, normed by the vector at `norm` if there is one.
-    fn quantize(&mut self, (x, stride, k): (u32, u32, u32), rows: Rows, norm: u32, to: PackedRows) -> Result<()> {
+    fn quantize(&mut self, (x, stride, k): (u32, u32, u32), rows: Rows, norm: u32, to: PackedRows) {
         let eps = self.spec.norm_eps;
         let op = QuantizeOp { x, stride, k, packed: to.blocks(), norm, eps, unused: [0; 2] };
         let kernel = Kernel::Quantize { normed: norm != NONE };
-        self.push(kernel, (0, 0), row_grid(1, rows), &op, (0, u64::from(k + 4 * quantized_stride(k))))
+        self.push(kernel, (0, 0), row_grid(1, rows), &op, (0, u64::from(k + 4 * quantized_stride(k))));
     }
 
     /// Kernel and grid of a product with a matrix of the model, of so many columns of all: parts take the kernel of the whole.
@@ -549,7 +546,7 @@ impl Recorder<'_> {
         gated: Option<(Gate, Value)>,
         residual: u32,
         cap: f32,
-    ) -> Result<()> {
+    ) {
         let mut types: Vec<DType> = parts.iter().map(|(p, _)| self.dtype(p.weight)).collect();
         types.sort();
         types.dedup();
@@ -596,18 +593,18 @@ impl Recorder<'_> {
         let lanes = self.device.lanes(self.demands(), (&types, most), limit, all, sums);
         if lanes.int8 {
             let to = self.scratch.packed[0];
-            self.quantize((op.x, op.k, op.k), self.rows(input), op.norm, to)?;
+            self.quantize((op.x, op.k, op.k), self.rows(input), op.norm, to);
             op.x = to.blocks();
         }
         let kernel = lanes.kernel(types, limit, norm.is_some(), gated.map(|(kind, _)| kind));
         // Of a prompt's chunks before the last no row goes on.
         let z = if self.decoding.is_some() { Depth::Fixed(1) } else { Depth::Rows(Rows::Outputs, u32::MAX) };
         let grid = Grid { x: rows.div_ceil(lanes.threads / lanes.lanes), z };
-        self.push(kernel, (buffer, 0), grid, &op, (bytes, floats))
+        self.push(kernel, (buffer, 0), grid, &op, (bytes, floats));
     }
 
     /// `out = cap(x·Wᵀ + bias + residual)`, of the rows `only` of the matrix alone, which are the columns of `out` then.
-    fn matmul(&mut self, input: &Input, map: &Map, only: Option<std::ops::Range<usize>>) -> Result<()> {
+    fn matmul(&mut self, input: &Input, map: &Map, only: Option<std::ops::Range<usize>>) {
         let dtype = self.dtype(map.weight);
         let (first, last) = only.as_ref().map_or((0, usize::MAX), |r| (r.start, r.end));
         for p in self.pieces(map.weight) {
@@ -641,10 +638,9 @@ impl Recorder<'_> {
                 };
                 let (kernel, grid) = self.product(dtype, false, input, (op.columns, all));
                 let bytes = u64::from(op.columns) * u64::from(p.row_bytes);
-                self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)))?;
+                self.push(kernel, (p.buffer, 0), grid, &op, (bytes, u64::from(op.k + op.columns)));
             }
         }
-        Ok(())
     }
 
     /// Columns of a product that one dispatch may compute without holding the device for too long.
@@ -669,7 +665,7 @@ impl Recorder<'_> {
         }
     }
 
-    fn rope(&mut self, r: &Rope) -> Result<()> {
+    fn rope(&mut self, r: &Rope) {
         let kv = self.kv(None);
         let op = RopeOp {
             q: self.at(r.q),
@@ -688,7 +684,7 @@ impl Recorder<'_> {
     }
 
     /// Attention, with head norms, rotation and cache write where `rope` is given.
-    fn attention(&mut self, a: &Attention, rope: Option<&Rope>) -> Result<()> {
+    fn attention(&mut self, a: &Attention, rope: Option<&Rope>) {
         let kv = self.kv(a.window);
         let (layer, k, v) = match (rope, a.kv) {
             (Some(r), KvSource::Cache(layer)) => (layer, self.at(r.k), self.at(r.v)),
@@ -721,14 +717,14 @@ impl Recorder<'_> {
             let op = AttentionOp { lse: self.scratch.parts, ..op };
             let kernel = Kernel::Attention { head_dim, kv_type: self.kv_type, splits };
             let heads = Heads { groups: splits, ..heads };
-            self.push_heads(kernel, (0, layer), (heads, 1), |first_head| AttentionOp { first_head, ..op }, floats)?;
+            self.push_heads(kernel, (0, layer), (heads, 1), |first_head| AttentionOp { first_head, ..op }, floats);
             if splits > 1 {
                 let merge = [self.scratch.parts, op.out, kv.heads, 0];
                 let kernel = Kernel::AttentionMerge { head_dim, splits };
                 let floats = u64::from(kv.heads * (splits + 1) * head_dim);
-                self.push(kernel, (0, 0), row_grid(kv.heads, Rows::Tokens), &merge, (0, floats))?;
+                self.push(kernel, (0, 0), row_grid(kv.heads, Rows::Tokens), &merge, (0, floats));
             }
-            return Ok(());
+            return;
         }
         let rows = AttentionRows::new(kv.head_dim, self.device.abilities.workgroup_bytes, 2, (2, 4));
         let cached = matches!(a.kv, KvSource::Cache(_)).then_some(self.kv_type);
@@ -737,21 +733,14 @@ impl Recorder<'_> {
     }
 
     /// Cross-entropy, a chunk of the vocabulary at a time.
-    pub(super) fn cross_entropy(
-        &mut self,
-        x: Value,
-        weight: WeightId,
-        out: Value,
-        lora: Option<&HeadLora>,
-    ) -> Result<()> {
+    pub(super) fn cross_entropy(&mut self, x: Value, weight: WeightId, out: Value, lora: Option<&HeadLora>) {
         let vocab = self.weights.get(weight).rows;
-        let input = self.input(x, &[weight], false)?;
+        let input = self.input(x, &[weight], false);
         for first in (0..vocab).step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(vocab);
-            self.adapted_chunk(&input, weight, chunk.clone(), lora)?;
-            self.softmax(chunk.clone(), self.at(out), chunk.end == vocab, false)?;
+            self.adapted_chunk(&input, weight, chunk.clone(), lora);
+            self.softmax(chunk.clone(), self.at(out), chunk.end == vocab, false);
         }
-        Ok(())
     }
 
     /// Logits of a chunk of the vocabulary, into scratch.
@@ -762,19 +751,13 @@ impl Recorder<'_> {
         chunk: std::ops::Range<usize>,
         out: u32,
         cap: f32,
-    ) -> Result<()> {
+    ) {
         let map = Map { weight, bias: NONE, out, out_stride: CHUNK as u32, residual: NONE, cap };
-        self.matmul(x, &map, Some(chunk))
+        self.matmul(x, &map, Some(chunk));
     }
 
     /// What becomes of a chunk of logits: the rows' states, or gradients.
-    pub(super) fn softmax(
-        &mut self,
-        chunk: std::ops::Range<usize>,
-        out: u32,
-        last: bool,
-        gradient: bool,
-    ) -> Result<()> {
+    pub(super) fn softmax(&mut self, chunk: std::ops::Range<usize>, out: u32, last: bool, gradient: bool) {
         let op = SoftmaxOp {
             logits: self.scratch.logits,
             stride: CHUNK as u32,

@@ -9,7 +9,6 @@ use bytemuck::{Pod, Zeroable};
 use super::forward::{DECODED, row_grid};
 use super::kernel::Kernel;
 use super::record::{Decoding, Recorder};
-use crate::Result;
 use crate::tape::{MOST_LARGEST, Rows};
 
 /// Logits of a workgroup.
@@ -55,8 +54,8 @@ pub(super) fn pairs(floats: &[f32]) -> impl Iterator<Item = (u32, f32)> + '_ {
 
 impl Recorder<'_> {
     /// Finds the largest logits of each row, where they are wanted: of chunks, then of all.
-    pub(super) fn largest(&mut self) -> Result<()> {
-        let Some(Decoding { largest, .. }) = self.decoding.filter(|d| d.largest > 0) else { return Ok(()) };
+    pub(super) fn largest(&mut self) {
+        let Some(Decoding { largest, .. }) = self.decoding.filter(|d| d.largest > 0) else { return };
         self.op = "largest";
         let op = LargestOp {
             logits: self.at(self.tape.result),
@@ -71,9 +70,8 @@ impl Recorder<'_> {
         let lists = u64::from(2 * largest * op.chunks);
         let moved = [u64::from(op.count) + lists, lists + u64::from(2 * largest)];
         for (merge, chunks, floats) in [(false, op.chunks, moved[0]), (true, 1, moved[1])] {
-            self.push(Kernel::Largest { merge }, (0, 0), row_grid(chunks, Rows::Outputs), &op, (0, floats))?;
+            self.push(Kernel::Largest { merge }, (0, 0), row_grid(chunks, Rows::Outputs), &op, (0, floats));
         }
-        Ok(())
     }
 }
 

@@ -12,7 +12,6 @@ use super::forward::{CHUNK, Input, Turning, row_grid};
 use super::kernel::Kernel;
 use super::record::{Binds, Depth, Grid, MatmulOp, NONE, Recorder, rows_word};
 use super::weights::Piece;
-use crate::Result;
 use crate::quant::DType;
 use crate::tape::{EmbedLora, HeadLora, LoraHidden, ParamId, Rescale, Rope, Rows, Value, WeightId};
 
@@ -120,13 +119,7 @@ impl Recorder<'_> {
     }
 
     /// `norms[o] = ‖W[o] + scale·B[o]·A‖`.
-    pub(super) fn row_norms(
-        &mut self,
-        weight: WeightId,
-        (a, b): (ParamId, ParamId),
-        scale: f32,
-        out: Value,
-    ) -> Result<()> {
+    pub(super) fn row_norms(&mut self, weight: WeightId, (a, b): (ParamId, ParamId), scale: f32, out: Value) {
         let (a, rank) = (self.param_at(a), self.tape.params[a.0 as usize].rows as u32);
         for p in self.pieces(weight) {
             let op = RowNormsOp {
@@ -144,16 +137,15 @@ impl Recorder<'_> {
             };
             let grid = Grid { x: op.rows, z: Depth::Fixed(1) };
             let bytes = u64::from(op.rows) * u64::from(op.row_bytes);
-            self.push(Kernel::RowNorms(self.dtype(weight)), (p.buffer, 0), grid, &op, (bytes, 1))?;
+            self.push(Kernel::RowNorms(self.dtype(weight)), (p.buffer, 0), grid, &op, (bytes, 1));
         }
-        Ok(())
     }
 
-    pub(super) fn push_rescale(&mut self, op: &RescaleOp, rows: Rows) -> Result<()> {
-        self.push(Kernel::Rescale, (0, 0), row_grid(1, rows), op, (0, 3 * u64::from(op.width)))
+    pub(super) fn push_rescale(&mut self, op: &RescaleOp, rows: Rows) {
+        self.push(Kernel::Rescale, (0, 0), row_grid(1, rows), op, (0, 3 * u64::from(op.width)));
     }
 
-    pub(super) fn rescale(&mut self, r: &Rescale) -> Result<()> {
+    pub(super) fn rescale(&mut self, r: &Rescale) {
         let op = RescaleOp {
             y: self.at(r.y),
             width: self.width(r.out),
@@ -166,10 +158,10 @@ impl Recorder<'_> {
             cap: 0.0,
             unused: [0; 3],
         };
-        self.push_rescale(&op, self.rows(r.out))
+        self.push_rescale(&op, self.rows(r.out));
     }
 
-    pub(super) fn rescale_backward(&mut self, r: &Rescale, dy: Value, out: Value) -> Result<()> {
+    pub(super) fn rescale_backward(&mut self, r: &Rescale, dy: Value, out: Value) {
         let (width, rows) = (self.width(dy), self.rows(dy));
         let magnitude = self.param_at(r.magnitude);
         let sums = ColumnSumsOp {
@@ -177,7 +169,7 @@ impl Recorder<'_> {
             norms: self.at(r.norms),
             ..ColumnSumsOp::new(self.at(dy), width, rows, magnitude)
         };
-        self.column_sums(&sums)?;
+        self.column_sums(&sums);
         let op = RescaleOp {
             y: self.at(dy),
             width,
@@ -190,31 +182,31 @@ impl Recorder<'_> {
             cap: 0.0,
             unused: [0; 3],
         };
-        self.push_rescale(&op, rows)
+        self.push_rescale(&op, rows);
     }
 
-    fn column_sums(&mut self, op: &ColumnSumsOp) -> Result<()> {
+    fn column_sums(&mut self, op: &ColumnSumsOp) {
         let grid = Grid { x: op.columns.div_ceil(32), z: Depth::Fixed(1) };
-        self.push(Kernel::ColumnSums, (0, 0), grid, op, (0, 2 * u64::from(op.columns)))
+        self.push(Kernel::ColumnSums, (0, 0), grid, op, (0, 2 * u64::from(op.columns)));
     }
 
     /// `1/√(mean x² + ε)` of rows of `width` elements, `per_row` of them to a row of the run, into scratch.
-    fn inverse_rms(&mut self, x: Value, width: u32, per_row: u32) -> Result<()> {
+    fn inverse_rms(&mut self, x: Value, width: u32, per_row: u32) {
         let op = [self.at(x), width, self.scratch.rho, self.spec.norm_eps.to_bits()];
-        self.push(Kernel::InverseRms, (0, 0), row_grid(per_row, self.rows(x)), &op, (0, u64::from(width * per_row)))
+        self.push(Kernel::InverseRms, (0, 0), row_grid(per_row, self.rows(x)), &op, (0, u64::from(width * per_row)));
     }
 
     /// The gradient of a norm's weight.
-    pub(super) fn norm_weight(&mut self, x: Value, weight: WeightId, dy: Value) -> Result<()> {
+    pub(super) fn norm_weight(&mut self, x: Value, weight: WeightId, dy: Value) {
         let width = self.width(x);
-        self.inverse_rms(x, width, 1)?;
+        self.inverse_rms(x, width, 1);
         let out = self.param_at(ParamId(weight.0));
         let (b, rho) = (self.at(x), self.scratch.rho);
         self.column_sums(&ColumnSumsOp { b, rho, ..ColumnSumsOp::new(self.at(dy), width, self.rows(x), out) })
     }
 
     /// The gradients of the norms of query and key heads.
-    pub(super) fn head_norm_weights(&mut self, r: &Rope, d: [Value; 2]) -> Result<()> {
+    pub(super) fn head_norm_weights(&mut self, r: &Rope, d: [Value; 2]) {
         let kv = self.kv(None);
         // The gradients are turned back first, as if there were no norms.
         let turned = [self.scratch.turned, self.scratch.turned + (self.plan.limits.tokens as u32) * self.width(r.q)];
@@ -231,34 +223,32 @@ impl Recorder<'_> {
         };
         let heads = kv.heads + kv.kv_heads;
         let grid = row_grid(heads, Rows::Tokens);
-        self.push(Kernel::RopeBackward, (0, 0), grid, &op, (0, u64::from(2 * heads * kv.head_dim)))?;
+        self.push(Kernel::RopeBackward, (0, 0), grid, &op, (0, u64::from(2 * heads * kv.head_dim)));
         for (norm, x, heads, turned) in [(r.q_norm, r.q, kv.heads, turned[0]), (r.k_norm, r.k, kv.kv_heads, turned[1])]
         {
             let Some(norm) = norm else { continue };
-            self.inverse_rms(x, kv.head_dim, heads)?;
+            self.inverse_rms(x, kv.head_dim, heads);
             let (b, rho, out) = (self.at(x), self.scratch.rho, self.param_at(ParamId(norm.0)));
             let sums = ColumnSumsOp::new(turned, kv.head_dim, Rows::Tokens, out);
-            self.column_sums(&ColumnSumsOp { b, rho, per_row: heads, ..sums })?;
+            self.column_sums(&ColumnSumsOp { b, rho, per_row: heads, ..sums });
         }
-        Ok(())
     }
 
     /// Gradients of linear maps' matrices and biases: `dW += dyᵀ·x`, `db += Σ dy`.
-    pub(super) fn linear_weights(&mut self, x: Value, parts: &[(Value, WeightId, Option<WeightId>)]) -> Result<()> {
+    pub(super) fn linear_weights(&mut self, x: Value, parts: &[(Value, WeightId, Option<WeightId>)]) {
         let x = self.factor(x);
         for (dy, weight, bias) in parts {
             let dy = self.factor(*dy);
-            self.matrix_gradient(dy, x, self.param_at(ParamId(weight.0)))?;
+            self.matrix_gradient(dy, x, self.param_at(ParamId(weight.0)));
             if let Some(bias) = bias {
                 let out = self.param_at(ParamId(bias.0));
-                self.column_sums(&ColumnSumsOp::new(dy.at, dy.width, dy.rows, out))?;
+                self.column_sums(&ColumnSumsOp::new(dy.at, dy.width, dy.rows, out));
             }
         }
-        Ok(())
     }
 
     /// Adds `dyᵀ·x` to the gradient at `out`.
-    fn matrix_gradient(&mut self, dy: Factor, x: Factor, out: u32) -> Result<()> {
+    fn matrix_gradient(&mut self, dy: Factor, x: Factor, out: u32) {
         let column = matmul_work(self.row_limit(dy.rows) as u32, 1, x.width);
         let step = self.device.columns_of(column, dy.width);
         for first in (0..dy.width).step_by(step as usize) {
@@ -275,55 +265,54 @@ impl Recorder<'_> {
                 ..MatmulOp::zeroed()
             };
             let grid = Grid { x: op.columns.div_ceil(64) * op.k.div_ceil(64), z: Depth::Fixed(1) };
-            self.push(Kernel::Outer, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)))?;
+            self.push(Kernel::Outer, (0, 0), grid, &op, (0, u64::from(op.k + op.columns)));
         }
-        Ok(())
     }
 
     /// Adds `scale·dy` to the rows of a table's gradient that are the run's tokens.
-    pub(super) fn token_rows(&mut self, dy: Value, table: ParamId, scale: f32) -> Result<()> {
+    pub(super) fn token_rows(&mut self, dy: Value, table: ParamId, scale: f32) {
         let width = self.width(dy);
         let op = [self.at(dy), width, self.param_at(table), scale.to_bits()];
-        self.push(Kernel::EmbedBackward, (0, 0), row_grid(width.div_ceil(64), Rows::Tokens), &op, (0, u64::from(width)))
+        self.push(
+            Kernel::EmbedBackward,
+            (0, 0),
+            row_grid(width.div_ceil(64), Rows::Tokens),
+            &op,
+            (0, u64::from(width)),
+        );
     }
 
     /// Rows of a trained table by token, into scratch.
-    fn gathered(&mut self, table: ParamId) -> Result<Factor> {
+    fn gathered(&mut self, table: ParamId) -> Factor {
         let (at, width) = (self.scratch.gathered, self.tape.params[table.0 as usize].width as u32);
         let op = [self.param_at(table), width, at, 0];
-        self.push(Kernel::GatherParams, (0, 0), row_grid(1, Rows::Tokens), &op, (0, u64::from(width)))?;
-        Ok(Factor { at, stride: width, rows: Rows::Tokens, width })
+        self.push(Kernel::GatherParams, (0, 0), row_grid(1, Rows::Tokens), &op, (0, u64::from(width)));
+        Factor { at, stride: width, rows: Rows::Tokens, width }
     }
 
-    pub(super) fn embed_lora(&mut self, l: &EmbedLora) -> Result<()> {
-        let b = self.gathered(l.b)?;
+    pub(super) fn embed_lora(&mut self, l: &EmbedLora) {
+        let b = self.gathered(l.b);
         let (a, out) = (self.whole(l.a), self.factor(l.out));
-        self.trained(b, a, true, l.scale, self.at(l.x), out)
+        self.trained(b, a, true, l.scale, self.at(l.x), out);
     }
 
-    pub(super) fn embed_lora_backward(&mut self, l: &EmbedLora, dy: Value, e: Value) -> Result<()> {
+    pub(super) fn embed_lora_backward(&mut self, l: &EmbedLora, dy: Value, e: Value) {
         let (a, to) = (self.whole(l.a), self.factor(e));
-        self.trained(self.factor(dy), a, false, l.scale, NONE, to)?;
-        self.token_rows(e, l.b, 1.0)?;
-        let b = self.gathered(l.b)?;
-        self.outer(self.factor(dy), b, self.param_at(l.a), true, l.scale)
+        self.trained(self.factor(dy), a, false, l.scale, NONE, to);
+        self.token_rows(e, l.b, 1.0);
+        let b = self.gathered(l.b);
+        self.outer(self.factor(dy), b, self.param_at(l.a), true, l.scale);
     }
 
-    pub(super) fn lora_hidden(&mut self, l: &LoraHidden) -> Result<()> {
+    pub(super) fn lora_hidden(&mut self, l: &LoraHidden) {
         let (a, h) = (self.whole(l.a), self.factor(l.h));
-        self.trained(self.factor(l.x), a, false, 1.0, NONE, h)
+        self.trained(self.factor(l.x), a, false, 1.0, NONE, h);
     }
 
-    pub(super) fn lora_hidden_backward(
-        &mut self,
-        l: &LoraHidden,
-        e: Value,
-        dx: Option<Value>,
-        out: Value,
-    ) -> Result<()> {
+    pub(super) fn lora_hidden_backward(&mut self, l: &LoraHidden, e: Value, dx: Option<Value>, out: Value) {
         let (a, e) = (self.whole(l.a), self.factor(e));
-        self.outer(self.factor(l.x), e, self.param_at(l.a), true, 1.0)?;
-        self.trained(e, a, true, 1.0, dx.map_or(NONE, |dx| self.at(dx)), self.factor(out))
+        self.outer(self.factor(l.x), e, self.param_at(l.a), true, 1.0);
+        self.trained(e, a, true, 1.0, dx.map_or(NONE, |dx| self.at(dx)), self.factor(out));
     }
 
     /// A chunk of logits, with the head's adapter if it has one.
@@ -333,15 +322,15 @@ impl Recorder<'_> {
         weight: WeightId,
         chunk: std::ops::Range<usize>,
         lora: Option<&HeadLora>,
-    ) -> Result<()> {
+    ) {
         let cap = self.spec.logit_softcap.unwrap_or(0.0);
         let Some(lora) = lora else { return self.logits_chunk(x, weight, chunk, self.scratch.logits, cap) };
-        self.logits_chunk(x, weight, chunk.clone(), self.scratch.raw, 0.0)?;
+        self.logits_chunk(x, weight, chunk.clone(), self.scratch.raw, 0.0);
         let raw = chunk_of(self.scratch.raw, &chunk);
         let b = self.rows_of_param(lora.b, &chunk);
-        self.trained(self.factor(lora.h), b, false, lora.scale, raw.at, raw)?;
+        self.trained(self.factor(lora.h), b, false, lora.scale, raw.at, raw);
         let (magnitude, norms) = self.lengths(lora, &chunk);
-        self.push_rescale(&chunk_rescale(raw.at, self.scratch.logits, &chunk, magnitude, norms, cap), Rows::Outputs)
+        self.push_rescale(&chunk_rescale(raw.at, self.scratch.logits, &chunk, magnitude, norms, cap), Rows::Outputs);
     }
 
     /// What a chunk of the logits' gradients gives to what the head learns; behind it they are those of the matrix' own products.
@@ -351,25 +340,25 @@ impl Recorder<'_> {
         weight: WeightId,
         chunk: &std::ops::Range<usize>,
         lora: Option<&(HeadLora, Value)>,
-    ) -> Result<()> {
+    ) {
         let dz = chunk_of(self.scratch.logits, chunk);
         if self.tape.trains_weights {
             let width = self.width(x);
             let out = self.param_at(ParamId(weight.0)) + chunk.start as u32 * width;
             return self.matrix_gradient(dz, self.factor(x), out);
         }
-        let Some((lora, e)) = lora else { return Ok(()) };
+        let Some((lora, e)) = lora else { return };
         if lora.rescale.is_some() {
             let (magnitude, norms) = self.lengths(lora, chunk);
             let (b, stride) = (self.scratch.raw, CHUNK as u32);
             let sums = ColumnSumsOp::new(dz.at, dz.width, Rows::Outputs, magnitude);
-            self.column_sums(&ColumnSumsOp { a_stride: stride, b, b_stride: stride, norms, ..sums })?;
-            self.push_rescale(&chunk_rescale(dz.at, dz.at, chunk, magnitude, norms, 0.0), Rows::Outputs)?;
+            self.column_sums(&ColumnSumsOp { a_stride: stride, b, b_stride: stride, norms, ..sums });
+            self.push_rescale(&chunk_rescale(dz.at, dz.at, chunk, magnitude, norms, 0.0), Rows::Outputs);
         }
         let (b, e) = (self.rows_of_param(lora.b, chunk), self.factor(*e));
         let so_far = if chunk.start == 0 { NONE } else { e.at };
-        self.trained(dz, b, true, lora.scale, so_far, e)?;
-        self.outer(dz, self.factor(lora.h), b.0, false, lora.scale)
+        self.trained(dz, b, true, lora.scale, so_far, e);
+        self.outer(dz, self.factor(lora.h), b.0, false, lora.scale);
     }
 
     /// Places of the magnitudes and the norms of some rows of the head.

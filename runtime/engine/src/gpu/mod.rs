@@ -6,6 +6,7 @@
 //! | `kernel` | which kernels there are, and their WGSL, put together from `shaders/` |
 //! | `pipelines` | kernels as the driver has compiled them, and the file that keeps them |
 //! | `weights` | quantized blocks on the device, split at its binding limit |
+//! | `import` | pages of the mapped file as buffers, without a copy |
 //! | `kv` | pages of keys and values, shared by all sequences |
 //! | `shift` | dropping a part of a sequence |
 //! | `record` | a dispatch, its description and its bind group |
@@ -37,6 +38,7 @@ mod device;
 mod division;
 mod executor;
 mod forward;
+mod import;
 mod kernel;
 mod kv;
 mod largest;

@@ -83,6 +83,14 @@ pub(super) struct Decoding {
     pub largest: u32,
 }
 
+/// What a recorder has collected: dispatches, their descriptions, the kernels and what is bound that they are indices of.
+pub(super) struct Recorded {
+    pub dispatches: Vec<Dispatch>,
+    pub slots: Vec<u8>,
+    pub kernels: Vec<Kernel>,
+    pub binds: Vec<Binds>,
+}
+
 /// Collects dispatches.
 pub(super) struct Recorder<'a> {
     pub device: &'a Arc<Device>,
@@ -184,14 +192,19 @@ impl<'a> Recorder<'a> {
     }
 
     /// Records every op.
-    pub fn record(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for an op without a kernel.
+    pub fn record(mut self) -> Result<Recorded> {
         let mut index = 0;
         while index < self.tape.ops.len() {
             self.op = self.tape.ops[index].name();
             index += self.forward(index)?;
         }
-        self.largest()?;
-        self.add_slices()
+        self.largest();
+        self.add_slices();
+        let Recorder { dispatches, slots, kernels, binds, .. } = self;
+        Ok(Recorded { dispatches, slots, kernels, binds })
     }
 
     /// Place of a value in the arena, in floats.
@@ -217,13 +230,12 @@ impl<'a> Recorder<'a> {
         grid: Grid,
         op: &T,
         (weight_bytes, floats): (u64, u64),
-    ) -> Result<()> {
+    ) {
         let binds = self.binds(&kernel, binds);
         let slot = self.describe(op);
         let pipeline = index_of(&mut self.kernels, kernel);
         let group = index_of(&mut self.binds, binds);
         self.dispatches.push(Dispatch { op: self.op, pipeline, group, slot, grid, weight_bytes, floats, heads: None });
-        Ok(())
     }
 
     /// As [`Recorder::push`], for attention of `heads` over so many rows a workgroup; `op` describes it from a head on.
@@ -234,16 +246,15 @@ impl<'a> Recorder<'a> {
         (heads, rows): (Heads, u32),
         op: impl Fn(u32) -> T,
         floats: u64,
-    ) -> Result<()> {
+    ) {
         let grid = Grid { x: heads.count * heads.groups, z: Depth::Rows(Rows::Tokens, rows) };
-        self.push(kernel, binds, grid, &op(0), (0, floats))?;
+        self.push(kernel, binds, grid, &op(0), (0, floats));
         for first in 1..heads.count {
             self.describe(&op(first));
         }
         if let Some(dispatch) = self.dispatches.last_mut() {
             dispatch.heads = Some(heads);
         }
-        Ok(())
     }
 
     /// Appends a description, and gives its offset.

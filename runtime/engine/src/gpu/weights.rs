@@ -3,18 +3,26 @@
 //! Matrices are packed one behind the other into buffers no larger than what a kernel can bind; one that does not fit is
 //! split by rows. They go up in chunks straight from the map, so that at most a few chunks exist twice. Executors on one
 //! device that use the same matrices of the same model share them: the device knows who has them, and the last one frees them.
+//!
+//! On a device that imports pages they lie as in the file: a buffer is some pages of the map, one behind the other, and a piece
+//! begins where the file has it, a word's address, which is all that kernels need. Pages that the driver refuses become a buffer
+//! that they are copied into, so that pieces stay where they are.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use super::device::{Device, lock};
-use crate::tape::{Spec, WeightId, Weights};
+use super::import::Import;
+use crate::tape::{Spec, Weight, WeightId, Weights};
 use crate::{Error, Result};
 
 /// Between matrices, and behind the last for reads of whole words.
 const ALIGN: u64 = 16;
 /// Rows that stay together when a matrix is split: what a kernel writes at once.
 const UNIT: usize = 4;
+/// Most bytes of the file that nobody uses, between matrices in one buffer of pages.
+const GAP: usize = 1 << 20;
 
 /// Rows of a matrix that lie in one buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +35,24 @@ pub(super) struct Piece {
     pub row_bytes: u32,
 }
 
+/// A buffer of matrices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    /// Of so many bytes, for copies.
+    Own(u64),
+    /// Pages of the mapped file, by their addresses, and what of them is used.
+    Pages { pages: Range<usize>, used: Range<usize> },
+}
+
+impl Place {
+    fn bytes(&self) -> u64 {
+        match self {
+            Place::Own(bytes) => *bytes,
+            Place::Pages { pages, .. } => pages.len() as u64,
+        }
+    }
+}
+
 /// Matrices on a device, for all who use them.
 #[derive(Debug)]
 pub(super) struct Resident {
@@ -34,6 +60,8 @@ pub(super) struct Resident {
     weights: Arc<Weights>,
     used: BTreeSet<WeightId>,
     buffers: Vec<wgpu::Buffer>,
+    /// Bytes of those that are pages of the file.
+    imported: u64,
 }
 
 impl Resident {
@@ -45,6 +73,11 @@ impl Resident {
 
     fn bytes(&self) -> u64 {
         self.buffers.iter().map(wgpu::Buffer::size).sum()
+    }
+
+    /// Bytes that it reads from the mapped file.
+    pub fn imported_bytes(&self) -> u64 {
+        self.imported
     }
 }
 
@@ -63,7 +96,7 @@ pub(super) struct Uploaded {
     used: BTreeSet<WeightId>,
     /// None while they are not needed here.
     resident: Option<Arc<Resident>>,
-    sizes: Vec<u64>,
+    places: Vec<Place>,
     pieces: Vec<Vec<Piece>>,
     /// First element of a vector among the constants.
     vectors: Vec<u32>,
@@ -85,11 +118,7 @@ impl Uploaded {
         weights: &Arc<Weights>,
         used: &BTreeSet<WeightId>,
     ) -> Result<Uploaded> {
-        let (mut sizes, pieces) = divide(weights, used, device.binding_bytes)?;
-        if sizes.is_empty() {
-            // Something to bind.
-            sizes.push(ALIGN);
-        }
+        let (places, pieces) = divide(device, weights, used)?;
         let mut constants = Vec::new();
         let mut vectors = Vec::new();
         for (_, weight) in weights.iter() {
@@ -110,7 +139,7 @@ impl Uploaded {
             weights: weights.clone(),
             used: used.clone(),
             resident: None,
-            sizes,
+            places,
             pieces,
             vectors,
             constants: buffer,
@@ -126,9 +155,10 @@ impl Uploaded {
     /// # Errors
     /// Rows that no buffer holds.
     pub fn needs(device: &Device, weights: &Weights, used: &BTreeSet<WeightId>) -> Result<u64> {
-        let (sizes, _) = divide(weights, used, device.binding_bytes)?;
+        let (places, _) = divide(device, weights, used)?;
         let vector = |len: usize| 4 * (len.next_multiple_of(ALIGN as usize)) as u64;
-        Ok(sizes.iter().sum::<u64>() + weights.iter().map(|(_, w)| vector(w.vector().len())).sum::<u64>())
+        Ok(places.iter().map(Place::bytes).sum::<u64>()
+            + weights.iter().map(|(_, w)| vector(w.vector().len())).sum::<u64>())
     }
 
     /// Bytes of the matrices that are `used` where a device has them already for others; 0 where it has not.
@@ -136,12 +166,12 @@ impl Uploaded {
         Resident::find(&lock(&device.residents), weights, used).map_or(0, |resident| resident.bytes())
     }
 
-    /// Does without the matrices until [`Uploaded::wake`]. Gives the bytes of their memory if that is free now, 0 if others
+    /// Does without the matrices until [`Uploaded::wake`]. Gives the bytes of their own memory if that is free now, 0 if others
     /// use them.
     pub fn park(&mut self) -> u64 {
         // Nobody else takes or lets go of them meanwhile.
         let _all = lock(&self.device.residents);
-        self.resident.take().and_then(Arc::into_inner).map_or(0, |resident| resident.bytes())
+        self.resident.take().and_then(Arc::into_inner).map_or(0, |r| r.bytes() - r.imported)
     }
 
     /// Brings the matrices up, if they are not there.
@@ -172,17 +202,47 @@ impl Uploaded {
 
     fn upload(&self) -> Result<Resident> {
         let (weights, used) = (self.weights.clone(), self.used.clone());
-        let mut resident = Resident { weights, used, buffers: Vec::with_capacity(self.sizes.len()) };
-        for bytes in &self.sizes {
-            resident.buffers.push(self.device.storage(*bytes, "the weights")?);
+        let mut resident = Resident { weights, used, buffers: Vec::with_capacity(self.places.len()), imported: 0 };
+        for place in &self.places {
+            let buffer = match place {
+                Place::Own(bytes) => self.device.storage(*bytes, "the weights")?,
+                Place::Pages { pages, used } => self.pages(pages, used, &mut resident.imported)?,
+            };
+            resident.buffers.push(buffer);
         }
         for (id, _) in self.weights.iter() {
             for piece in &self.pieces[id.0 as usize] {
+                if matches!(self.places[piece.buffer], Place::Pages { .. }) {
+                    continue;
+                }
                 let rows = self.weights.rows(id, piece.first..piece.first + piece.rows);
                 self.device.upload(&resident.buffers[piece.buffer], u64::from(piece.at), rows)?;
             }
         }
         Ok(resident)
+    }
+
+    /// A buffer of pages of the file: those themselves, which count as imported, or a copy of what of them is used.
+    fn pages(&self, pages: &Range<usize>, used: &Range<usize>, imported: &mut u64) -> Result<wgpu::Buffer> {
+        let buffer = match &self.device.import {
+            Some(import) => import.buffer(&self.device.device, &self.weights, pages),
+            None => Err("it does not import pages".into()),
+        };
+        match buffer {
+            Ok(buffer) => {
+                *imported += pages.len() as u64;
+                Ok(buffer)
+            }
+            Err(why) => {
+                log::warn!("{} gets a copy of {} bytes of weights: {why}", self.device.info().name, used.len());
+                let buffer = self.device.storage(pages.len() as u64, "the weights")?;
+                let within = |file: &[u8]| Some(used.start.checked_sub(address(file))?..used.end - address(file));
+                if let Some(bytes) = self.weights.files().find_map(|file| file.get(within(file)?)) {
+                    self.device.upload(&buffer, (used.start - pages.start) as u64, bytes)?;
+                }
+                Ok(buffer)
+            }
+        }
     }
 
     /// The matrices; none while they are not needed here.
@@ -201,42 +261,316 @@ impl Uploaded {
     }
 }
 
-/// Sizes of the buffers, and the pieces of every matrix that is `used`.
-fn divide(weights: &Weights, used: &BTreeSet<WeightId>, limit: u64) -> Result<(Vec<u64>, Vec<Vec<Piece>>)> {
+/// The buffers, and the pieces of every matrix that is `used`.
+fn divide(device: &Device, weights: &Weights, used: &BTreeSet<WeightId>) -> Result<(Vec<Place>, Vec<Vec<Piece>>)> {
+    let limit = device.binding_bytes;
+    let mut pieces = vec![Vec::new(); weights.iter().count()];
+    let mut places = match &device.import {
+        Some(import) => divide_pages(import, weights, used, limit, &mut pieces),
+        None => Vec::new(),
+    };
+    let mapped = places.len();
     let mut sizes: Vec<u64> = Vec::new();
-    let mut pieces = Vec::new();
     for (id, weight) in weights.iter() {
-        let mut mine = Vec::new();
-        if used.contains(&id) {
-            let row_bytes = (weight.len_bytes() / weight.rows.max(1)) as u64;
-            let fits = |end: u64| ((limit.saturating_sub(end + ALIGN)) / row_bytes) as usize;
+        let mine = &mut pieces[id.0 as usize];
+        if !used.contains(&id) || !mine.is_empty() {
+            continue;
+        }
+        let row_bytes = row_bytes(weight) as u64;
+        let fits = |end: u64| ((limit.saturating_sub(end + ALIGN)) / row_bytes) as usize;
+        let mut first = 0;
+        while first < weight.rows {
+            let left = weight.rows - first;
+            let room = sizes.last().map_or(0, |end| fits(*end));
+            let rows = match room >= left {
+                true => left,
+                false => {
+                    sizes.push(0);
+                    left.min(fits(0) / UNIT * UNIT)
+                }
+            };
+            let (buffer, Some(end)) = (mapped + sizes.len() - 1, sizes.last_mut()) else { unreachable!() };
+            if rows == 0 {
+                return Err(Error::Unsupported(format!(
+                    "{} rows of {row_bytes} bytes of {} do not fit into a buffer of {limit} bytes of the GPU; use the CPU",
+                    UNIT, weight.name
+                )));
+            }
+            mine.push(Piece { buffer, at: *end as u32, first, rows, row_bytes: row_bytes as u32 });
+            *end = (*end + rows as u64 * row_bytes).next_multiple_of(ALIGN);
+            first += rows;
+        }
+    }
+    if sizes.is_empty() && places.is_empty() {
+        // Something to bind.
+        sizes.push(ALIGN);
+    }
+    places.extend(sizes.iter().map(|bytes| Place::Own(bytes + ALIGN)));
+    Ok((places, pieces))
+}
+
+/// The buffers of pages of the mapped file, and the pieces of the matrices that lie in them. Those have none that lie elsewhere,
+/// at a map's very end or in rows of which no buffer holds enough.
+fn divide_pages(
+    import: &Import,
+    weights: &Weights,
+    used: &BTreeSet<WeightId>,
+    limit: u64,
+    pieces: &mut [Vec<Piece>],
+) -> Vec<Place> {
+    let (page, behind) = (import.alignment(), ALIGN as usize);
+    let limit = limit as usize / page * page;
+    let mut places: Vec<Place> = Vec::new();
+    for file in weights.files() {
+        let (begin, whole) = (places.len(), import.pages(file));
+        let matrix = |id: &WeightId| (address(weights.data(*id)), *id);
+        let mut matrices: Vec<(usize, WeightId)> = used.iter().map(matrix).collect();
+        matrices.retain(|(start, id)| {
+            let weight = weights.get(*id);
+            let end = start + weight.len_bytes() + behind;
+            let holds_rows = UNIT * row_bytes(weight) + behind + 2 * page <= limit;
+            holds_rows
+                && file.as_ptr_range().contains(&weights.data(*id).as_ptr())
+                && whole.start <= *start
+                && end <= whole.end
+        });
+        matrices.sort_unstable();
+        for (start, id) in matrices {
+            let weight = weights.get(id);
+            let row_bytes = row_bytes(weight);
             let mut first = 0;
             while first < weight.rows {
-                let left = weight.rows - first;
-                let room = sizes.last().map_or(0, |end| fits(*end));
-                let rows = match room >= left {
-                    true => left,
-                    false => {
-                        sizes.push(0);
-                        left.min(fits(0) / UNIT * UNIT)
+                let (start, left) = (start + first * row_bytes, weight.rows - first);
+                let end = start + left * row_bytes;
+                // Where the pages in use go on, else in a buffer that begins here.
+                let goes_on = |place: &&mut Place| match place {
+                    Place::Pages { pages, used } => {
+                        start <= used.end + GAP && (end + behind).next_multiple_of(page) - pages.start <= limit
+                    }
+                    Place::Own(_) => false,
+                };
+                let (from, rows) = match places[begin..].last_mut().filter(goes_on) {
+                    Some(Place::Pages { pages, used }) => {
+                        used.end = used.end.max(end);
+                        pages.end = (used.end + behind).next_multiple_of(page);
+                        (pages.start, left)
+                    }
+                    _ => {
+                        let from = start / page * page;
+                        let rows = left.min((from + limit - behind - start) / row_bytes);
+                        let rows = if rows < left { rows / UNIT * UNIT } else { rows };
+                        let end = start + rows * row_bytes;
+                        let pages = from..(end + behind).next_multiple_of(page);
+                        places.push(Place::Pages { pages, used: start / 4 * 4..end });
+                        (from, rows)
                     }
                 };
-                let (buffer, Some(end)) = (sizes.len() - 1, sizes.last_mut()) else { unreachable!() };
-                if rows == 0 {
-                    return Err(Error::Unsupported(format!(
-                        "{} rows of {row_bytes} bytes of {} do not fit into a buffer of {limit} bytes of the GPU; use the CPU",
-                        UNIT, weight.name
-                    )));
-                }
-                mine.push(Piece { buffer, at: *end as u32, first, rows, row_bytes: row_bytes as u32 });
-                *end = (*end + rows as u64 * row_bytes).next_multiple_of(ALIGN);
+                let buffer = places.len() - 1;
+                let at = (start - from) as u32;
+                pieces[id.0 as usize].push(Piece { buffer, at, first, rows, row_bytes: row_bytes as u32 });
                 first += rows;
             }
         }
-        pieces.push(mine);
     }
-    if sizes.is_empty() {
-        sizes.push(ALIGN);
+    places
+}
+
+fn row_bytes(weight: &Weight) -> usize {
+    weight.len_bytes() / weight.rows.max(1)
+}
+
+fn address(bytes: &[u8]) -> usize {
+    bytes.as_ptr() as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::{Gguf, OpenOptions, Writer};
+    use crate::gpu::tune::tests::Folder;
+    use crate::gpu::{DeviceKind, Limits};
+    use crate::quant::DType;
+    use crate::random::splitmix64;
+    use crate::tape::{Gate, WeightRef};
+
+    const WIDTH: usize = 64;
+    const VOCAB: usize = 4_000;
+
+    /// A model without layers, whose embedding has rows of 34-byte blocks and whose head lies behind it.
+    fn spec() -> Spec {
+        let whole = |name: &str| WeightRef { tensor: name.into(), rows: None };
+        Spec {
+            family: "test".into(),
+            vocab: VOCAB,
+            width: WIDTH,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: WIDTH,
+            ffn: WIDTH,
+            context: 16,
+            norm_eps: 1e-5,
+            embed_scale: 1.0,
+            attention_scale: 1.0,
+            attention_softcap: None,
+            logit_softcap: None,
+            alibi: None,
+            gate: Gate::Silu,
+            ropes: Vec::new(),
+            embedding: whole("token_embd.weight"),
+            output_norm: whole("output_norm.weight"),
+            head: whole("output.weight"),
+            layers: Vec::new(),
+        }
     }
-    Ok((sizes.iter().map(|s| s + ALIGN).collect(), pieces))
+
+    fn write(path: &std::path::Path) {
+        let tensors = [
+            ("token_embd.weight", DType::Q8_0, vec![WIDTH as u64, VOCAB as u64]),
+            ("output_norm.weight", DType::F32, vec![WIDTH as u64]),
+            ("output.weight", DType::F16, vec![WIDTH as u64, VOCAB as u64]),
+        ];
+        let mut writer = Writer::new();
+        for (name, dtype, shape) in &tensors {
+            writer.tensor(name, *dtype, shape).expect("a tensor");
+        }
+        let mut file = writer.create(path).expect("a file");
+        for (i, (name, dtype, shape)) in tensors.iter().enumerate() {
+            let rows = shape.get(1).map_or(1, |n| *n as usize);
+            let bytes = rows * dtype.row_bytes(WIDTH).expect("whole blocks");
+            let random: Vec<u8> = (0..bytes).map(|at| splitmix64(i as u64, at as u64) as u8).collect();
+            // A norm has to be numbers.
+            file.write(name, if rows > 1 { &random } else { &[0; 4 * WIDTH] }).expect("a tensor");
+        }
+        file.finish().expect("the file");
+    }
+
+    fn open(limits: Limits) -> Arc<Device> {
+        Device::open(0, limits).expect("a GPU, or lavapipe in its place")
+    }
+
+    /// Whether pages of a file have to be imported: drivers in software do, those of cards may refuse.
+    fn must(device: &Device) -> bool {
+        device.info().kind == DeviceKind::Software
+    }
+
+    fn importing(binding_bytes: Option<u64>) -> Arc<Device> {
+        let device = open(Limits { import: true, binding_bytes, ..Limits::default() });
+        assert!(device.import.is_some() || !must(&device), "a software driver imports pages");
+        device
+    }
+
+    /// Whether every row of both matrices is where its piece says.
+    fn check(uploaded: &Uploaded) {
+        for id in &uploaded.used {
+            let mut next = 0;
+            for piece in uploaded.pieces(*id) {
+                let rows = uploaded.weights.rows(*id, piece.first..piece.first + piece.rows);
+                let buffer = &uploaded.buffers()[piece.buffer];
+                let end = piece.at as usize + rows.len();
+                assert!(
+                    piece.first == next
+                        && end as u64 + 8 <= buffer.size()
+                        && buffer.size() <= uploaded.device.binding_bytes
+                );
+                let mut there = vec![0; end.next_multiple_of(4)];
+                uploaded.device.download(buffer, &mut there).expect("the buffer");
+                assert!(there[piece.at as usize..end] == *rows, "{} from row {next}", uploaded.weights.get(*id).name);
+                next += piece.rows;
+            }
+            assert_eq!(next, VOCAB);
+        }
+    }
+
+    #[test]
+    fn gpu_weights_are_those_of_the_file_copied_or_not() {
+        let folder = Folder::new("import");
+        std::fs::create_dir_all(&folder.0).expect("a folder");
+        let path = folder.0.join("model.gguf");
+        write(&path);
+        let open_with = |copy| {
+            let options = OpenOptions { copy, ..OpenOptions::default() };
+            let gguf = Arc::new(Gguf::open_with(&path, &options).expect("the model"));
+            Arc::new(Weights::resolve(gguf, &spec()).expect("its weights"))
+        };
+        let matrices =
+            |weights: &Weights| weights.iter().filter(|(_, w)| w.rows > 1).map(|(id, _)| id).collect::<BTreeSet<_>>();
+        let (mapped, private) = (open_with(false), open_with(true));
+        let heap =
+            std::fs::read(&path).map(|bytes| Gguf::from_memory(Arc::new(bytes))).expect("the file").expect("the model");
+        let heap = Arc::new(Weights::resolve(Arc::new(heap), &spec()).expect("its weights"));
+        let bytes = |weights: &Weights| {
+            weights.iter().filter(|(_, w)| w.rows > 1).map(|(_, w)| w.len_bytes() as u64).sum::<u64>()
+        };
+        let mut refused = importing(None);
+        // A driver that has no memory for pages.
+        if let Some(import) = &mut Arc::get_mut(&mut refused).expect("one device").import {
+            import.coherent = 0;
+        }
+        for (name, device, weights, imports, buffers) in [
+            ("copied", open(Limits::default()), &mapped, false, 1),
+            ("imported", importing(None), &mapped, true, 1),
+            ("a private copy", importing(None), &private, true, 1),
+            ("small bindings", importing(Some(200_000)), &mapped, true, 5),
+            ("refused", refused, &mapped, false, 1),
+            ("on the heap", importing(None), &heap, false, 1),
+        ] {
+            let held = device.allocated_bytes().expect("an allocator that counts");
+            let mut uploaded = Uploaded::new(&device, &spec(), weights, &matrices(weights)).expect("the weights");
+            let copied = device.allocated_bytes().expect("an allocator that counts") - held;
+            assert_eq!(uploaded.buffers().len(), buffers, "{name}");
+            let (imported, all) = (device.imported_bytes(), bytes(weights));
+            let imports = imports && (must(&device) || imported > 0);
+            // What the driver's allocator hands out for norms, at least a block, is far less than the matrices.
+            match imports {
+                true => assert!(imported >= all && copied < all / 2, "{name}: {imported} and {copied} of {all}"),
+                false => assert!(imported == 0 && copied >= all, "{name}: {imported} and {copied} of {all}"),
+            }
+            check(&uploaded);
+            let freed = uploaded.park();
+            assert_eq!(freed >= all, !imports, "{name}: {freed}");
+            assert_eq!(device.imported_bytes(), 0, "{name}");
+            uploaded.wake().expect("the weights again");
+            assert_eq!(device.imported_bytes(), imported, "{name}");
+            check(&uploaded);
+        }
+    }
+
+    /// The map lives as long as a buffer does that is its pages, whoever else has let go of both, and no longer.
+    #[test]
+    fn gpu_buffers_keep_the_map_whose_pages_they_are() {
+        let folder = Folder::new("import-life");
+        std::fs::create_dir_all(&folder.0).expect("a folder");
+        let path = folder.0.join("model.gguf");
+        write(&path);
+        let device = importing(None);
+        let Some(import) = &device.import else { return };
+        for round in 0..20 {
+            let gguf = Arc::new(Gguf::open(&path).expect("the model"));
+            let weights = Arc::new(Weights::resolve(gguf, &spec()).expect("its weights"));
+            let (pages, first) =
+                weights.files().map(|file| (import.pages(file), file[..64].to_vec())).next().expect("a file");
+            for wrong in [pages.start + 4..pages.end, pages.start..pages.end + import.alignment(), pages.end..pages.end]
+            {
+                assert!(import.buffer(&device.device, &weights, &wrong).is_err());
+            }
+            let buffer = match import.buffer(&device.device, &weights, &pages) {
+                Err(_) if !must(&device) => return,
+                buffer => buffer.expect("a buffer"),
+            };
+            let map = Arc::downgrade(&weights);
+            drop(weights);
+            assert!(map.strong_count() > 0, "the buffer has the map");
+            let mut there = vec![0; first.len()];
+            device.download(&buffer, &mut there).expect("the buffer");
+            assert_eq!(there, first);
+            // Destroyed while somebody could still bind it, or dropped.
+            let kept = (round % 2 == 0).then(|| buffer.clone());
+            if kept.is_some() {
+                buffer.destroy();
+            }
+            drop(buffer);
+            device.wait().expect("the device");
+            assert_eq!(map.strong_count(), 0, "round {round}: nobody has the map");
+        }
+    }
 }

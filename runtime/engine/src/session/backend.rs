@@ -63,15 +63,17 @@ impl std::str::FromStr for Device {
 
 #[cfg(feature = "gpu")]
 impl Device {
-    /// The device to try, opened; none for the CPU.
-    pub(super) fn open(&self) -> Result<Option<Arc<gpu::Device>>> {
+    /// The device to try, opened; none for the CPU. With `import` it reads weights from the mapped file if it can; what is open
+    /// stays as it is.
+    pub(super) fn open(&self, import: bool) -> Result<Option<Arc<gpu::Device>>> {
+        let limits = gpu::Limits { import, ..gpu::Limits::default() };
         match self {
             Device::Cpu => Ok(None),
-            Device::Auto => gpu::Device::best(),
-            Device::Gpu(index) => gpu::Device::open(*index, gpu::Limits::default()).map(Some),
+            Device::Auto => gpu::Device::best(limits),
+            Device::Gpu(index) => gpu::Device::open(*index, limits).map(Some),
             Device::Open(device) => Ok(Some(device.clone())),
             Device::Tuned(device, tuning) => {
-                let device = device.open()?;
+                let device = device.open(import)?;
                 if let Some(device) = &device {
                     device.tune(tuning.clone());
                 }

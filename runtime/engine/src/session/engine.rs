@@ -33,6 +33,10 @@ pub struct SessionOptions {
     pub gpu_layers: Option<usize>,
     /// Most bytes of the GPU's memory to take for layers, their part of the cache and what they compute in.
     pub gpu_memory: Option<u64>,
+    /// Read the weights on a GPU from the pages of the mapped file, without a copy, where its driver allows that (Vulkan on Linux
+    /// and Android); where not, they are copied, with a warning that says why. For GPUs that share the processor's memory: a card
+    /// would fetch the weights anew for every token. Estimates count the copy. A [`Device::Open`] is as it was opened.
+    pub gpu_import: bool,
     /// How the CPU computes linear maps with quantized weights: narrow is the fast way, exact the one to compare with.
     pub arithmetic: Arithmetic,
     /// Refuse to open when the peak would be above this many bytes, the mapped file included.
@@ -52,6 +56,7 @@ impl Default for SessionOptions {
             device: Device::Cpu,
             gpu_layers: None,
             gpu_memory: None,
+            gpu_import: false,
             arithmetic: Arithmetic::Narrow,
             memory_budget: None,
             prefix_cache: None,

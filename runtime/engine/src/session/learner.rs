@@ -429,7 +429,7 @@ fn open_gpu(
     wanted: &ExecutorOptions,
 ) -> Result<Option<(Backend, Estimate, usize)>> {
     use crate::{gpu, quant::DType};
-    let Some(device) = options.device.open()? else { return Ok(None) };
+    let Some(device) = options.device.open(false)? else { return Ok(None) };
     let gpu_options = |options: &ExecutorOptions| gpu::ExecutorOptions {
         limits: options.limits,
         // Nothing is cached.

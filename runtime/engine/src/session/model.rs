@@ -30,9 +30,18 @@ struct Inner {
     template: Result<Option<ChatTemplate>>,
     /// The tokens as grammars see them, from the first grammar on.
     vocabulary: OnceLock<Arc<Vocabulary>>,
-    /// The GPUs that sessions run on, and how they were asked for.
+    /// The GPUs that sessions run on.
     #[cfg(feature = "gpu")]
-    devices: Mutex<Vec<(Device, Weak<gpu::Device>)>>,
+    devices: Mutex<Vec<Opened>>,
+}
+
+/// A GPU, and how it was asked for.
+#[cfg(feature = "gpu")]
+#[derive(Debug)]
+struct Opened {
+    asked: Device,
+    import: bool,
+    device: Weak<gpu::Device>,
 }
 
 impl Model {
@@ -59,24 +68,27 @@ impl Model {
     }
 
     /// The GPU for a session, none for the CPU: the one that another session of this model has open and asked for in the same
-    /// way, so that weights lie there once, or one that is opened now. One that was lost is opened anew.
+    /// way, so that weights lie there once, or one that is opened now. One that was lost is opened anew. `import` is as in
+    /// [`gpu::Limits`].
     ///
     /// # Errors
     /// As [`gpu::Device::open`].
     #[cfg(feature = "gpu")]
-    pub(super) fn gpu(&self, wanted: &Device) -> Result<Option<Arc<gpu::Device>>> {
+    pub(super) fn gpu(&self, wanted: &Device, import: bool) -> Result<Option<Arc<gpu::Device>>> {
         if !wanted.is_shared() {
-            return wanted.open();
+            return wanted.open(import);
         }
         // Who asks for the same meanwhile waits for it.
         let mut devices = self.inner.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        devices.retain(|(_, device)| device.upgrade().is_some_and(|device| !device.is_lost()));
-        let open = devices.iter().find(|(asked, _)| asked.is(wanted)).and_then(|(_, device)| device.upgrade());
+        devices.retain(|one| one.device.upgrade().is_some_and(|device| !device.is_lost()));
+        let is_it = |one: &&Opened| one.asked.is(wanted) && one.import == import;
+        let open = devices.iter().find(is_it).and_then(|one| one.device.upgrade());
         if open.is_some() {
             return Ok(open);
         }
-        let device = wanted.open()?;
-        devices.extend(device.iter().map(|device| (wanted.clone(), Arc::downgrade(device))));
+        let device = wanted.open(import)?;
+        let opened = |device| Opened { asked: wanted.clone(), import, device: Arc::downgrade(device) };
+        devices.extend(device.iter().map(opened));
         Ok(device)
     }
 

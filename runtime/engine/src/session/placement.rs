@@ -80,7 +80,7 @@ impl Placement {
         if options.gpu_layers == Some(0) {
             return Ok(None);
         }
-        let Some(device) = model.gpu(&options.device)? else {
+        let Some(device) = model.gpu(&options.device, options.gpu_import)? else {
             return match options.gpu_layers {
                 Some(_) if options.device.is_auto() => Err(Error::argument("there is no GPU for its layers")),
                 _ => Ok(None),

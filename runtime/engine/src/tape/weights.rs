@@ -221,6 +221,12 @@ impl Weights {
         &data[rows.start * row_bytes..rows.end * row_bytes]
     }
 
+    /// The files' bytes, of those that lie in pages of the system's.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn files(&self) -> impl Iterator<Item = &[u8]> {
+        self.gguf.pages()
+    }
+
     /// All weights.
     pub fn iter(&self) -> impl Iterator<Item = (WeightId, &Weight)> {
         self.table.iter().enumerate().map(|(i, w)| (WeightId(i as u32), w))

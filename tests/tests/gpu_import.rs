@@ -1,0 +1,132 @@
+//! Weights that a GPU reads from the pages of the mapped file: the same logits as with a copy, bit by bit.
+
+use std::sync::Arc;
+
+use kinglet_engine::gguf::{Gguf, Writer};
+use kinglet_engine::gpu::{self, DeviceKind, Limits};
+use kinglet_engine::quant::DType;
+use kinglet_engine::session::{Device, Engine, Model, Session, SessionOptions};
+use kinglet_models::tiny::TinyConfig;
+use kinglet_tests::data::{Scratch, tiny};
+
+use crate::gpu::{device, distance, logits, options, tokens, whole, wide};
+
+fn importing(limits: Limits) -> Arc<gpu::Device> {
+    device(Limits { import: true, ..limits })
+}
+
+/// Bytes of matrices, all of which are bound.
+fn matrices(model: &Model) -> u64 {
+    model.weights().iter().filter(|(_, w)| w.rows > 1).map(|(_, w)| w.len_bytes() as u64).sum()
+}
+
+/// That a device had, or may have refused, a session's weights as pages; drivers in software refuse none.
+fn assert_imported(device: &gpu::Device, imported: u64, model: &Model, name: &str) {
+    let refused = imported == 0 && device.info().kind != DeviceKind::Software;
+    assert!(refused || imported >= matrices(model), "{name}: {imported} of {}", matrices(model));
+}
+
+/// Runs prompt and tokens with and without a copy.
+fn compare(name: &str, model: &Model) {
+    let (prompt, more) = (tokens(model, 1, 40), tokens(model, 2, 4));
+    let copied = logits(model, &options(Device::Open(whole())), &prompt, &more);
+    let device = importing(Limits::default());
+    let options = options(Device::Open(device.clone()));
+    let mut session = Session::new(model, &options).expect("a session");
+    let imported = device.imported_bytes();
+    assert_imported(&device, imported, model, name);
+    assert_eq!(session.feed(&prompt).expect("the prompt"), copied[0], "{name}");
+    for (token, copied) in more.iter().zip(&copied[1..]) {
+        assert_eq!(session.feed(&[*token]).expect("a token"), copied, "{name}");
+    }
+    // Parked, the pages are nobody's; then they are the device's again.
+    session.park().expect("memory back");
+    assert_eq!(device.imported_bytes(), 0, "{name}");
+    session.reset();
+    assert_eq!(session.feed(&prompt).expect("the prompt"), copied[0], "{name}, woken");
+    assert_eq!(device.imported_bytes(), imported, "{name}");
+    drop(session);
+    assert_eq!(device.imported_bytes(), 0, "{name}");
+}
+
+/// The model in two files.
+fn split(scratch: &Scratch, model: &Gguf) -> Model {
+    let path = |no: usize| scratch.path(&format!("split-{:05}-of-00002.gguf", no + 1));
+    for (no, tensors) in model.tensors().chunks(model.tensors().len().div_ceil(2)).enumerate() {
+        let mut writer = Writer::new();
+        if no == 0 {
+            *writer.metadata_mut() = model.metadata().clone();
+        }
+        writer.set("split.no", no as u16).set("split.count", 2u16);
+        writer.set("split.tensors.count", model.tensors().len() as i32);
+        for t in tensors {
+            writer.tensor(&t.name, t.dtype, &t.shape).expect("a tensor");
+        }
+        let mut file = writer.create(path(no)).expect("a file");
+        tensors.iter().for_each(|t| file.write(&t.name, model.data(t)).expect("its bytes"));
+        file.finish().expect("the file");
+    }
+    let model = kinglet_models::open(path(0)).expect("the model opens");
+    assert_eq!(model.gguf().shards(), 2);
+    model
+}
+
+/// Blocks of a whole number of words and others, maps that are rows of one tensor, and a model in two files.
+#[test]
+fn gpu_logits_are_the_same_from_the_files_pages() {
+    for (arch, dtype) in [("llama", DType::Q8_0), ("llama", DType::Q4_K), ("phi3", DType::Q6_K), ("gemma3", DType::F16)]
+    {
+        let scratch = Scratch::new(&format!("gpu-import-{arch}-{dtype}"));
+        let model = tiny(&scratch, &TinyConfig { dtype, embedding: dtype, ..wide(arch) });
+        compare(&format!("{arch} {dtype}"), &model);
+        if dtype == DType::Q8_0 {
+            compare("in two files", &split(&scratch, model.gguf()));
+        }
+    }
+}
+
+/// Where bindings are small, there are several buffers of pages, which overlap.
+#[test]
+fn gpu_pages_are_several_buffers_where_bindings_are_small() {
+    let scratch = Scratch::new("gpu-import-small");
+    let model = tiny(&scratch, &TinyConfig { dtype: DType::Q8_0, embedding: DType::F32, ..wide("llama") });
+    let (prompt, more) = (tokens(&model, 1, 40), tokens(&model, 2, 4));
+    let wanted = logits(&model, &options(Device::Cpu), &prompt, &more);
+    let small = importing(Limits { binding_bytes: Some(512 << 10), baseline: true, ..Limits::default() });
+    let mut session = Session::new(&model, &options(Device::Open(small.clone()))).expect("a session");
+    assert_imported(&small, small.imported_bytes(), &model, "small bindings");
+    assert!(matrices(&model) > 2 * (512 << 10), "one buffer would do");
+    let mut ours = vec![session.feed(&prompt).expect("the prompt").to_vec()];
+    ours.extend(more.iter().map(|token| session.feed(&[*token]).expect("a token").to_vec()));
+    for (ours, wanted) in ours.iter().zip(&wanted) {
+        assert!(distance(ours, wanted) < 1e-3);
+    }
+}
+
+/// The option opens a device of its own kind; a file that is deleted meanwhile is there as long as a session is.
+#[test]
+fn gpu_import_is_off_unless_asked_for() {
+    let scratch = Scratch::new("gpu-import-option");
+    let model = tiny(&scratch, &TinyConfig { dtype: DType::Q8_0, ..wide("llama") });
+    let options = |gpu_import| SessionOptions { gpu_import, ..options(Device::Gpu(0)) };
+    let open = |import| Session::new(&model, &options(import)).expect("a session");
+    let gpu = |import| {
+        let mut engine = Engine::new(&model, &options(import)).expect("an engine");
+        engine.gpu().cloned().expect("a GPU")
+    };
+    let (mut copied, mut imported) = (open(false), open(true));
+    assert_eq!(gpu(false).imported_bytes(), 0);
+    let device = gpu(true);
+    let bytes = device.imported_bytes();
+    assert_imported(&device, bytes, &model, "by option");
+    assert!(Arc::ptr_eq(&device, &gpu(true)), "those who ask alike share it");
+    assert_eq!(device.imported_bytes(), bytes, "the session has them");
+
+    let prompt = tokens(&model, 1, 20);
+    let wanted = copied.feed(&prompt).expect("the prompt").to_vec();
+    drop((copied, model));
+    std::fs::remove_file(scratch.path("tiny.gguf")).expect("the file");
+    assert_eq!(imported.feed(&prompt).expect("the prompt"), wanted);
+    drop(imported);
+    assert_eq!(device.imported_bytes(), 0);
+}
