@@ -172,7 +172,7 @@ mod avx2 {
     use super::super::avx2::source::{Source, by_type, unpack_turned};
     use super::super::{LinearTask, Scratch, scratch_bytes};
     use super::{LinearBackwardTask, UNIT};
-    use crate::cpu::kernels::gemm::avx2::{Left, Slab, Target, slab};
+    use crate::cpu::kernels::gemm::lanes::{Left, Slab, Target, slab};
     use crate::quant::DType;
 
     /// Rows of a block of the backward pass.

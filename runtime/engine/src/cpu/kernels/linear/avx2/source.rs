@@ -7,7 +7,7 @@
 
 use super::super::dense::Dense;
 use super::unpack::Block;
-use crate::cpu::kernels::vector::avx2::transpose;
+use crate::cpu::kernels::lanes::transpose;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::ops::Range;
