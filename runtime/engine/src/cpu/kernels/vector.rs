@@ -8,12 +8,11 @@
 //! Slices that differ in length are a caller's bug: it is caught in debug builds, and in release builds the shorter one
 //! decides.
 
-use crate::cpu::isa::Isa;
-
 /// Whether AVX2, FMA and F16C kernels may run; AVX-512 implies them.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(crate) fn has_avx2(isa: Isa) -> bool {
+pub(crate) fn has_avx2(isa: crate::cpu::isa::Isa) -> bool {
+    use crate::cpu::isa::Isa;
     matches!(isa, Isa::Avx2(_) | Isa::Avx512(_))
 }
 
@@ -268,6 +267,7 @@ pub(crate) const EXP2: [f32; 6] =
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::isa::Isa;
 
     #[test]
     fn exp_is_close_to_f64_and_its_edges_hold() {
