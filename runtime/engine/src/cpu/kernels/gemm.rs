@@ -9,7 +9,7 @@
 //!
 //! Matrices are rows of a slice, `stride` values apart. The vector form cuts C into register tiles: 6 rows × 16
 //! columns, or 12 × 8 where a rank of 8 leaves no more columns. B is read where it lies when its rows run along C's
-//! columns, and else packed, 16 columns × `DEPTH` at a time, on the stack. The same register tile ([`avx2::slab`])
+//! columns, and else packed, 16 columns × `DEPTH` at a time, on the stack. The same register tile ([`lanes::slab`])
 //! multiplies the unpacked weights of `linear` and the blocks of the attention's backward pass.
 //!
 //! A result is summed over p in blocks of fixed size, in order; which tile it falls in does not show, so C may be
@@ -108,22 +108,23 @@ fn run(isa: Isa, g: &Gemm<'_>, form: Form) {
     if g.m == 0 || g.n == 0 {
         return;
     }
-    #[cfg(target_arch = "x86_64")]
-    if super::vector::has_avx2(isa) && g.k > 0 {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    if super::lanes::runs(isa) && g.k > 0 {
         // SAFETY: the token in `isa` proves the instructions; `check` has found everything in bounds.
-        unsafe { avx2::gemm(g, form, slab_of(isa)) };
+        unsafe { lanes::gemm(g, form, slab_of(isa)) };
         return;
     }
     let _ = isa;
     scalar(g, form);
 }
 
-/// The best kernel for slabs of 16 columns, to be called with the instructions of `isa`, which are AVX2 or more.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn slab_of(isa: Isa) -> avx2::SlabKernel {
+/// The best kernel for slabs of 16 columns, to be called with the instructions of `isa`, which has lanes.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) fn slab_of(isa: Isa) -> lanes::SlabKernel {
     match isa {
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => avx512::slab,
-        _ => avx2::slab::<2>,
+        _ => lanes::slab::<2>,
     }
 }
 
@@ -154,12 +155,11 @@ fn scalar(g: &Gemm<'_>, form: Form) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2 {
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) mod lanes {
     //! The register tile, and the loops of a whole product around it.
-    use super::super::vector::avx2::transpose;
+    use super::super::lanes::{fma, load, load_some, splat, store, store_some, transpose, zero};
     use super::{Form, Gemm};
-    use std::arch::x86_64::*;
 
     /// Terms of a sum that are added before the result goes to C.
     const DEPTH: usize = 256;
@@ -201,7 +201,7 @@ pub(crate) mod avx2 {
     ///
     /// # Safety
     /// All the elements named must be valid: `rows` × `k` of A, `k` full rows of the slab, `rows` × `columns` of C.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     pub unsafe fn slab<const V: usize>(rows: usize, k: usize, a: Left, b: Slab, c: Target) {
         let most = if V == 2 { 6 } else { 12 };
         let tiles = rows.div_ceil(most);
@@ -237,23 +237,23 @@ pub(crate) mod avx2 {
     ///
     /// # Safety
     /// As for [`slab`], with N rows.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     unsafe fn one<const N: usize, const V: usize>(k: usize, a: Left, b: Slab, c: Target) {
         // SAFETY: the caller's promise; `a` and `b` advance once per term.
         unsafe {
-            let mut sums = [[_mm256_setzero_ps(); V]; N];
+            let mut sums = [[zero(); V]; N];
             // One pointer for three rows: the addresses then need no more registers than there are.
             let mut p: [*const f32; 4] = std::array::from_fn(|i| a.at.wrapping_add(3 * i * a.row));
             let mut q = b.at;
             for _ in 0..k {
-                let mut y = [_mm256_setzero_ps(); V];
+                let mut y = [zero(); V];
                 for (v, y) in y.iter_mut().enumerate() {
-                    *y = _mm256_loadu_ps(q.add(8 * v));
+                    *y = load(q.add(8 * v));
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm256_broadcast_ss(&*p[i / 3].add(i % 3 * a.row));
+                    let x = splat(*p[i / 3].add(i % 3 * a.row));
                     for (sum, y) in sums.iter_mut().zip(y) {
-                        *sum = _mm256_fmadd_ps(x, y, *sum);
+                        *sum = fma(x, y, *sum);
                     }
                 }
                 for p in p.iter_mut().take(N.div_ceil(3)) {
@@ -261,21 +261,19 @@ pub(crate) mod avx2 {
                 }
                 q = q.wrapping_add(b.row);
             }
-            let alpha = _mm256_set1_ps(c.alpha);
+            let alpha = splat(c.alpha);
             for (i, sums) in sums.iter().enumerate() {
                 let at = c.at.add(i * c.row);
                 for (v, sum) in sums.iter().enumerate() {
                     let columns = c.columns.saturating_sub(8 * v);
                     if columns >= 8 {
                         let at = at.add(8 * v);
-                        let old = if c.add { _mm256_loadu_ps(at) } else { _mm256_setzero_ps() };
-                        _mm256_storeu_ps(at, _mm256_fmadd_ps(alpha, *sum, old));
+                        let old = if c.add { load(at) } else { zero() };
+                        store(at, fma(alpha, *sum, old));
                     } else if columns > 0 {
                         let at = at.add(8 * v);
-                        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-                        let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(columns as i32), lanes);
-                        let old = if c.add { _mm256_maskload_ps(at, mask) } else { _mm256_setzero_ps() };
-                        _mm256_maskstore_ps(at, mask, _mm256_fmadd_ps(alpha, *sum, old));
+                        let old = if c.add { load_some(at, columns) } else { zero() };
+                        store_some(at, columns, fma(alpha, *sum, old));
                     }
                 }
             }
@@ -293,7 +291,7 @@ pub(crate) mod avx2 {
     ///
     /// # Safety
     /// The operands must have been checked.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     pub(super) unsafe fn gemm(g: &Gemm<'_>, form: Form, slab_of_16: SlabKernel) {
         let mut packed = Packed([0.0; 16 * DEPTH]);
         let depth = if form == Form::Tn { DEPTH_TN } else { DEPTH };
@@ -321,7 +319,7 @@ pub(crate) mod avx2 {
     ///
     /// # Safety
     /// As for [`gemm`]; both ranges within B.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     unsafe fn columns_of(
         g: &Gemm<'_>,
         form: Form,
@@ -350,13 +348,13 @@ pub(crate) mod avx2 {
             for j in (0..n).step_by(8) {
                 let some = (n - j).min(8);
                 for p in (0..whole).step_by(8) {
-                    let mut r = [_mm256_setzero_ps(); 8];
+                    let mut r = [zero(); 8];
                     for (i, r) in r.iter_mut().enumerate() {
                         // Columns past the end repeat the last one; nothing comes of them.
-                        *r = _mm256_loadu_ps(from.add((j + i.min(some - 1)) * g.b_stride + p));
+                        *r = load(from.add((j + i.min(some - 1)) * g.b_stride + p));
                     }
                     for (i, r) in transpose(r).into_iter().enumerate() {
-                        _mm256_storeu_ps(to.add(16 * (p + i) + j), r);
+                        store(to.add(16 * (p + i) + j), r);
                     }
                 }
                 for p in whole..k {
@@ -372,14 +370,14 @@ pub(crate) mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    //! The register tile for slabs of 16 columns in AVX-512: 12 rows of one vector, summed in the order of the AVX2 form.
-    use super::avx2::{Left, Slab, Target};
+    //! The register tile for slabs of 16 columns in AVX-512: 12 rows of one vector, summed in the order of the form in lanes.
+    use super::lanes::{Left, Slab, Target};
     use std::arch::x86_64::*;
 
     /// Rows of a register tile: independent sums enough for two units of latency 4 or 5.
     const ROWS: usize = 12;
 
-    /// As [`avx2::slab`](super::avx2::slab) with 16 columns.
+    /// As [`lanes::slab`](super::lanes::slab) with 16 columns.
     ///
     /// # Safety
     /// As there; the caller has AVX-512 F and BW.
@@ -421,7 +419,7 @@ mod avx512 {
         // SAFETY: the caller's promise; `a` and `b` advance once per term.
         unsafe {
             let mut sums = [_mm512_setzero_ps(); N];
-            // One pointer for three rows, as in the AVX2 form.
+            // One pointer for three rows, as in lanes.
             let mut p: [*const f32; 4] = std::array::from_fn(|i| a.at.wrapping_add(3 * i * a.row));
             let mut q = b.at;
             for _ in 0..k {

@@ -6,6 +6,8 @@ pub mod attention;
 pub mod dropout;
 pub mod embed;
 pub mod gemm;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod lanes;
 pub mod linear;
 pub mod lora;
 pub mod norm;

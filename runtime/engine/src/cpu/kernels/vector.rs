@@ -3,16 +3,16 @@
 //! Two ways of writing a kernel meet here. The simple, memory-bound ones are plain Rust, written in lanes, and
 //! [`by_isa!`] compiles the same body twice: for the baseline of the target (on ARM that is NEON) and again with AVX2 enabled. Nothing is
 //! fused in those bodies (Rust never contracts `a * b + c`), so every instruction set gives the same bits. The hot ones
-//! (attention) use intrinsics; [`avx2`] holds the pieces they share.
+//! (attention, small products) are written over [`lanes`](super::lanes).
 //!
 //! Slices that differ in length are a caller's bug: it is caught in debug builds, and in release builds the shorter one
 //! decides.
 
-use crate::cpu::isa::Isa;
-
 /// Whether AVX2, FMA and F16C kernels may run; AVX-512 implies them.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(crate) fn has_avx2(isa: Isa) -> bool {
+pub(crate) fn has_avx2(isa: crate::cpu::isa::Isa) -> bool {
+    use crate::cpu::isa::Isa;
     matches!(isa, Isa::Avx2(_) | Isa::Avx512(_))
 }
 
@@ -242,7 +242,7 @@ pub(crate) mod neon {
 pub(crate) mod avx512 {
     use std::arch::x86_64::*;
 
-    /// [`super::avx2::exp2`] of sixteen.
+    /// [`exp2`](crate::cpu::kernels::lanes::exp2) of sixteen.
     #[target_feature(enable = "avx512f")]
     #[inline]
     pub fn exp2(x: __m512) -> __m512 {
@@ -260,124 +260,14 @@ pub(crate) mod avx512 {
 }
 
 /// P(r) of 2ʳ = 1 + r·P(r), the highest power first: the minimax polynomial on [−½, ½], relative error 1.9e-9 before rounding.
-#[cfg(target_arch = "x86_64")]
-const EXP2: [f32; 6] = [1.534_581_2e-4, 1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1];
-
-/// Pieces of the AVX2 kernels. All are safe to call where AVX2, FMA and F16C are enabled, except those that take a
-/// pointer.
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2 {
-    use std::arch::x86_64::*;
-
-    /// 2ˣ for x ≤ 127 to about 1 unit in the last place; x below −126.5, −∞ included, gives 0, and 2⁰ is exactly 1.
-    ///
-    /// Softmax runs in base 2 (its caller scales by log₂ e beforehand): n = round(x) and r = x − n are then exact.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline]
-    pub fn exp2(x: __m256) -> __m256 {
-        let (p, r, power) = exp2_parts(x);
-        _mm256_mul_ps(_mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0)), power)
-    }
-
-    /// tanh(x / (2·log₂ e)) = t / (t + 2) with t = 2ˣ − 1, accurate at small x too.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline]
-    pub fn tanh_of_exp2(x: __m256) -> __m256 {
-        let (p, r, power) = exp2_parts(_mm256_min_ps(_mm256_set1_ps(64.0), x));
-        let t = _mm256_fmadd_ps(_mm256_mul_ps(p, r), power, _mm256_sub_ps(power, _mm256_set1_ps(1.0)));
-        _mm256_div_ps(t, _mm256_add_ps(t, _mm256_set1_ps(2.0)))
-    }
-
-    /// (P(r), r, 2ⁿ) with x = n + r and the polynomial P of [`super::EXP2`]. n stops at −127, where 2ⁿ is 0.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline]
-    fn exp2_parts(x: __m256) -> (__m256, __m256, __m256) {
-        // 1.5·2²³ rounds to an integer; the 127 leaves it biased as an exponent in the low bits.
-        let round = _mm256_set1_ps(12_582_912.0 + 127.0);
-        // `max` returns its second operand when one is NaN, so a NaN stays.
-        let x = _mm256_max_ps(_mm256_set1_ps(-127.0), x);
-        let shifted = _mm256_add_ps(x, round);
-        let r = _mm256_sub_ps(x, _mm256_sub_ps(shifted, round));
-        let mut p = _mm256_set1_ps(super::EXP2[0]);
-        for c in &super::EXP2[1..] {
-            p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
-        }
-        (p, r, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(shifted))))
-    }
-
-    /// The sum of eight lanes, as the tree of [`super::sum_lanes`].
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline]
-    pub fn sum(x: __m256) -> f32 {
-        let q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-        let d = _mm_add_ps(q, _mm_movehl_ps(q, q));
-        _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)))
-    }
-
-    /// The largest of eight lanes.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline]
-    pub fn max(x: __m256) -> f32 {
-        let q = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-        let d = _mm_max_ps(q, _mm_movehl_ps(q, q));
-        _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)))
-    }
-
-    /// The four sums of four registers' eight lanes, each as a fixed tree.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline]
-    pub fn sum4(a: __m256, b: __m256, c: __m256, d: __m256) -> __m128 {
-        let s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-        _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s))
-    }
-
-    /// Eight consecutive f16 as f32.
-    ///
-    /// # Safety
-    /// 16 bytes must be readable at `p`.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline]
-    pub unsafe fn load_f16(p: *const u8) -> __m256 {
-        // SAFETY: the caller's promise; the load needs no alignment.
-        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(p.cast()) })
-    }
-
-    /// Transposes an 8 × 8 tile held in eight registers.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline]
-    pub fn transpose(r: [__m256; 8]) -> [__m256; 8] {
-        let t0 = _mm256_unpacklo_ps(r[0], r[1]);
-        let t1 = _mm256_unpackhi_ps(r[0], r[1]);
-        let t2 = _mm256_unpacklo_ps(r[2], r[3]);
-        let t3 = _mm256_unpackhi_ps(r[2], r[3]);
-        let t4 = _mm256_unpacklo_ps(r[4], r[5]);
-        let t5 = _mm256_unpackhi_ps(r[4], r[5]);
-        let t6 = _mm256_unpacklo_ps(r[6], r[7]);
-        let t7 = _mm256_unpackhi_ps(r[6], r[7]);
-        let s0 = _mm256_shuffle_ps::<0x44>(t0, t2);
-        let s1 = _mm256_shuffle_ps::<0xEE>(t0, t2);
-        let s2 = _mm256_shuffle_ps::<0x44>(t1, t3);
-        let s3 = _mm256_shuffle_ps::<0xEE>(t1, t3);
-        let s4 = _mm256_shuffle_ps::<0x44>(t4, t6);
-        let s5 = _mm256_shuffle_ps::<0xEE>(t4, t6);
-        let s6 = _mm256_shuffle_ps::<0x44>(t5, t7);
-        let s7 = _mm256_shuffle_ps::<0xEE>(t5, t7);
-        [
-            _mm256_permute2f128_ps::<0x20>(s0, s4),
-            _mm256_permute2f128_ps::<0x20>(s1, s5),
-            _mm256_permute2f128_ps::<0x20>(s2, s6),
-            _mm256_permute2f128_ps::<0x20>(s3, s7),
-            _mm256_permute2f128_ps::<0x31>(s0, s4),
-            _mm256_permute2f128_ps::<0x31>(s1, s5),
-            _mm256_permute2f128_ps::<0x31>(s2, s6),
-            _mm256_permute2f128_ps::<0x31>(s3, s7),
-        ]
-    }
-}
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) const EXP2: [f32; 6] =
+    [1.534_581_2e-4, 1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1];
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::isa::Isa;
 
     #[test]
     fn exp_is_close_to_f64_and_its_edges_hold() {
@@ -428,30 +318,6 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[test]
-    fn exp2_is_close_to_f64_and_its_edges_hold() {
-        use std::arch::x86_64::*;
-        if !Isa::available().into_iter().any(has_avx2) {
-            return;
-        }
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn one(x: f32) -> f32 {
-            _mm256_cvtss_f32(avx2::exp2(_mm256_set1_ps(x)))
-        }
-        // SAFETY: AVX2 was found above.
-        let one = |x: f32| unsafe { one(x) };
-        let mut worst = 0.0f64;
-        for i in -126_000..=0 {
-            let x = i as f32 * 1e-3;
-            let want = f64::from(x).exp2();
-            worst = worst.max((f64::from(one(x)) - want).abs() / want);
-        }
-        assert!(worst < 1.2e-7, "relative error {worst:e}");
-        assert_eq!((one(0.0), one(-5.0), one(f32::NEG_INFINITY), one(-1e30)), (1.0, 0.03125, 0.0, 0.0));
-        assert!(one(f32::NAN).is_nan());
     }
 
     #[test]

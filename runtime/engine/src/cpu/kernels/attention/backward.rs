@@ -138,10 +138,10 @@ pub unsafe fn attention_backward(isa: Isa, task: &AttentionBackwardTask<'_>, scr
     if task.rows.0 >= task.rows.1 {
         return;
     }
-    #[cfg(target_arch = "x86_64")]
-    if super::super::vector::has_avx2(isa) {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    if super::super::lanes::runs(isa) {
         // SAFETY: the token in `isa` proves the instructions; the rest is the caller's promise.
-        unsafe { avx2::backward(task, scratch, super::super::gemm::slab_of(isa)) };
+        unsafe { lanes::backward(task, scratch, super::super::gemm::slab_of(isa)) };
         return;
     }
     let _ = isa;
@@ -198,14 +198,15 @@ unsafe fn scalar(task: &AttentionBackwardTask<'_>) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    //! AVX2 and FMA.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod lanes {
+    //! In lanes.
     use super::super::block::Bend;
     use super::{AttentionBackwardTask, TILE, padded};
-    use crate::cpu::kernels::gemm::avx2::{Left, Slab, SlabKernel, Target};
-    use crate::cpu::kernels::vector::avx2::{exp2, sum, tanh_of_exp2, transpose};
-    use std::arch::x86_64::*;
+    use crate::cpu::kernels::gemm::lanes::{Left, Slab, SlabKernel, Target};
+    use crate::cpu::kernels::lanes::{
+        add, clear, exp2, fma, fnma, load, mul, outside, ramp, splat, store, sub, sum, tanh_of_exp2, transpose, zero,
+    };
     use std::f32::consts::LOG2_E;
 
     /// Query vectors, or keys, of a register tile.
@@ -268,7 +269,7 @@ mod avx2 {
     }
 
     /// See [`attention_backward`](super::attention_backward), whose promises are those of the caller here.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     pub(super) unsafe fn backward(task: &AttentionBackwardTask<'_>, scratch: &mut [f32], slab: SlabKernel) {
         let bend = Bend::of(task.scale, task.softcap, task.alibi.is_some());
         let (first, last) = task.rows;
@@ -286,9 +287,9 @@ mod avx2 {
             let inner = task.kv_head * at.dim;
             for block in (first..last).step_by(TILE) {
                 let keys = TILE.min(last - block);
-                load(&at, at.k, task.v.add(block * task.v_stride + inner), task.v_stride, keys);
+                copy(&at, at.k, task.v.add(block * task.v_stride + inner), task.v_stride, keys);
                 turn(&at, at.k, at.vt, keys);
-                load(&at, at.k, task.k.add(block * task.k_stride + inner), task.k_stride, keys);
+                copy(&at, at.k, task.k.add(block * task.k_stride + inner), task.k_stride, keys);
                 turn(&at, at.k, at.kt, keys);
                 at.dk.write_bytes(0, TILE * at.width);
                 at.dv.write_bytes(0, TILE * at.width);
@@ -312,7 +313,7 @@ mod avx2 {
     /// # Safety
     /// The scratch holds the keys and values of the block; rows and head are the task's.
     #[allow(clippy::too_many_arguments)]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     unsafe fn pair(
         task: &AttentionBackwardTask<'_>,
         at: &Scratch,
@@ -341,8 +342,8 @@ mod avx2 {
         // SAFETY: indices stay below the block's and the head's sizes, by which the scratch was cut.
         unsafe {
             let offset = head * dim;
-            load(at, at.q, task.q.add(row * task.q_stride + offset), task.q_stride, count);
-            load(at, at.d_out, task.d_out.add(row * task.out_stride + offset), task.out_stride, count);
+            copy(at, at.q, task.q.add(row * task.q_stride + offset), task.q_stride, count);
+            copy(at, at.d_out, task.d_out.add(row * task.out_stride + offset), task.out_stride, count);
             for m in 0..count {
                 let out = task.out.add((row + m) * task.out_stride + offset);
                 *at.delta.add(m) = dot(out, at.d_out.add(m * width), dim);
@@ -380,7 +381,7 @@ mod avx2 {
                 }
                 #[allow(clippy::needless_range_loop, reason = "i counts rows of five arrays")]
                 for i in m..m + n {
-                    add(at.dq.add(i * width), task.dq.add((row + i) * task.dq_stride + offset), dim);
+                    add_to(at.dq.add(i * width), task.dq.add((row + i) * task.dq_stride + offset), dim);
                 }
             }
             for j in (0..keys).step_by(ROWS) {
@@ -423,7 +424,7 @@ mod avx2 {
     /// # Safety
     /// 64 floats at `p` and at `ds`.
     #[allow(clippy::too_many_arguments)]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     #[inline]
     unsafe fn score_gradient(
         p: *mut f32,
@@ -436,30 +437,26 @@ mod avx2 {
         slope: f32,
         ahead: f32,
     ) {
-        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         for j in (0..TILE).step_by(8) {
-            let index = _mm256_add_epi32(lanes, _mm256_set1_epi32(j as i32));
             // SAFETY: within the rows.
             unsafe {
-                let mut x = _mm256_mul_ps(_mm256_loadu_ps(p.add(j)), _mm256_set1_ps(bend.q_scale));
-                let mut factor = _mm256_set1_ps(scale);
+                let mut x = mul(load(p.add(j)), splat(bend.q_scale));
+                let mut factor = splat(scale);
                 if let Some(cap) = bend.cap {
                     let t = tanh_of_exp2(x);
-                    x = _mm256_mul_ps(_mm256_set1_ps(cap), t);
-                    factor = _mm256_mul_ps(factor, _mm256_fnmadd_ps(t, t, _mm256_set1_ps(1.0)));
+                    x = mul(splat(cap), t);
+                    factor = mul(factor, fnma(t, t, splat(1.0)));
                 }
                 if bend.alibi {
-                    let back = _mm256_sub_ps(_mm256_cvtepi32_ps(index), _mm256_set1_ps(ahead));
-                    x = _mm256_fmadd_ps(_mm256_set1_ps(slope), back, x);
+                    let back = sub(ramp(j as i32), splat(ahead));
+                    x = fma(splat(slope), back, x);
                 }
-                let early = _mm256_cmpgt_epi32(_mm256_set1_epi32(seen.0 as i32), index);
-                let late = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(seen.1 as i32 - 1));
-                let hidden = _mm256_castsi256_ps(_mm256_or_si256(early, late));
-                let e = _mm256_andnot_ps(hidden, exp2(_mm256_sub_ps(x, _mm256_set1_ps(lse))));
-                let d = _mm256_sub_ps(_mm256_loadu_ps(ds.add(j)), _mm256_set1_ps(delta));
-                let d = _mm256_andnot_ps(hidden, _mm256_mul_ps(_mm256_mul_ps(e, d), factor));
-                _mm256_storeu_ps(p.add(j), e);
-                _mm256_storeu_ps(ds.add(j), d);
+                let hidden = outside(j as i32, seen.0 as i32, seen.1 as i32);
+                let e = clear(hidden, exp2(sub(x, splat(lse))));
+                let d = sub(load(ds.add(j)), splat(delta));
+                let d = clear(hidden, mul(mul(e, d), factor));
+                store(p.add(j), e);
+                store(ds.add(j), d);
             }
         }
     }
@@ -468,8 +465,8 @@ mod avx2 {
     ///
     /// # Safety
     /// They must be readable, and `rows` at most TILE.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load(at: &Scratch, to: *mut f32, from: *const f32, stride: usize, rows: usize) {
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
+    unsafe fn copy(at: &Scratch, to: *mut f32, from: *const f32, stride: usize, rows: usize) {
         for i in 0..rows {
             // SAFETY: the caller's promise; `width` ≥ `dim`.
             unsafe { to.add(i * at.width).copy_from_nonoverlapping(from.add(i * stride), at.dim) };
@@ -480,20 +477,20 @@ mod avx2 {
     ///
     /// # Safety
     /// Both lie in the scratch.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     unsafe fn turn(at: &Scratch, from: *const f32, to: *mut f32, rows: usize) {
         let tall = at.dim.next_multiple_of(16);
         for j in (0..rows).step_by(8) {
             for d in (0..at.dim).step_by(8) {
                 // SAFETY: an 8 × 8 tile within both: there are TILE rows and `tall` ≤ `width` columns.
                 unsafe {
-                    let mut r = [_mm256_setzero_ps(); 8];
+                    let mut r = [zero(); 8];
                     for (i, r) in r.iter_mut().enumerate() {
-                        *r = _mm256_loadu_ps(from.add((j + i) * at.width + d));
+                        *r = load(from.add((j + i) * at.width + d));
                     }
                     let to = to.add(j / 16 * (16 * tall) + 16 * d + j % 16);
                     for (i, r) in transpose(r).into_iter().enumerate() {
-                        _mm256_storeu_ps(to.add(16 * i), r);
+                        store(to.add(16 * i), r);
                     }
                 }
             }
@@ -504,15 +501,15 @@ mod avx2 {
     ///
     /// # Safety
     /// `n` floats at each.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     #[inline]
     unsafe fn dot(a: *const f32, b: *const f32, n: usize) -> f32 {
-        let mut lanes = _mm256_setzero_ps();
+        let mut lanes = zero();
         let whole = n & !7;
         // SAFETY: the caller's promise.
         unsafe {
             for d in (0..whole).step_by(8) {
-                lanes = _mm256_fmadd_ps(_mm256_loadu_ps(a.add(d)), _mm256_loadu_ps(b.add(d)), lanes);
+                lanes = fma(load(a.add(d)), load(b.add(d)), lanes);
             }
             (whole..n).fold(sum(lanes), |s, d| s + *a.add(d) * *b.add(d))
         }
@@ -522,14 +519,14 @@ mod avx2 {
     ///
     /// # Safety
     /// `n` floats at each.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     #[inline]
-    unsafe fn add(x: *const f32, y: *mut f32, n: usize) {
+    unsafe fn add_to(x: *const f32, y: *mut f32, n: usize) {
         let whole = n & !7;
         // SAFETY: the caller's promise.
         unsafe {
             for d in (0..whole).step_by(8) {
-                _mm256_storeu_ps(y.add(d), _mm256_add_ps(_mm256_loadu_ps(y.add(d)), _mm256_loadu_ps(x.add(d))));
+                store(y.add(d), add(load(y.add(d)), load(x.add(d))));
             }
             for d in whole..n {
                 *y.add(d) += *x.add(d);

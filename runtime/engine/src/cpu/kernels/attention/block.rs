@@ -1,4 +1,4 @@
-//! The prefill path for AVX2: two register-tiled f32 matrix products with a softmax between them, block by block.
+//! The prefill path in lanes: two register-tiled f32 matrix products with a softmax between them, block by block.
 //!
 //! A tile is up to 96 query vectors (rows × the query heads of one cache head). For each block of 64 positions:
 //!   1. keys are unpacked and transposed into panels `kt` [64/16][head_dim][16], values into `v` [width/16][64][16];
@@ -12,10 +12,12 @@
 //! zeros: the split into tiles and tasks does not show in the result. `width` is `head_dim` rounded up to 16; what lies
 //! in the padding is never read back.
 
-use super::super::vector::avx2::{exp2, max, sum, tanh_of_exp2, transpose};
-use super::kv::avx2::unpack;
+use super::super::lanes::{
+    F32x8, add, exp2, fma, larger, load, max, mul, outside, ramp, replace, splat, store, sub, sum, tanh_of_exp2,
+    transpose, zero,
+};
+use super::kv::unpack_eights;
 use super::{AttentionTask, BLOCK, TILE, aligned};
-use std::arch::x86_64::*;
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
@@ -100,60 +102,54 @@ impl Bend {
 ///
 /// # Safety
 /// 64 floats at `s`.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 #[inline]
 pub(super) unsafe fn mask_and_max(s: *mut f32, from: usize, to: usize, bend: &Bend, slope: f32, ahead: f32) -> f32 {
     let whole = from == 0 && to == BLOCK;
-    let mut x = [_mm256_setzero_ps(); 8];
+    let mut x = [zero(); 8];
     for (j, x) in x.iter_mut().enumerate() {
         // SAFETY: within the row.
-        *x = unsafe { _mm256_loadu_ps(s.add(8 * j)) };
+        *x = unsafe { load(s.add(8 * j)) };
     }
     if !(whole && bend.cap.is_none() && !bend.alibi) {
-        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         for (j, x) in x.iter_mut().enumerate() {
-            let index = _mm256_add_epi32(lanes, _mm256_set1_epi32(8 * j as i32));
+            let first = 8 * j as i32;
             if let Some(cap) = bend.cap {
-                *x = _mm256_mul_ps(_mm256_set1_ps(cap), tanh_of_exp2(*x));
+                *x = mul(splat(cap), tanh_of_exp2(*x));
             }
             if bend.alibi {
-                let back = _mm256_sub_ps(_mm256_cvtepi32_ps(index), _mm256_set1_ps(ahead));
-                *x = _mm256_fmadd_ps(_mm256_set1_ps(slope), back, *x);
+                let back = sub(ramp(first), splat(ahead));
+                *x = fma(splat(slope), back, *x);
             }
             if !whole {
-                let early = _mm256_cmpgt_epi32(_mm256_set1_epi32(from as i32), index);
-                let late = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(to as i32 - 1));
-                let hidden = _mm256_castsi256_ps(_mm256_or_si256(early, late));
-                *x = _mm256_blendv_ps(*x, _mm256_set1_ps(f32::NEG_INFINITY), hidden);
+                *x = replace(outside(first, from as i32, to as i32), *x, splat(f32::NEG_INFINITY));
             }
             // SAFETY: within the row.
-            unsafe { _mm256_storeu_ps(s.add(8 * j), *x) };
+            unsafe { store(s.add(8 * j), *x) };
         }
     }
-    let m =
-        [_mm256_max_ps(x[0], x[1]), _mm256_max_ps(x[2], x[3]), _mm256_max_ps(x[4], x[5]), _mm256_max_ps(x[6], x[7])];
-    max(_mm256_max_ps(_mm256_max_ps(m[0], m[1]), _mm256_max_ps(m[2], m[3])))
+    let m = [larger(x[0], x[1]), larger(x[2], x[3]), larger(x[4], x[5]), larger(x[6], x[7])];
+    max(larger(larger(m[0], m[1]), larger(m[2], m[3])))
 }
 
 /// One row of 64 masked scores to probabilities 2^(s − most); returns the eight lanes' sums.
 ///
 /// # Safety
 /// 64 floats at `s`.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 #[inline]
-pub(super) unsafe fn exponentiate(s: *mut f32, most: f32) -> __m256 {
-    let most = _mm256_set1_ps(most);
-    let mut p = [_mm256_setzero_ps(); 8];
+pub(super) unsafe fn exponentiate(s: *mut f32, most: f32) -> F32x8 {
+    let most = splat(most);
+    let mut p = [zero(); 8];
     for (j, p) in p.iter_mut().enumerate() {
         // SAFETY: within the row.
         unsafe {
-            *p = exp2(_mm256_sub_ps(_mm256_loadu_ps(s.add(8 * j)), most));
-            _mm256_storeu_ps(s.add(8 * j), *p);
+            *p = exp2(sub(load(s.add(8 * j)), most));
+            store(s.add(8 * j), *p);
         }
     }
-    let q =
-        [_mm256_add_ps(p[0], p[1]), _mm256_add_ps(p[2], p[3]), _mm256_add_ps(p[4], p[5]), _mm256_add_ps(p[6], p[7])];
-    _mm256_add_ps(_mm256_add_ps(q[0], q[1]), _mm256_add_ps(q[2], q[3]))
+    let q = [add(p[0], p[1]), add(p[2], p[3]), add(p[4], p[5]), add(p[6], p[7])];
+    add(add(q[0], q[1]), add(q[2], q[3]))
 }
 
 /// What is subtracted from the scores: their maximum, or 0 while nothing was visible (−∞ − −∞ is no number).
@@ -212,7 +208,7 @@ impl Vectors {
 ///
 /// # Safety
 /// As many rows of 64 floats at `s`, and maxima at `most`.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 #[inline]
 #[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn mask_rows(
@@ -238,9 +234,9 @@ pub(super) unsafe fn mask_rows(
             *most = if row_max > *most { row_max } else { *most };
             new[i] = base_of(*most);
         }
-        let shrinks = exp2(_mm256_sub_ps(_mm256_loadu_ps(old.as_ptr()), _mm256_loadu_ps(new.as_ptr())));
+        let shrinks = exp2(sub(load(old.as_ptr()), load(new.as_ptr())));
         let mut shrink = [0.0; 8];
-        _mm256_storeu_ps(shrink.as_mut_ptr(), shrinks);
+        store(shrink.as_mut_ptr(), shrinks);
         (new, shrink)
     }
 }
@@ -249,9 +245,9 @@ pub(super) unsafe fn mask_rows(
 ///
 /// # Safety
 /// `o` holds `task.head_dim` floats, and row and head are the task's own.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 #[inline]
-pub(super) unsafe fn finish(task: &AttentionTask<'_>, row: usize, head: usize, o: *const f32, most: f32, sums: __m256) {
+pub(super) unsafe fn finish(task: &AttentionTask<'_>, row: usize, head: usize, o: *const f32, most: f32, sums: F32x8) {
     let total = sum(sums);
     let inverse = if total > 0.0 || total.is_nan() { 1.0 / total } else { 0.0 };
     // SAFETY: the caller's promise.
@@ -267,19 +263,19 @@ pub(super) unsafe fn finish(task: &AttentionTask<'_>, row: usize, head: usize, o
 }
 
 /// See [`attention`](super::attention), whose promises are those of the caller here.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn attention_avx2(task: &AttentionTask<'_>, scratch: &mut [f32]) {
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
+pub(super) unsafe fn attention_lanes(task: &AttentionTask<'_>, scratch: &mut [f32]) {
     // SAFETY: `attention` has checked the length.
     let at = unsafe { Scratch::cut(aligned(scratch), task.head_dim) };
     let bend = Bend::new(task);
     task.for_tiles(TILE, |kv_head, heads, rows| {
-        // SAFETY: rows and heads are the task's; the CPU has AVX2, for this function runs.
+        // SAFETY: rows and heads are the task's; the CPU has the instructions, for this function runs.
         unsafe { tile(task, &at, &bend, kv_head, Vectors { heads, rows }) };
     });
 }
 
 /// All blocks for some query vectors, at most [`TILE`] of them.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 unsafe fn tile(task: &AttentionTask<'_>, at: &Scratch, bend: &Bend, kv_head: usize, vectors: Vectors) {
     let count = vectors.count();
     // SAFETY: indices into the scratch stay below the tile's, the block's and the head's sizes, by which it was cut;
@@ -293,7 +289,7 @@ unsafe fn tile(task: &AttentionTask<'_>, at: &Scratch, bend: &Bend, kv_head: usi
                 *packed.add(d * ROWS) = *q.add(d) * bend.q_scale;
             }
             *at.most.add(m) = f32::NEG_INFINITY;
-            _mm256_storeu_ps(at.sums.add(8 * m), _mm256_setzero_ps());
+            store(at.sums.add(8 * m), zero());
         }
         at.o.write_bytes(0, count * at.width);
 
@@ -322,7 +318,7 @@ unsafe fn tile(task: &AttentionTask<'_>, at: &Scratch, bend: &Bend, kv_head: usi
                 for i in 0..n {
                     let added = exponentiate(s.add(i * BLOCK), new[i]);
                     let lanes = at.sums.add(8 * (m + i));
-                    _mm256_storeu_ps(lanes, _mm256_fmadd_ps(_mm256_loadu_ps(lanes), _mm256_set1_ps(shrink[i]), added));
+                    store(lanes, fma(load(lanes), splat(shrink[i]), added));
                 }
                 match n {
                     6 => weigh::<6>(at, m, any, &shrink),
@@ -336,7 +332,7 @@ unsafe fn tile(task: &AttentionTask<'_>, at: &Scratch, bend: &Bend, kv_head: usi
         }
         for m in 0..count {
             let (row, head) = vectors.owner(m);
-            let sums = _mm256_loadu_ps(at.sums.add(8 * m));
+            let sums = load(at.sums.add(8 * m));
             finish(task, row, head, at.o.add(m * at.width), *at.most.add(m), sums);
         }
     }
@@ -346,7 +342,7 @@ unsafe fn tile(task: &AttentionTask<'_>, at: &Scratch, bend: &Bend, kv_head: usi
 ///
 /// # Safety
 /// These positions must be stored in the cache.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 unsafe fn unpack_block(
     task: &AttentionTask<'_>,
     at: &Scratch,
@@ -359,8 +355,8 @@ unsafe fn unpack_block(
         // SAFETY: the position is stored; panels hold `width` ≥ d + 8 dimensions of 64 positions.
         unsafe {
             let vector = task.kv.at(offset, kv_head, block + j);
-            unpack(task.kv.dtype, vector, at.dim, |d, x| {
-                _mm256_storeu_ps(at.v.add(d / 16 * (16 * BLOCK) + 16 * j + d % 16), x);
+            unpack_eights(task.kv.dtype, vector, at.dim, |d, x| {
+                store(at.v.add(d / 16 * (16 * BLOCK) + 16 * j + d % 16), x);
             });
         }
     }
@@ -370,7 +366,7 @@ unsafe fn unpack_block(
 ///
 /// # Safety
 /// The scratch was cut for this width.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 unsafe fn transpose_keys(at: &Scratch, stored: Range<usize>) {
     for j in (stored.start / 8 * 8..stored.end).step_by(8) {
         for d in (0..at.dim).step_by(8) {
@@ -378,12 +374,12 @@ unsafe fn transpose_keys(at: &Scratch, stored: Range<usize>) {
             unsafe {
                 let from = at.v.add(d / 16 * (16 * BLOCK) + 16 * j + d % 16);
                 let to = at.kt.add(j / 16 * (16 * at.width) + 16 * d + j % 16);
-                let mut r = [_mm256_setzero_ps(); 8];
+                let mut r = [zero(); 8];
                 for (i, r) in r.iter_mut().enumerate() {
-                    *r = _mm256_loadu_ps(from.add(16 * i));
+                    *r = load(from.add(16 * i));
                 }
                 for (i, r) in transpose(r).into_iter().enumerate() {
-                    _mm256_storeu_ps(to.add(16 * i), r);
+                    store(to.add(16 * i), r);
                 }
             }
         }
@@ -394,28 +390,28 @@ unsafe fn transpose_keys(at: &Scratch, stored: Range<usize>) {
 ///
 /// # Safety
 /// `m` is the first of N query vectors of one group of six.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 unsafe fn scores<const N: usize>(at: &Scratch, m: usize, any: (usize, usize)) {
     for panel in any.0 / 16..any.1.div_ceil(16) {
         // SAFETY: one group of packed queries, one panel of keys, N rows of scores, all within the scratch.
         unsafe {
             let mut q = at.q.add(m * at.dim).cast_const();
             let mut k = at.kt.add(panel * (16 * at.width)).cast_const();
-            let mut acc = [[_mm256_setzero_ps(); 2]; N];
+            let mut acc = [[zero(); 2]; N];
             for _ in 0..at.dim {
-                let (k0, k1) = (_mm256_loadu_ps(k), _mm256_loadu_ps(k.add(8)));
+                let (k0, k1) = (load(k), load(k.add(8)));
                 for (i, acc) in acc.iter_mut().enumerate() {
-                    let x = _mm256_broadcast_ss(&*q.add(i));
-                    acc[0] = _mm256_fmadd_ps(x, k0, acc[0]);
-                    acc[1] = _mm256_fmadd_ps(x, k1, acc[1]);
+                    let x = splat(*q.add(i));
+                    acc[0] = fma(x, k0, acc[0]);
+                    acc[1] = fma(x, k1, acc[1]);
                 }
                 q = q.add(ROWS);
                 k = k.add(16);
             }
             for (i, acc) in acc.iter().enumerate() {
                 let s = at.s.add((m + i) * BLOCK + 16 * panel);
-                _mm256_storeu_ps(s, acc[0]);
-                _mm256_storeu_ps(s.add(8), acc[1]);
+                store(s, acc[0]);
+                store(s.add(8), acc[1]);
             }
         }
     }
@@ -425,33 +421,33 @@ unsafe fn scores<const N: usize>(at: &Scratch, m: usize, any: (usize, usize)) {
 ///
 /// # Safety
 /// As for [`scores`].
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 unsafe fn weigh<const N: usize>(at: &Scratch, m: usize, any: (usize, usize), shrink: &[f32; 8]) {
     for panel in 0..at.width / 16 {
         // SAFETY: N rows of probabilities and of output, one panel of values, all within the scratch.
         unsafe {
             let o = at.o.add(m * at.width + 16 * panel);
-            let mut acc = [[_mm256_setzero_ps(); 2]; N];
+            let mut acc = [[zero(); 2]; N];
             for (i, acc) in acc.iter_mut().enumerate() {
-                let c = _mm256_set1_ps(shrink[i]);
-                acc[0] = _mm256_mul_ps(c, _mm256_loadu_ps(o.add(i * at.width)));
-                acc[1] = _mm256_mul_ps(c, _mm256_loadu_ps(o.add(i * at.width + 8)));
+                let c = splat(shrink[i]);
+                acc[0] = mul(c, load(o.add(i * at.width)));
+                acc[1] = mul(c, load(o.add(i * at.width + 8)));
             }
             let mut p = at.s.add(m * BLOCK + any.0).cast_const();
             let mut v = at.v.add(panel * (16 * BLOCK) + 16 * any.0).cast_const();
             for _ in any.0..any.1 {
-                let (v0, v1) = (_mm256_loadu_ps(v), _mm256_loadu_ps(v.add(8)));
+                let (v0, v1) = (load(v), load(v.add(8)));
                 for (i, acc) in acc.iter_mut().enumerate() {
-                    let x = _mm256_broadcast_ss(&*p.add(i * BLOCK));
-                    acc[0] = _mm256_fmadd_ps(x, v0, acc[0]);
-                    acc[1] = _mm256_fmadd_ps(x, v1, acc[1]);
+                    let x = splat(*p.add(i * BLOCK));
+                    acc[0] = fma(x, v0, acc[0]);
+                    acc[1] = fma(x, v1, acc[1]);
                 }
                 p = p.add(1);
                 v = v.add(16);
             }
             for (i, acc) in acc.iter().enumerate() {
-                _mm256_storeu_ps(o.add(i * at.width), acc[0]);
-                _mm256_storeu_ps(o.add(i * at.width + 8), acc[1]);
+                store(o.add(i * at.width), acc[0]);
+                store(o.add(i * at.width + 8), acc[1]);
             }
         }
     }

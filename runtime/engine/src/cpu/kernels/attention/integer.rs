@@ -9,10 +9,10 @@
 //! A scale is that of one vector, or of one row of a block's probabilities: what other rows and positions there are does not
 //! show, as in the f32 path.
 
-use super::super::vector::avx2::transpose;
+use super::super::lanes::transpose;
 use super::super::vector::avx512::exp2;
 use super::block::{Bend, Vectors, finish, mask_rows};
-use super::kv::avx2::unpack;
+use super::kv::unpack_eights;
 use super::{AttentionTask, BLOCK, aligned};
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -247,7 +247,7 @@ unsafe fn fetch(task: &AttentionTask<'_>, at: &Scratch, offset: usize, kv_head: 
     // SAFETY: the position is stored; the row holds `dim` elements rounded up to 8 at least.
     unsafe {
         let vector = task.kv.at(offset, kv_head, position);
-        unpack(task.kv.dtype, vector, at.dim, |d, x| _mm256_storeu_ps(at.row.add(d), x));
+        unpack_eights(task.kv.dtype, vector, at.dim, |d, x| _mm256_storeu_ps(at.row.add(d), x));
     }
 }
 

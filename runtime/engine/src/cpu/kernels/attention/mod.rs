@@ -17,13 +17,13 @@
 //! rows and heads over tasks and threads gives the same bits.
 
 mod backward;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod block;
 #[cfg(target_arch = "x86_64")]
 mod integer;
 mod kv;
 mod scalar;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -147,7 +147,7 @@ impl AttentionTask<'_> {
     }
 
     /// Of the positions that `row` sees, those of the block that starts at `block`, counted from there.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     #[inline(always)]
     fn visible_in_block(&self, row: usize, block: usize) -> (usize, usize) {
         let v = self.visible(row);
@@ -172,7 +172,7 @@ impl AttentionTask<'_> {
     }
 
     /// Calls `f(kv_head, query_heads, rows)` for each tile of at most `most` query vectors.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     fn for_tiles(&self, most: usize, mut f: impl FnMut(usize, (usize, usize), (usize, usize))) {
         self.for_kv_heads(|kv_head, first, last| {
             for h in (first..last).step_by(most) {
@@ -241,13 +241,13 @@ pub unsafe fn attention(isa: Isa, task: &AttentionTask<'_>, scratch: &mut [f32])
         // SAFETY: the token in `isa` proves the instructions; the rest is the caller's promise.
         return unsafe { integer::attention_avx512(task, scratch) };
     }
-    #[cfg(target_arch = "x86_64")]
-    if super::vector::has_avx2(isa) {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    if super::lanes::runs(isa) {
         // SAFETY: the token in `isa` proves the instructions; the rest is the caller's promise.
         unsafe {
             match task.path {
-                Path::Stream => stream::attention_avx2(task, scratch),
-                Path::Block | Path::Integer => block::attention_avx2(task, scratch),
+                Path::Stream => stream::attention_lanes(task, scratch),
+                Path::Block | Path::Integer => block::attention_lanes(task, scratch),
             }
         }
         return;
@@ -258,7 +258,7 @@ pub unsafe fn attention(isa: Isa, task: &AttentionTask<'_>, scratch: &mut [f32])
 }
 
 /// The part of `scratch` that starts at a cache line.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn aligned(scratch: &mut [f32]) -> *mut f32 {
     let skip = scratch.as_ptr().align_offset(64).min(15);
     scratch[skip..].as_mut_ptr()

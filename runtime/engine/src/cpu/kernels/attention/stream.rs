@@ -1,4 +1,4 @@
-//! The decode path for AVX2: each key and value is read once per query row, straight from the cache, and serves all
+//! The decode path in lanes: each key and value is read once per query row, straight from the cache, and serves all
 //! query heads of its group.
 //!
 //! Scores are dot products along the head, eight lanes wide, for four positions and up to three heads at a time; values
@@ -6,30 +6,28 @@
 //! and heads that are no multiple of 16 wide, are unpacked first, a block of 64 positions at a time. Lanes and order
 //! depend on the head's width alone, so heads may be grouped and split over tasks at will.
 
-use super::super::vector::avx2::{load_f16, sum4};
+use super::super::lanes::{F32x8, add, exp2, fma, load, load_f16, mul, splat, store, store_sums, sub, zero};
 use super::block::{Bend, base_of, exponentiate, finish, mask_and_max};
-use super::kv::avx2::unpack;
+use super::kv::unpack_eights;
 use super::{AttentionTask, BLOCK, MAX_GROUP, aligned};
-use crate::cpu::kernels::vector::avx2::exp2;
 use crate::quant::DType;
-use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
 /// How eight elements are read from the cache.
 trait Element {
     const BYTES: usize;
     /// # Safety
-    /// Eight elements readable at `p`, on a CPU with AVX2, FMA and F16C.
-    unsafe fn load(p: *const u8) -> __m256;
+    /// Eight elements readable at `p`; the caller has the instructions.
+    unsafe fn load(p: *const u8) -> F32x8;
 }
 
 struct F32;
 impl Element for F32 {
     const BYTES: usize = 4;
     #[inline(always)]
-    unsafe fn load(p: *const u8) -> __m256 {
+    unsafe fn load(p: *const u8) -> F32x8 {
         // SAFETY: the caller's promise.
-        unsafe { _mm256_loadu_ps(p.cast()) }
+        unsafe { load(p.cast()) }
     }
 }
 
@@ -37,21 +35,21 @@ struct F16;
 impl Element for F16 {
     const BYTES: usize = 2;
     #[inline(always)]
-    unsafe fn load(p: *const u8) -> __m256 {
+    unsafe fn load(p: *const u8) -> F32x8 {
         // SAFETY: the caller's promise.
         unsafe { load_f16(p) }
     }
 }
 
 /// See [`attention`](super::attention), whose promises are those of the caller here.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn attention_avx2(task: &AttentionTask<'_>, scratch: &mut [f32]) {
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
+pub(super) unsafe fn attention_lanes(task: &AttentionTask<'_>, scratch: &mut [f32]) {
     let scratch = aligned(scratch);
     task.for_kv_heads(|kv_head, first, last| {
         for h in (first..last).step_by(MAX_GROUP) {
             for row in task.rows() {
                 let heads = (h, last.min(h + MAX_GROUP));
-                // SAFETY: rows and heads are the task's; the CPU has AVX2, for this function runs.
+                // SAFETY: rows and heads are the task's; the CPU has the instructions, for this function runs.
                 unsafe {
                     match task.kv.dtype {
                         DType::F16 if task.head_dim.is_multiple_of(16) => {
@@ -69,7 +67,7 @@ pub(super) unsafe fn attention_avx2(task: &AttentionTask<'_>, scratch: &mut [f32
 }
 
 /// One row's query heads `heads` of one cache head. Unless `IN_PLACE`, blocks are unpacked to f32 first.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 unsafe fn group<E: Element, const IN_PLACE: bool>(
     task: &AttentionTask<'_>,
     scratch: *mut f32,
@@ -111,8 +109,8 @@ unsafe fn group<E: Element, const IN_PLACE: bool>(
                 for j in from..to {
                     let vector = task.kv.at(offset, kv_head, block + j);
                     // The padding is multiplied by the zeros in q, so it has to be finite.
-                    _mm256_storeu_ps(unpacked.add((j + 1) * width - 8), _mm256_setzero_ps());
-                    unpack(task.kv.dtype, vector, dim, |d, x| _mm256_storeu_ps(unpacked.add(j * width + d), x));
+                    store(unpacked.add((j + 1) * width - 8), zero());
+                    unpack_eights(task.kv.dtype, vector, dim, |d, x| store(unpacked.add(j * width + d), x));
                 }
                 (unpacked.cast::<u8>().cast_const(), 4 * width)
             };
@@ -137,13 +135,13 @@ unsafe fn group<E: Element, const IN_PLACE: bool>(
                 base[i] = base_of(*most);
             }
             for (shrink, base) in shrink.as_chunks_mut::<8>().0.iter_mut().zip(base.as_chunks::<8>().0) {
-                let change = _mm256_sub_ps(_mm256_loadu_ps(shrink.as_ptr()), _mm256_loadu_ps(base.as_ptr()));
-                _mm256_storeu_ps(shrink.as_mut_ptr(), exp2(change));
+                let change = sub(load(shrink.as_ptr()), load(base.as_ptr()));
+                store(shrink.as_mut_ptr(), exp2(change));
             }
             for i in 0..count {
                 let lanes = sums.add(8 * i);
-                let kept = _mm256_mul_ps(_mm256_loadu_ps(lanes), _mm256_set1_ps(shrink[i]));
-                _mm256_storeu_ps(lanes, _mm256_add_ps(kept, exponentiate(s.add(i * BLOCK), base[i])));
+                let kept = mul(load(lanes), splat(shrink[i]));
+                store(lanes, add(kept, exponentiate(s.add(i * BLOCK), base[i])));
             }
             let (v, stride) = vectors(task.kv.v_offset);
             for i in (0..count).step_by(3) {
@@ -156,7 +154,7 @@ unsafe fn group<E: Element, const IN_PLACE: bool>(
             }
         }
         for i in 0..count {
-            finish(task, row, heads.0 + i, o.add(i * width), *most.add(i), _mm256_loadu_ps(sums.add(8 * i)));
+            finish(task, row, heads.0 + i, o.add(i * width), *most.add(i), load(sums.add(8 * i)));
         }
     }
 }
@@ -165,7 +163,7 @@ unsafe fn group<E: Element, const IN_PLACE: bool>(
 ///
 /// # Safety
 /// The vectors of these positions are readable, `width` elements each; q is [H][width], s [H][64].
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 unsafe fn scores<E: Element, const H: usize>(
     k: *const u8,
     stride: usize,
@@ -180,18 +178,18 @@ unsafe fn scores<E: Element, const H: usize>(
         unsafe {
             let at = |i: usize| k.add((j + i).clamp(from, to - 1) * stride);
             let (k0, k1, k2, k3) = (at(0), at(1), at(2), at(3));
-            let mut acc = [[_mm256_setzero_ps(); 4]; H];
+            let mut acc = [[zero(); 4]; H];
             for d in (0..width).step_by(8) {
                 // Key by key: twelve accumulators, three queries and one key are the sixteen registers there are.
                 for (i, k) in [k0, k1, k2, k3].into_iter().enumerate() {
                     let k = E::load(k.add(d * E::BYTES));
                     for (h, acc) in acc.iter_mut().enumerate() {
-                        acc[i] = _mm256_fmadd_ps(_mm256_loadu_ps(q.add(h * width + d)), k, acc[i]);
+                        acc[i] = fma(load(q.add(h * width + d)), k, acc[i]);
                     }
                 }
             }
             for (h, a) in acc.iter().enumerate() {
-                _mm_storeu_ps(s.add(h * BLOCK + j), sum4(a[0], a[1], a[2], a[3]));
+                store_sums(s.add(h * BLOCK + j), *a);
             }
         }
     }
@@ -201,7 +199,7 @@ unsafe fn scores<E: Element, const H: usize>(
 ///
 /// # Safety
 /// As for [`scores`], with o [H][width].
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 #[allow(clippy::too_many_arguments)]
 unsafe fn weigh<E: Element, const H: usize>(
     v: *const u8,
@@ -230,7 +228,7 @@ unsafe fn weigh<E: Element, const H: usize>(
 ///
 /// # Safety
 /// As for [`weigh`].
-#[target_feature(enable = "avx2,fma,f16c")]
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 #[inline]
 #[allow(clippy::too_many_arguments)]
 unsafe fn strip<E: Element, const H: usize, const C: usize>(
@@ -245,10 +243,10 @@ unsafe fn strip<E: Element, const H: usize, const C: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut acc = [[_mm256_setzero_ps(); C]; H];
+        let mut acc = [[zero(); C]; H];
         for (h, acc) in acc.iter_mut().enumerate() {
             for (c, acc) in acc.iter_mut().enumerate() {
-                *acc = _mm256_mul_ps(_mm256_set1_ps(shrink[h]), _mm256_loadu_ps(o.add(h * width + 8 * c)));
+                *acc = mul(splat(shrink[h]), load(o.add(h * width + 8 * c)));
             }
         }
         let mut at = v.add(from * stride);
@@ -256,14 +254,14 @@ unsafe fn strip<E: Element, const H: usize, const C: usize>(
             for c in 0..C {
                 let x = E::load(at.add(8 * c * E::BYTES));
                 for (h, acc) in acc.iter_mut().enumerate() {
-                    acc[c] = _mm256_fmadd_ps(_mm256_broadcast_ss(&*p.add(h * BLOCK + j)), x, acc[c]);
+                    acc[c] = fma(splat(*p.add(h * BLOCK + j)), x, acc[c]);
                 }
             }
             at = at.add(stride);
         }
         for (h, acc) in acc.iter().enumerate() {
             for (c, acc) in acc.iter().enumerate() {
-                _mm256_storeu_ps(o.add(h * width + 8 * c), *acc);
+                store(o.add(h * width + 8 * c), *acc);
             }
         }
     }

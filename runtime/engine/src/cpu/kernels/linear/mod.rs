@@ -16,6 +16,7 @@
 //! | `scalar` | the specification of the products |
 //! | `dense` | F32, F16, BF16 |
 //! | `tile` | what instruction sets share: the memory of a tile, the loops around a tile kernel |
+//! | `source` | rows of any type as f32, for the two that follow |
 //! | `transpose` | the gradient with respect to the input, and the map with exact activations |
 //! | `rounded` | the same two with both factors rounded to 16 bits, the gradient also to 8: what training runs on |
 //! | `avx2/`, `avx512`, `neon/` | the instruction sets |
@@ -32,6 +33,8 @@ mod dense;
 mod neon;
 mod rounded;
 mod scalar;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod source;
 mod table;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tile;

@@ -4,8 +4,8 @@
 //!
 //! | | activations | weights | products | error |
 //! | --- | --- | --- | --- | --- |
-//! | `i16` | 13 bits, a scale per token and group of 64 | 14 bits, once unpacked, a scale per lane of a block | 2 in a lane of 32 bits (`vpmaddwd`, `vpdpwssd`) | 2⁻¹³ of the largest value of a group, 2⁻¹⁴ of the largest weight of a block |
-//! | `u8` | 8 bits, likewise, with 128 added | 8 bits, a scale per lane and group of 64 | 4 (`vpdpbusd`) | 2⁻⁸ of the largest value, or weight, of a group |
+//! | `i16` | 13 bits, a scale per token and group of 64 | 14 bits, once unpacked, a scale per lane of a block | 2 in a lane of 32 bits (`vpmaddwd`, `vpdpwssd`), or one (`smlal`) | 2⁻¹³ of the largest value of a group, 2⁻¹⁴ of the largest weight of a block |
+//! | `u8` | 8 bits, likewise, with 128 added | 8 bits, a scale per lane and group of 64 | 4 (`vpdpbusd`, `sdot`) | 2⁻⁸ of the largest value, or weight, of a group |
 //!
 //! Products and their sums over a group are exact in 32 bits, sums of groups are f32. The forward map runs at `i16`, or with
 //! 8-bit activations as [`linear`](super::linear) does, which reads most weights as they are; its gradient at either.
@@ -30,24 +30,30 @@
 //! | file | what |
 //! | --- | --- |
 //! | `blocks` | the loops over blocks, tokens and slabs of a block, for any width of vectors |
-//! | `avx2`, `avx512` | rounding and multiplying a slab |
+//! | `avx2`, `avx512`, `neon` | rounding and multiplying a slab |
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod blocks;
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod blocks {
     /// Nothing is computed by vectors here.
     pub trait Kernels {}
     impl<Q> Kernels for Q {}
 }
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(test)]
 mod tests;
 
+#[cfg(target_arch = "x86_64")]
+use avx2 as native;
 use blocks::Kernels;
+#[cfg(target_arch = "aarch64")]
+use neon as native;
 
 use super::activations::SMALLEST;
 use super::{LinearTask, OutMut, Scratch, check_sizes, matrix_fault};
@@ -222,10 +228,10 @@ pub fn round_rows<Q: Level>(isa: Isa, x: &[f32], stride: usize, rows: Range<usiz
             (std::slice::from_raw_parts_mut(q, groups * GROUP), std::slice::from_raw_parts_mut(d, groups))
         };
         let x = &x[t * stride..t * stride + k];
-        #[cfg(target_arch = "x86_64")]
-        if crate::cpu::kernels::vector::has_avx2(isa) {
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        if crate::cpu::kernels::lanes::runs(isa) {
             // SAFETY: the token in `isa` proves the instructions; the slices fit each other.
-            unsafe { avx2::round_row(x, q, d) };
+            unsafe { native::round_row(x, q, d) };
             continue;
         }
         round_row(x, q, d);
@@ -247,7 +253,12 @@ fn round_row<Q: Level>(x: &[f32], q: &mut [Q], d: &mut [f32]) {
 /// Scale and inverse scale with which the largest of some values becomes `to`; the inverse is 0 where all become 0.
 fn scale_of(values: impl Iterator<Item = f32>, to: f32) -> (f32, f32) {
     // Absolute values compare as their bit patterns do, with infinities and NaNs on top.
-    let most = f32::from_bits(values.fold(0, |top, v| (v.to_bits() & 0x7fff_ffff).max(top)));
+    scale_of_most(f32::from_bits(values.fold(0, |top, v| (v.to_bits() & 0x7fff_ffff).max(top))), to)
+}
+
+/// The same of the largest size.
+#[inline(always)]
+fn scale_of_most(most: f32, to: f32) -> (f32, f32) {
     match most {
         _ if !most.is_finite() => (f32::NAN, 0.0),
         _ if most < SMALLEST => (0.0, 0.0),
@@ -269,13 +280,9 @@ pub fn linear_wide(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> Re
     if task.rows.is_empty() || task.x.tokens == 0 {
         return Ok(());
     }
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     if task.k > 0
-        && let Some(forward) = match isa {
-            Isa::Avx512(_) => Some(avx512::forward_of(task.dtype)),
-            Isa::Avx2(_) => Some(avx2::forward_of(task.dtype)),
-            _ => None,
-        }
+        && let Some(forward) = blocks::forward_of(isa, task.dtype)
     {
         // SAFETY: the token in `isa` proves the instructions; everything is in bounds.
         unsafe { forward(task, &x, scratch) };
@@ -317,7 +324,7 @@ pub fn linear_backward_rounded<Q: Level>(
     if task.columns.is_empty() || task.dy.tokens == 0 {
         return Ok(());
     }
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     if task.dy.k > 0
         && let Some(backward) = Q::backward_of(isa, task.dtype)
     {
@@ -331,9 +338,9 @@ pub fn linear_backward_rounded<Q: Level>(
 
 /// Whether gradients at a level have kernels of their own for an instruction set; else they are computed as specified, slowly.
 pub fn has_backward<Q: Level>(isa: Isa) -> bool {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     return Q::backward_of(isa, DType::Q8_0).is_some();
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     return matches!((isa, size_of::<Q>()), (_, 0));
 }
 

@@ -59,10 +59,10 @@ pub fn linear_backward(isa: Isa, task: &LinearBackwardTask<'_>, scratch: &mut Sc
     if task.tokens.is_empty() || task.k == 0 {
         return Ok(());
     }
-    #[cfg(target_arch = "x86_64")]
-    if crate::cpu::kernels::vector::has_avx2(isa) && task.rows > 0 {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    if crate::cpu::kernels::lanes::runs(isa) && task.rows > 0 {
         // SAFETY: the token in `isa` proves the instructions; everything is in bounds.
-        unsafe { avx2::backward_of(task.dtype)(task, scratch) };
+        unsafe { lanes::backward_of(task.dtype)(task, scratch) };
         return Ok(());
     }
     let _ = (isa, scratch);
@@ -78,10 +78,10 @@ pub fn linear_exact(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> R
     if task.rows.is_empty() || task.x.tokens == 0 {
         return Ok(());
     }
-    #[cfg(target_arch = "x86_64")]
-    if crate::cpu::kernels::vector::has_avx2(isa) && task.k > 0 {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    if crate::cpu::kernels::lanes::runs(isa) && task.k > 0 {
         // SAFETY: the token in `isa` proves the instructions; everything is in bounds.
-        unsafe { avx2::exact_of(task.dtype)(task, scratch) };
+        unsafe { lanes::exact_of(task.dtype)(task, scratch) };
         return Ok(());
     }
     let _ = (isa, scratch);
@@ -166,13 +166,13 @@ fn exact_scalar(task: &LinearTask<'_>) -> Result<()> {
     Ok(())
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    //! AVX2 and FMA. Functions marked `inline(always)` are inlined into those with the features.
-    use super::super::avx2::source::{Source, by_type, unpack_turned};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod lanes {
+    //! In lanes. Functions marked `inline(always)` are inlined into those with the features.
+    use super::super::source::{Source, by_type, unpack_turned};
     use super::super::{LinearTask, Scratch, scratch_bytes};
     use super::{LinearBackwardTask, UNIT};
-    use crate::cpu::kernels::gemm::avx2::{Left, Slab, Target, slab};
+    use crate::cpu::kernels::gemm::lanes::{Left, Slab, Target, slab};
     use crate::quant::DType;
 
     /// Rows of a block of the backward pass.
@@ -187,7 +187,7 @@ mod avx2 {
     type Backward = unsafe fn(&LinearBackwardTask<'_>, &mut Scratch);
     type Exact = unsafe fn(&LinearTask<'_>, &mut Scratch);
 
-    /// The backward pass for a type; to be called with AVX2, FMA and F16C, and a task that has been checked.
+    /// The backward pass for a type; to be called with the instructions of lanes, and a task that has been checked.
     pub(super) fn backward_of(dtype: DType) -> Backward {
         by_type!(dtype, backward)
     }
@@ -199,7 +199,7 @@ mod avx2 {
 
     /// # Safety
     /// The task has been checked and has rows and columns.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     unsafe fn backward<S: Source>(task: &LinearBackwardTask<'_>, scratch: &mut Scratch) {
         let Some(row_bytes) = task.dtype.row_bytes(task.k) else { return };
         let panel = scratch.lines.as_mut_ptr().cast::<f32>();
@@ -243,7 +243,7 @@ mod avx2 {
 
     /// # Safety
     /// The task has been checked and has rows and columns.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     unsafe fn exact<S: Source>(task: &LinearTask<'_>, scratch: &mut Scratch) {
         let Some(row_bytes) = task.dtype.row_bytes(task.k) else { return };
         let panel = scratch.lines.as_mut_ptr().cast::<f32>();

@@ -2,7 +2,7 @@
 //! one entry per kernel; an entry can be reached with the capability token only.
 
 mod matvec;
-pub(super) mod source;
+mod source;
 pub(super) mod tile;
 pub(super) mod unpack;
 

@@ -7,7 +7,7 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 
 /// `Σ i8 · i8` over 4 bytes, added to 4 lanes.
-pub(super) trait Dot {
+pub(crate) trait Dot {
     /// # Safety
     /// The caller has the instructions; no two neighbours of the products are both 2¹⁴ (activations stop at ±127).
     unsafe fn dot(sum: int32x4_t, w: int8x16_t, q: int8x16_t) -> int32x4_t;
@@ -40,7 +40,7 @@ impl Dot for Widening {
 }
 
 /// Armv8.2's dot products.
-pub(super) struct Sdot;
+pub(crate) struct Sdot;
 
 impl Dot for Sdot {
     #[inline(always)]

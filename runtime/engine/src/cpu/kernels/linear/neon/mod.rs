@@ -2,8 +2,9 @@
 //! what needs more, the dot products of Armv8.2 (`sdot`) and the matrix products of Armv8.6 (`smmla`), is inlined
 //! into one entry per kernel, which is reached only where the token says that the processor has them.
 
-mod dot;
+pub(super) mod dot;
 mod matvec;
+mod source;
 mod tile;
 pub(super) mod unpack;
 

@@ -1,9 +1,9 @@
 //! AVX2 and FMA. Functions marked `inline(always)` are inlined into those with the features.
 
-use super::super::avx2::source::{Source, by_type};
+use super::super::source::{Source, by_type};
 use super::super::{LinearTask, Scratch};
-use super::blocks::{self, Backward, Forward, LANES, Rows, Slabs, Target, Vectors};
-use super::{GROUP, Level, Rounded, RoundedBackwardTask, SMALLEST};
+use super::blocks::{self, Backward, Forward, Rows, Slabs, Target, Vectors, scales_at};
+use super::{GROUP, Level, Rounded, RoundedBackwardTask, SMALLEST, scale_of_most};
 use crate::quant::DType;
 use std::arch::x86_64::*;
 
@@ -144,13 +144,8 @@ pub(super) unsafe fn round_row<Q: Level>(x: &[f32], q: &mut [Q], d: &mut [f32]) 
             let top = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256::<1>(top));
             let top = _mm_max_epi32(top, _mm_unpackhi_epi64(top, top));
             let top = _mm_max_epi32(top, _mm_shuffle_epi32::<1>(top));
-            let most = f32::from_bits(_mm_cvtsi128_si32(top) as u32);
-            let inverse = match most {
-                _ if !most.is_finite() => 0.0,
-                _ if most < SMALLEST => 0.0,
-                _ => Q::MOST / most,
-            };
-            *d = if most.is_finite() { f32::from(u8::from(inverse > 0.0)) * (most / Q::MOST) } else { f32::NAN };
+            let (scale, inverse) = scale_of_most(f32::from_bits(_mm_cvtsi128_si32(top) as u32), Q::MOST);
+            *d = scale;
             // Nothing of a NaN may be multiplied, not even by zero.
             let keep = _mm256_castsi256_ps(_mm256_set1_epi32(-i32::from(inverse > 0.0)));
             let by = _mm256_set1_ps(inverse);
@@ -163,42 +158,44 @@ pub(super) unsafe fn round_row<Q: Level>(x: &[f32], q: &mut [Q], d: &mut [f32]) 
     }
 }
 
-/// Packs the rounded activations of a group, 16 in a vector.
-///
-/// # Safety
-/// As for [`Kernels::pack`](blocks::Kernels::pack).
-#[inline(always)]
-pub(super) unsafe fn pack_words(group: [__m256i; GROUP / 8], to: *mut i16) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        for h in 0..GROUP / 16 {
-            let words = _mm256_packs_epi32(group[2 * h], group[2 * h + 1]);
-            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
-            _mm256_storeu_si256(to.add(16 * h).cast(), words);
+/// How a level's activations lie.
+pub trait Pack: Copy {
+    /// Packs the rounded activations of a group.
+    ///
+    /// # Safety
+    /// `to` has room for them; the caller has AVX2.
+    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut Self);
+}
+
+/// 16 in a vector.
+impl Pack for i16 {
+    #[inline(always)]
+    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut i16) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for h in 0..GROUP / 16 {
+                let words = _mm256_packs_epi32(group[2 * h], group[2 * h + 1]);
+                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+                _mm256_storeu_si256(to.add(16 * h).cast(), words);
+            }
         }
     }
 }
 
-/// The same 32 in a vector, with 128 added.
-///
-/// # Safety
-/// As for [`Kernels::pack`](blocks::Kernels::pack).
-#[inline(always)]
-pub(super) unsafe fn pack_bytes(group: [__m256i; GROUP / 8], to: *mut u8) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        for h in 0..GROUP / 32 {
-            let [a, b, c, d] = [group[4 * h], group[4 * h + 1], group[4 * h + 2], group[4 * h + 3]];
-            let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-            let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-            _mm256_storeu_si256(to.add(32 * h).cast(), _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
+/// 32 in a vector, with 128 added.
+impl Pack for u8 {
+    #[inline(always)]
+    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for h in 0..GROUP / 32 {
+                let [a, b, c, d] = [group[4 * h], group[4 * h + 1], group[4 * h + 2], group[4 * h + 3]];
+                let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+                let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+                _mm256_storeu_si256(to.add(32 * h).cast(), _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
+            }
         }
     }
-}
-
-/// Where the scales of a slab in 16 bits lie: behind its weights, of which one f32 holds two.
-pub(super) const fn scales_at(groups: usize) -> usize {
-    groups * GROUP / 2 * LANES
 }
 
 #[inline(always)]
@@ -251,20 +248,8 @@ unsafe fn tile<const T: usize>(slab: Slabs, x: Rows<i16>, to: Target) {
         }
         let scales = slab.at.add(scales_at(slab.groups));
         let scales = [_mm256_loadu_ps(scales), _mm256_loadu_ps(scales.add(8))];
-        for (t, acc) in acc.iter().enumerate() {
-            for h in 0..2 {
-                let at = to.at.wrapping_add(t * to.row + 8 * h);
-                let columns = to.columns.saturating_sub(8 * h);
-                if columns >= 8 {
-                    let old = if to.add { _mm256_loadu_ps(at) } else { _mm256_setzero_ps() };
-                    _mm256_storeu_ps(at, _mm256_fmadd_ps(acc[h], scales[h], old));
-                } else if columns > 0 {
-                    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-                    let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(columns as i32), lanes);
-                    let old = if to.add { _mm256_maskload_ps(at, mask) } else { _mm256_setzero_ps() };
-                    _mm256_maskstore_ps(at, mask, _mm256_fmadd_ps(acc[h], scales[h], old));
-                }
-            }
+        for (t, acc) in acc.into_iter().enumerate() {
+            to.write(t, acc, scales);
         }
     }
 }

@@ -2,7 +2,8 @@
 //! with all tokens.
 //!
 //! A block lies in *slabs* of 16 lanes, one behind the other. Unpacked, a slab is `[step][16]` f32; rounded, it lies at the
-//! beginning of the same memory in vectors of 64 bytes, which a multiplying instruction takes with as many activations:
+//! beginning of the same memory, on x86-64 in vectors of 64 bytes, which a multiplying instruction takes with as many activations
+//! (`neon` says how it lies there):
 //!
 //! | level | a vector | behind them |
 //! | --- | --- | --- |
@@ -11,16 +12,18 @@
 //!
 //! Several slabs that are next to each other can be multiplied together, as [`Vectors::SLABS`] says.
 //!
-//! The loops are inlined into the functions of `avx2` and `avx512` that have the instructions, one for each type.
+//! The loops are inlined into the functions of `avx2`, `avx512` and `neon` that have the instructions, one for each type.
 
-use super::super::avx2::source::{Source, unpack_turned};
+use super::super::source::{Source, unpack_turned};
 use super::super::{LinearTask, Scratch, scratch_bytes};
-use super::{
-    BACKWARD_COLUMNS, BACKWARD_ROWS, FORWARD_COLUMNS, GROUP, Rounded, RoundedBackwardTask, UNIT, avx2, avx512,
-};
+#[cfg(target_arch = "aarch64")]
+use super::neon;
+use super::{BACKWARD_COLUMNS, BACKWARD_ROWS, FORWARD_COLUMNS, GROUP, Rounded, RoundedBackwardTask, UNIT, native};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use crate::cpu::isa::Isa;
+use crate::cpu::kernels::lanes::{F32x8, fma, load, load_some, store, store_some, zero};
 use crate::quant::DType;
-use std::arch::x86_64::__m256i;
 
 /// Rows of a block of the forward map.
 const FORWARD_ROWS: usize = 64;
@@ -37,46 +40,48 @@ pub(super) type Forward = unsafe fn(&LinearTask<'_>, &Rounded<'_, i16>, &mut Scr
 pub type Backward<Q> = unsafe fn(&RoundedBackwardTask<'_, Q>, &mut Scratch);
 
 /// What a level of rounding has for each instruction set.
-pub trait Kernels: Copy {
+pub trait Kernels: native::Pack {
     /// The backward pass for a type; to be called where `isa` is, with a task that has been checked.
     fn backward_of(isa: Isa, dtype: DType) -> Option<Backward<Self>>;
+}
 
-    /// Packs the rounded activations of a group.
-    ///
-    /// # Safety
-    /// `to` has room for them; the caller has AVX2.
-    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut Self);
+/// The forward map for a type, likewise.
+pub(super) fn forward_of(isa: Isa, dtype: DType) -> Option<Forward> {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(_) => Some(avx512::forward_of(dtype)),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2(_) => Some(avx2::forward_of(dtype)),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon(_) => Some(neon::forward_of(dtype)),
+        _ => None,
+    }
 }
 
 impl Kernels for i16 {
     fn backward_of(isa: Isa, dtype: DType) -> Option<Backward<i16>> {
         match isa {
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => Some(avx512::backward_of::<i16>(dtype)),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => Some(avx2::backward_of(dtype)),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(_) => Some(neon::backward_of::<i16>(dtype)),
             _ => None,
         }
-    }
-
-    #[inline(always)]
-    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut i16) {
-        // SAFETY: the caller's promise.
-        unsafe { avx2::pack_words(group, to) }
     }
 }
 
 impl Kernels for u8 {
     fn backward_of(isa: Isa, dtype: DType) -> Option<Backward<u8>> {
         match isa {
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => Some(avx512::backward_of::<u8>(dtype)),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(token) if token.dotprod => Some(neon::backward_of::<u8>(dtype)),
             // Without an instruction for four products there is nothing to gain.
             _ => None,
         }
-    }
-
-    #[inline(always)]
-    unsafe fn pack(group: [__m256i; GROUP / 8], to: *mut u8) {
-        // SAFETY: the caller's promise.
-        unsafe { avx2::pack_bytes(group, to) }
     }
 }
 
@@ -127,6 +132,33 @@ impl Target {
     pub fn from(self, t: usize) -> Target {
         Target { at: self.at.wrapping_add(t * self.row), ..self }
     }
+
+    /// Writes a slab's lanes of token `t`, times `by`, or adds them.
+    ///
+    /// # Safety
+    /// The target has room; the caller has the instructions of lanes.
+    #[inline(always)]
+    pub unsafe fn write(self, t: usize, lanes: [F32x8; 2], by: [F32x8; 2]) {
+        for h in 0..2 {
+            let at = self.at.wrapping_add(t * self.row + 8 * h);
+            let columns = self.columns.saturating_sub(8 * h);
+            // SAFETY: the caller's promise.
+            unsafe {
+                if columns >= 8 {
+                    let old = if self.add { load(at) } else { zero() };
+                    store(at, fma(lanes[h], by[h], old));
+                } else if columns > 0 {
+                    let old = if self.add { load_some(at, columns) } else { zero() };
+                    store_some(at, columns, fma(lanes[h], by[h], old));
+                }
+            }
+        }
+    }
+}
+
+/// Where the scales of a slab in 16 bits lie: behind its weights, of which one f32 holds two.
+pub(super) const fn scales_at(groups: usize) -> usize {
+    groups * GROUP / 2 * LANES
 }
 
 /// An instruction set's part of the work at a level, once for all types: it is not inlined.
@@ -175,7 +207,7 @@ unsafe fn multiply<Q: super::Level, V: Vectors<Q>>(block: Slabs, x: &Rounded<'_,
 /// The forward map.
 ///
 /// # Safety
-/// The task has been checked and has rows and columns; the caller has the instructions of `V` and AVX2.
+/// The task has been checked and has rows and columns; the caller has the instructions of `V` and of lanes.
 #[inline(always)]
 pub(super) unsafe fn forward<S: Source, V: Vectors<i16>>(
     task: &LinearTask<'_>,

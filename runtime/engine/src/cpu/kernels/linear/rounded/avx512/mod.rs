@@ -3,7 +3,7 @@
 mod bytes;
 mod words;
 
-use super::super::avx2::source::{Source, by_type};
+use super::super::source::{Source, by_type};
 use super::super::{LinearTask, Scratch};
 use super::blocks::{self, Backward, Forward, Vectors};
 use super::{Level, Rounded, RoundedBackwardTask, SMALLEST};

@@ -6,8 +6,7 @@
 //! 32 KiB, which with the tokens' activations fit a first cache of 48.
 
 use super::super::GROUP;
-use super::super::avx2::scales_at;
-use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors};
+use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors, scales_at};
 use super::{Avx512, scales_of};
 use std::arch::x86_64::*;
 

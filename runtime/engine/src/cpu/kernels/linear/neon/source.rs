@@ -1,0 +1,53 @@
+//! Quantized rows as f32 (see [`source`](super::super::source)): bytes to eight f32 at a time, times their scale.
+
+use super::super::source::{Quantized, Source};
+use super::unpack::Block;
+use crate::cpu::kernels::lanes::{fma, mul, splat, store};
+use std::arch::aarch64::*;
+use std::ops::Range;
+
+impl<B: Block> Source for Quantized<B> {
+    const UNIT_BYTES: usize = B::BYTES;
+
+    #[inline(always)]
+    unsafe fn unpack(unit: *const u8, columns: Range<usize>, to: *mut f32, step: usize) {
+        let groups = columns.start / 32..columns.end / 32;
+        // SAFETY: by the contract.
+        unsafe {
+            let (mut scales, mut minima) = ([0.0; 16], [0.0; 16]);
+            B::scales(unit, groups.end, &mut scales, &mut minima);
+            // A group's number is a constant so, and with it the shifts.
+            for g in 0..8 {
+                if groups.contains(&g) {
+                    expand::<B>(unit, g, &scales, &minima, to.add(2 * (g - groups.start) * step), step);
+                }
+            }
+        }
+    }
+}
+
+/// The 32 values of group `g`.
+///
+/// # Safety
+/// As for [`Source::unpack`].
+#[inline(always)]
+unsafe fn expand<B: Block>(
+    unit: *const u8,
+    g: usize,
+    scales: &[f32; 16],
+    minima: &[f32; 16],
+    to: *mut f32,
+    step: usize,
+) {
+    // SAFETY: by the contract.
+    unsafe {
+        for (h, bytes) in B::group(unit, g).into_iter().enumerate() {
+            let at = if B::HALVES { 2 * g + h } else { g };
+            let (d, m) = (splat(scales[at]), splat(minima[at]));
+            for (i, words) in [vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)].into_iter().enumerate() {
+                let q = [vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words))];
+                store(to.add(h * step + 8 * i), if B::MINIMA { fma(d, q, m) } else { mul(d, q) });
+            }
+        }
+    }
+}
