@@ -30,7 +30,7 @@ mod avx512;
 mod blocks;
 mod dense;
 #[cfg(target_arch = "aarch64")]
-mod neon;
+pub(super) mod neon;
 mod rounded;
 mod scalar;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]

@@ -140,10 +140,13 @@ pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *m
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => unsafe { x86::with_avx2(tile, token.q, token.d) },
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(isa) => neon::run(isa, tile, token.q, token.d),
             _ => scalar(tile, token.q, token.d),
         };
-        // What the offset has added to every row.
-        let excess = f32::from(OFFSET) * token.sum;
+        // What the offset has added to every row; NEON multiplies signed bytes.
+        let offset = if matches!(isa, Isa::Neon(_)) { 0.0 } else { f32::from(OFFSET) };
+        let excess = offset * token.sum;
         h.iter_mut().zip(scales).for_each(|(h, scale)| *h = scale * (*h - excess));
         h
     };
@@ -219,6 +222,61 @@ mod x86 {
             _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), excess))
         };
         tile!(tile, q, d, dot)
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    //! NEON: a lane is a row, as on x86-64, but its bytes are signed, so the offset comes off them.
+    use super::{DEPTH, GROUP, OFFSET, ROWS};
+    use crate::cpu::isa::Neon;
+    use crate::cpu::kernels::lanes::{fma, splat, store, zero};
+    use crate::cpu::kernels::linear::neon::dot::{Dot, Sdot, Widening};
+    use std::arch::aarch64::*;
+
+    /// Sums of a tile's rows: whole groups, with a scale each.
+    pub(super) fn run(token: Neon, tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+        #[target_feature(enable = "dotprod")]
+        fn with_dotprod(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+            // SAFETY: the feature is enabled here.
+            unsafe { with::<Sdot>(tile, q, d) }
+        }
+        // SAFETY: the token proves the feature; the baseline needs none.
+        unsafe { if token.dotprod { with_dotprod(tile, q, d) } else { with::<Widening>(tile, q, d) } }
+    }
+
+    /// # Safety
+    /// The caller has what `D` needs.
+    #[inline(always)]
+    unsafe fn with<D: Dot>(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+        let mut sum = zero();
+        for ((tile, q), d) in tile.chunks_exact(GROUP * ROWS).zip(q.chunks_exact(GROUP)).zip(d) {
+            // SAFETY: chunks of that size; neither factor is -128.
+            unsafe {
+                let mut acc = [vdupq_n_s32(0); 2];
+                for i in (0..GROUP).step_by(16) {
+                    let (a, q) = (tile.as_ptr().add(i * ROWS), vld1q_s8(q.as_ptr().add(i)));
+                    macro_rules! step {
+                        ($lane:literal) => {
+                            for (h, acc) in acc.iter_mut().enumerate() {
+                                let a = vld1q_u8(a.add(($lane * ROWS + 4 * h) * DEPTH));
+                                let a = vreinterpretq_s8_u8(veorq_u8(a, vdupq_n_u8(OFFSET)));
+                                *acc = D::dot_lane::<$lane>(*acc, a, q);
+                            }
+                        };
+                    }
+                    step!(0);
+                    step!(1);
+                    step!(2);
+                    step!(3);
+                }
+                sum = fma(splat(*d), [vcvtq_f32_s32(acc[0]), vcvtq_f32_s32(acc[1])], sum);
+            }
+        }
+        let mut sums = [0.0; ROWS];
+        // SAFETY: eight floats.
+        unsafe { store(sums.as_mut_ptr(), sum) };
+        sums
     }
 }
 

@@ -220,20 +220,20 @@ pub unsafe fn add_low_rank(isa: Isa, task: &LowRankTask<'_>) {
         return;
     }
     assert!(task.hidden.len() >= (rows - 1) * task.stride + tiles.rank);
-    #[cfg(target_arch = "x86_64")]
-    let has_avx2 = crate::cpu::kernels::vector::has_avx2(isa);
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    let in_lanes = crate::cpu::kernels::lanes::runs(isa);
     // SAFETY: the token proves the features; sizes were checked, the output is the caller's promise.
     unsafe {
         match &tiles.values {
             Values::Nibbles(v) => nibbles::add(isa, task, v),
-            #[cfg(target_arch = "x86_64")]
-            Values::F16(v) if has_avx2 => avx2::run::<u16>(task, bytemuck::cast_slice(v)),
-            #[cfg(target_arch = "x86_64")]
-            Values::F32(v) if has_avx2 => avx2::run::<f32>(task, bytemuck::cast_slice(v)),
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            Values::F16(v) if in_lanes => lanes::run::<u16>(task, bytemuck::cast_slice(v)),
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            Values::F32(v) if in_lanes => lanes::run::<f32>(task, bytemuck::cast_slice(v)),
             #[cfg(target_arch = "x86_64")]
             Values::Bytes(v) if matches!(isa, Isa::Avx512(_)) && task.rows == 1 => avx512::run(task, v),
-            #[cfg(target_arch = "x86_64")]
-            Values::Bytes(v) if has_avx2 => avx2::run::<i8>(task, v),
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            Values::Bytes(v) if in_lanes => lanes::run::<i8>(task, v),
             _ => scalar(task),
         }
     }
@@ -252,11 +252,11 @@ unsafe fn scalar(task: &LowRankTask<'_>) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    //! AVX2, FMA and F16C: a tile's 32 sums of two rows in eight registers.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod lanes {
+    //! In lanes: a tile's 32 sums of two rows are eight of them.
     use super::{LowRankTask, SCALES, TILE};
-    use std::arch::x86_64::*;
+    use crate::cpu::kernels::lanes::{F32x8, fma, load, load_f16, load_i8, splat, store, zero};
 
     pub(super) trait Element: Copy {
         /// Bytes of scales before a tile's values.
@@ -264,23 +264,23 @@ mod avx2 {
         const ONES: [f32; TILE] = [1.0; TILE];
 
         /// # Safety
-        /// Eight values at `p`; the caller has AVX2 and F16C.
-        unsafe fn load(p: *const Self) -> __m256;
+        /// Eight values at `p`; the caller has the instructions of lanes.
+        unsafe fn load(p: *const Self) -> F32x8;
     }
 
     impl Element for u16 {
         #[inline(always)]
-        unsafe fn load(p: *const u16) -> __m256 {
+        unsafe fn load(p: *const u16) -> F32x8 {
             // SAFETY: by the contract.
-            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+            unsafe { load_f16(p.cast()) }
         }
     }
 
     impl Element for f32 {
         #[inline(always)]
-        unsafe fn load(p: *const f32) -> __m256 {
+        unsafe fn load(p: *const f32) -> F32x8 {
             // SAFETY: by the contract.
-            unsafe { _mm256_loadu_ps(p) }
+            unsafe { load(p) }
         }
     }
 
@@ -288,15 +288,15 @@ mod avx2 {
         const SCALES: usize = SCALES;
 
         #[inline(always)]
-        unsafe fn load(p: *const i8) -> __m256 {
+        unsafe fn load(p: *const i8) -> F32x8 {
             // SAFETY: by the contract.
-            unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+            unsafe { load_i8(p.cast()) }
         }
     }
 
     /// # Safety
     /// The features, and as `add_low_rank`, whose checks were made; whole tiles of `E`, aligned to it.
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     pub(super) unsafe fn run<E: Element>(task: &LowRankTask<'_>, values: &[u8]) {
         let rank = task.tiles.rank;
         let tile_bytes = E::SCALES + rank * TILE * size_of::<E>();
@@ -346,19 +346,19 @@ mod avx2 {
     ) {
         // SAFETY: `T` rows of 32 results and `rank` factors, a whole tile: by the caller.
         unsafe {
-            let mut acc = [[_mm256_setzero_ps(); 4]; T];
+            let mut acc = [[zero(); 4]; T];
             for j in 0..rank {
                 for i in 0..4 {
                     let b = E::load(tile.add(j * TILE + 8 * i));
                     for (t, acc) in acc.iter_mut().enumerate() {
-                        acc[i] = _mm256_fmadd_ps(_mm256_set1_ps(*h.add(t * stride + j)), b, acc[i]);
+                        acc[i] = fma(splat(*h.add(t * stride + j)), b, acc[i]);
                     }
                 }
             }
             for (t, acc) in acc.iter().enumerate() {
                 for (i, acc) in acc.iter().enumerate() {
-                    let (y, scale) = (y.add(t * y_stride + 8 * i), _mm256_loadu_ps(scales.add(8 * i)));
-                    _mm256_storeu_ps(y, _mm256_fmadd_ps(scale, *acc, _mm256_loadu_ps(y)));
+                    let (y, scale) = (y.add(t * y_stride + 8 * i), load(scales.add(8 * i)));
+                    store(y, fma(scale, *acc, load(y)));
                 }
             }
         }

@@ -134,6 +134,8 @@ pub unsafe fn hidden(isa: Isa, a: &Rows, x: &Q8<'_>, rows: Range<usize>, out: *m
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => unsafe { x86::hidden_avx2(tile, token.q, token.d) },
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(isa) => neon::hidden(isa, tile, token.q, token.d),
             _ => scalar_hidden(tile, token.q, token.d),
         }
     };
@@ -212,6 +214,8 @@ pub(super) unsafe fn add(isa: Isa, task: &LowRankTask<'_>, tiles: &[u8]) {
                 Isa::Avx512(_) => x86::add_vnni(tiles, rounded, scale, y),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2(_) => x86::add_avx2(tiles, rounded, scale, y),
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon(isa) => neon::add(isa, tiles, rounded, scale, y),
                 _ => scalar_add(tiles, rounded, scale, y),
             }
         }
@@ -419,6 +423,127 @@ mod x86 {
             }
             y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
         }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    //! NEON: values are looked up, and a lane is a row of `A` or a column of `B`.
+    use super::{GROUP, IQ4_VALUES, OCTET, ROWS, SCALES, STEP, TILE, tile_bytes};
+    use crate::cpu::isa::Neon;
+    use crate::cpu::kernels::linear::neon::dot::{Dot, Sdot, Widening};
+    use std::arch::aarch64::*;
+
+    /// `h` of a tile's rows: whole steps, each with 32 of `q` and one of `d`.
+    pub(super) fn hidden(token: Neon, tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+        #[target_feature(enable = "dotprod")]
+        fn with_dotprod(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+            // SAFETY: the feature is enabled here.
+            unsafe { hidden_with::<Sdot>(tile, q, d) }
+        }
+        // SAFETY: the token proves the feature; the baseline needs none.
+        unsafe { if token.dotprod { with_dotprod(tile, q, d) } else { hidden_with::<Widening>(tile, q, d) } }
+    }
+
+    /// As [`scalar_add`](super::scalar_add).
+    pub(super) fn add(token: Neon, tiles: &[u8], h: &[i8], scale: f32, y: &mut [f32]) {
+        #[target_feature(enable = "dotprod")]
+        fn with_dotprod(tiles: &[u8], h: &[i8], scale: f32, y: &mut [f32]) {
+            // SAFETY: the feature is enabled here.
+            unsafe { add_with::<Sdot>(tiles, h, scale, y) }
+        }
+        // SAFETY: the token proves the feature; the baseline needs none.
+        unsafe {
+            if token.dotprod { with_dotprod(tiles, h, scale, y) } else { add_with::<Widening>(tiles, h, scale, y) }
+        }
+    }
+
+    /// # Safety
+    /// The caller has what `D` needs.
+    #[inline(always)]
+    unsafe fn hidden_with<D: Dot>(tile: &[u8], q: &[i8], d: &[f32]) -> [f32; ROWS] {
+        let mut lanes = [0.0; ROWS];
+        // SAFETY: whole steps and their values; as many floats as there are rows.
+        unsafe {
+            let table = vld1q_s8(IQ4_VALUES.as_ptr());
+            let mut h = [vdupq_n_f32(0.0); ROWS / 4];
+            for ((step, q), d) in tile.chunks_exact(STEP).zip(q.chunks_exact(GROUP)).zip(d) {
+                let mut acc = [vdupq_n_s32(0); 4];
+                for half in 0..2 {
+                    let q = vld1q_s8(q.as_ptr().add(16 * half));
+                    let lines = step.as_ptr().add(2 * ROWS + 128 * half);
+                    line::<D, 0, 1>(&mut acc, table, lines, q);
+                    line::<D, 2, 3>(&mut acc, table, lines.add(64), q);
+                }
+                for (i, (h, acc)) in h.iter_mut().zip(acc).enumerate() {
+                    *h = vfmaq_f32(*h, scales(step.as_ptr().add(8 * i)), vmulq_n_f32(vcvtq_f32_s32(acc), *d));
+                }
+            }
+            for (i, h) in h.into_iter().enumerate() {
+                vst1q_f32(lanes.as_mut_ptr().add(4 * i), h);
+            }
+        }
+        lanes
+    }
+
+    /// # Safety
+    /// The caller has what `D` needs.
+    #[inline(always)]
+    unsafe fn add_with<D: Dot>(tiles: &[u8], h: &[i8], scale: f32, y: &mut [f32]) {
+        // SAFETY: whole tiles, octets of `h`, and 32 floats: short tiles go through a buffer.
+        unsafe {
+            let table = vld1q_s8(IQ4_VALUES.as_ptr());
+            for (tile, y) in tiles.chunks_exact(tile_bytes(h.len())).zip(y.chunks_mut(TILE)) {
+                let mut acc = [[vdupq_n_s32(0); 4]; 2];
+                for (octet, h) in h.chunks_exact(OCTET).enumerate() {
+                    let q = vld1_s8(h.as_ptr());
+                    let lines = tile.as_ptr().add(SCALES + 128 * octet);
+                    for (half, acc) in acc.iter_mut().enumerate() {
+                        line::<D, 0, 1>(acc, table, lines.add(64 * half), vcombine_s8(q, q));
+                    }
+                }
+                let mut buffer = [0.0; TILE];
+                buffer[..y.len()].copy_from_slice(y);
+                for (i, acc) in acc.as_flattened().iter().enumerate() {
+                    let (at, by) = (buffer.as_mut_ptr().add(4 * i), scales(tile.as_ptr().add(8 * i)));
+                    let sums = vmulq_n_f32(vcvtq_f32_s32(*acc), scale);
+                    vst1q_f32(at, vfmaq_f32(vld1q_f32(at), by, sums));
+                }
+                y.copy_from_slice(&buffer[..y.len()]);
+            }
+        }
+    }
+
+    /// Adds a line's products with eight values of `q`: the four of lane `LOW` and those of lane `HIGH`.
+    ///
+    /// # Safety
+    /// 64 bytes at `line`; the caller has what `D` needs.
+    #[inline(always)]
+    unsafe fn line<D: Dot, const LOW: i32, const HIGH: i32>(
+        acc: &mut [int32x4_t; 4],
+        table: int8x16_t,
+        line: *const u8,
+        q: int8x16_t,
+    ) {
+        for (i, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: within the line; neither the values nor `q` are -128.
+            unsafe {
+                let bytes = vld1q_u8(line.add(16 * i));
+                let low = vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15)));
+                let high = vqtbl1q_s8(table, vshrq_n_u8::<4>(bytes));
+                *acc = D::dot_lane::<HIGH>(D::dot_lane::<LOW>(*acc, low, q), high, q);
+            }
+        }
+    }
+
+    /// Four bf16 as f32.
+    ///
+    /// # Safety
+    /// 8 bytes at `p`.
+    #[inline(always)]
+    unsafe fn scales(p: *const u8) -> float32x4_t {
+        // SAFETY: by the contract; the load needs no alignment.
+        unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) }
     }
 }
 

@@ -20,7 +20,7 @@ pub(crate) trait Dot {
 }
 
 /// The baseline: products in 16 bits, of which two are added there and two in 32.
-pub(super) struct Widening;
+pub(crate) struct Widening;
 
 impl Dot for Widening {
     #[inline(always)]

@@ -2,7 +2,7 @@
 //! what needs more, the dot products of Armv8.2 (`sdot`) and the matrix products of Armv8.6 (`smmla`), is inlined
 //! into one entry per kernel, which is reached only where the token says that the processor has them.
 
-pub(super) mod dot;
+pub(in crate::cpu::kernels) mod dot;
 mod matvec;
 mod source;
 mod tile;
