@@ -59,7 +59,7 @@ const GRAMMARS: [&str; 3] = [
 ];
 
 /// Keys of a training with values, of which a program takes some.
-const TRAINING: [&str; 16] = [
+const TRAINING: [&str; 17] = [
     r#""rank": @"#,
     r#""alpha": @"#,
     r#""dora": true"#,
