@@ -230,8 +230,15 @@ pub fn round_rows<Q: Level>(isa: Isa, x: &[f32], stride: usize, rows: Range<usiz
         let x = &x[t * stride..t * stride + k];
         #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         if crate::cpu::kernels::lanes::runs(isa) {
-            // SAFETY: the token in `isa` proves the instructions; the slices fit each other.
-            unsafe { native::round_row(x, q, d) };
+            for ((x, q), d) in x.chunks(GROUP).zip(q.chunks_exact_mut(GROUP)).zip(d) {
+                let whole = match x.try_into() {
+                    Ok(x) => x,
+                    // Zeros behind the last.
+                    Err(_) => &std::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0)),
+                };
+                // SAFETY: the token in `isa` proves the instructions.
+                *d = unsafe { native::round_group(whole, q.as_mut_ptr()) };
+            }
             continue;
         }
         round_row(x, q, d);

@@ -118,43 +118,33 @@ impl Vectors<i16> for Avx2 {
     }
 }
 
-/// One row of activations.
+/// One group of activations, and its scale.
 ///
 /// # Safety
-/// The caller has AVX2; `q` and `d` hold whole groups for `x`.
+/// The caller has AVX2; `q` has room for a group.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn round_row<Q: Level>(x: &[f32], q: &mut [Q], d: &mut [f32]) {
-    let mut last = [0.0f32; GROUP];
-    for (g, d) in d.iter_mut().enumerate() {
-        let x = &x[g * GROUP..];
-        let x = if x.len() >= GROUP {
-            x
-        } else {
-            last[..x.len()].copy_from_slice(x);
-            &last
-        };
-        // SAFETY: whole groups in both.
-        unsafe {
-            let mut v = [_mm256_setzero_ps(); GROUP / 8];
-            let mut top = _mm256_setzero_si256();
-            for (i, v) in v.iter_mut().enumerate() {
-                *v = _mm256_loadu_ps(x.as_ptr().add(8 * i));
-                top = _mm256_max_epi32(top, size_of_bits(*v));
-            }
-            let top = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256::<1>(top));
-            let top = _mm_max_epi32(top, _mm_unpackhi_epi64(top, top));
-            let top = _mm_max_epi32(top, _mm_shuffle_epi32::<1>(top));
-            let (scale, inverse) = scale_of_most(f32::from_bits(_mm_cvtsi128_si32(top) as u32), Q::MOST);
-            *d = scale;
-            // Nothing of a NaN may be multiplied, not even by zero.
-            let keep = _mm256_castsi256_ps(_mm256_set1_epi32(-i32::from(inverse > 0.0)));
-            let by = _mm256_set1_ps(inverse);
-            let mut int = [_mm256_setzero_si256(); GROUP / 8];
-            for (int, v) in int.iter_mut().zip(v) {
-                *int = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_and_ps(v, keep), by));
-            }
-            Q::pack(int, q.as_mut_ptr().add(g * GROUP));
+pub(super) unsafe fn round_group<Q: Level>(x: &[f32; GROUP], q: *mut Q) -> f32 {
+    // SAFETY: whole groups in both.
+    unsafe {
+        let mut v = [_mm256_setzero_ps(); GROUP / 8];
+        let mut top = _mm256_setzero_si256();
+        for (i, v) in v.iter_mut().enumerate() {
+            *v = _mm256_loadu_ps(x.as_ptr().add(8 * i));
+            top = _mm256_max_epi32(top, size_of_bits(*v));
         }
+        let top = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256::<1>(top));
+        let top = _mm_max_epi32(top, _mm_unpackhi_epi64(top, top));
+        let top = _mm_max_epi32(top, _mm_shuffle_epi32::<1>(top));
+        let (scale, inverse) = scale_of_most(f32::from_bits(_mm_cvtsi128_si32(top) as u32), Q::MOST);
+        // Nothing of a NaN may be multiplied, not even by zero.
+        let keep = _mm256_castsi256_ps(_mm256_set1_epi32(-i32::from(inverse > 0.0)));
+        let by = _mm256_set1_ps(inverse);
+        let mut int = [_mm256_setzero_si256(); GROUP / 8];
+        for (int, v) in int.iter_mut().zip(v) {
+            *int = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_and_ps(v, keep), by));
+        }
+        Q::pack(int, q);
+        scale
     }
 }
 

@@ -339,39 +339,29 @@ fn masked(v: float32x4_t, keep: uint32x4_t) -> float32x4_t {
     unsafe { vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), keep)) }
 }
 
-/// One row of activations.
+/// One group of activations, and its scale.
 ///
 /// # Safety
-/// `q` and `d` hold whole groups for `x`.
-pub(super) unsafe fn round_row<Q: Level>(x: &[f32], q: &mut [Q], d: &mut [f32]) {
-    let mut last = [0.0f32; GROUP];
-    for (g, d) in d.iter_mut().enumerate() {
-        let x = &x[g * GROUP..];
-        let x = if x.len() >= GROUP {
-            x
-        } else {
-            last[..x.len()].copy_from_slice(x);
-            &last
-        };
-        // SAFETY: whole groups in both.
-        unsafe {
-            let mut v = [vdupq_n_f32(0.0); GROUP / 4];
-            let mut top = vdupq_n_u32(0);
-            for (i, v) in v.iter_mut().enumerate() {
-                *v = vld1q_f32(x.as_ptr().add(4 * i));
-                top = vmaxq_u32(top, size_of_bits(*v));
-            }
-            let (scale, inverse) = scale_of_most(f32::from_bits(vmaxvq_u32(top)), Q::MOST);
-            *d = scale;
-            let mut int = [vdupq_n_s32(0); GROUP / 4];
-            // Nothing of a NaN may be multiplied, not even by zero.
-            if inverse > 0.0 {
-                for (int, v) in int.iter_mut().zip(v) {
-                    *int = vcvtnq_s32_f32(vmulq_n_f32(v, inverse));
-                }
-            }
-            Q::pack(int, q.as_mut_ptr().add(g * GROUP));
+/// `q` has room for a group.
+pub(super) unsafe fn round_group<Q: Level>(x: &[f32; GROUP], q: *mut Q) -> f32 {
+    // SAFETY: whole groups in both.
+    unsafe {
+        let mut v = [vdupq_n_f32(0.0); GROUP / 4];
+        let mut top = vdupq_n_u32(0);
+        for (i, v) in v.iter_mut().enumerate() {
+            *v = vld1q_f32(x.as_ptr().add(4 * i));
+            top = vmaxq_u32(top, size_of_bits(*v));
         }
+        let (scale, inverse) = scale_of_most(f32::from_bits(vmaxvq_u32(top)), Q::MOST);
+        let mut int = [vdupq_n_s32(0); GROUP / 4];
+        // Nothing of a NaN may be multiplied, not even by zero.
+        if inverse > 0.0 {
+            for (int, v) in int.iter_mut().zip(v) {
+                *int = vcvtnq_s32_f32(vmulq_n_f32(v, inverse));
+            }
+        }
+        Q::pack(int, q);
+        scale
     }
 }
 

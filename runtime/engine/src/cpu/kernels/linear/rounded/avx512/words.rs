@@ -6,7 +6,7 @@
 //! 32 KiB, which with the tokens' activations fit a first cache of 48.
 
 use super::super::GROUP;
-use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors, scales_at};
+use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors, in_tiles, scales_at};
 use super::{Avx512, scales_of};
 use std::arch::x86_64::*;
 
@@ -49,15 +49,9 @@ impl Vectors<i16> for Avx512 {
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     #[inline(never)]
     unsafe fn multiply(slabs: Slabs, x: Rows<i16>, to: Target) {
-        let tiles = x.tokens.div_ceil(TILE);
-        let mut t = 0;
-        for i in 0..tiles {
-            // As equal as can be: few sums would wait for each other.
-            let n = (x.tokens - t).div_ceil(tiles - i);
-            let (x, to) = (x.from(t, n), to.from(t));
+        for (x, to) in in_tiles(x, to, TILE) {
             // SAFETY: the caller's promise.
             unsafe { if slabs.count == 2 { some::<2>(slabs, x, to) } else { some::<1>(slabs, x, to) } }
-            t += n;
         }
     }
 }
