@@ -161,18 +161,6 @@ pub(super) const fn scales_at(groups: usize) -> usize {
     groups * GROUP / 2 * LANES
 }
 
-/// Rows and where their results go in parts of `most` tokens, or a little fewer, as equal as can be: few sums at a time would wait for
-/// each other.
-pub(super) fn in_tiles<Q: Copy>(x: Rows<Q>, to: Target, most: usize) -> impl Iterator<Item = (Rows<Q>, Target)> {
-    let tiles = x.tokens.div_ceil(most);
-    (0..tiles).scan(0, move |t, i| {
-        let n = (x.tokens - *t).div_ceil(tiles - i);
-        let part = (x.from(*t, n), to.from(*t));
-        *t += n;
-        Some(part)
-    })
-}
-
 /// An instruction set's part of the work at a level, once for all types: it is not inlined.
 pub(super) trait Vectors<Q> {
     /// Slabs that are multiplied together.

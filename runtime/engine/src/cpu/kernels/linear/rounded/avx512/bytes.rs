@@ -7,8 +7,8 @@
 //! for each sum only.
 
 use super::super::GROUP;
-use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors, in_tiles};
-use super::{Avx512, scales_of};
+use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors};
+use super::{Avx512, in_tiles, scales_of};
 use std::arch::x86_64::*;
 
 /// Tokens of a register tile.

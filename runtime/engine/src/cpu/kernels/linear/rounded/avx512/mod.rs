@@ -5,7 +5,7 @@ mod words;
 
 use super::super::source::{Source, by_type};
 use super::super::{LinearTask, Scratch};
-use super::blocks::{self, Backward, Forward, Vectors};
+use super::blocks::{self, Backward, Forward, Rows, Target, Vectors};
 use super::{Level, Rounded, RoundedBackwardTask, SMALLEST};
 use crate::quant::DType;
 use std::arch::x86_64::*;
@@ -44,6 +44,18 @@ where
 
 /// The kernels of both levels.
 pub(super) struct Avx512;
+
+/// Rows and where their results go in parts of `most` tokens, or a little fewer, as equal as can be: few sums at a time would wait for
+/// each other.
+fn in_tiles<Q: Copy>(x: Rows<Q>, to: Target, most: usize) -> impl Iterator<Item = (Rows<Q>, Target)> {
+    let tiles = x.tokens.div_ceil(most);
+    (0..tiles).scan(0, move |t, i| {
+        let n = (x.tokens - *t).div_ceil(tiles - i);
+        let part = (x.from(*t, n), to.from(*t));
+        *t += n;
+        Some(part)
+    })
+}
 
 /// Scales of sixteen lanes.
 struct Scales {

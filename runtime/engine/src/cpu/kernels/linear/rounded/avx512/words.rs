@@ -6,8 +6,8 @@
 //! 32 KiB, which with the tokens' activations fit a first cache of 48.
 
 use super::super::GROUP;
-use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors, in_tiles, scales_at};
-use super::{Avx512, scales_of};
+use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors, scales_at};
+use super::{Avx512, in_tiles, scales_of};
 use std::arch::x86_64::*;
 
 /// Tokens of a register tile.
