@@ -160,14 +160,14 @@ fn fifty_steps_in_16_bit_integers_are_those_of_torch() {
     }
 }
 
-/// Every loss within 1 %; of gradient norms the mean. The first steps of Adam are ±rate by the signs of gradients, those near zero
-/// included, and the norm of the fourth hangs on them: torch with bf16 autocast has that 12 % off (and by the same steps on the
-/// same batches losses by 0.6 % in the mean and 1.5 % at most, norms by 2.7 % in the mean), so ours has to be no further.
+/// The same of the arithmetic that training runs in. The first steps of Adam are ±rate by the signs of gradients, those near zero
+/// included, and the norm of the fourth step hangs on them: torch with bf16 autocast has that 12 % off (losses by 0.6 % in the mean
+/// and 1.5 % at most, norms by 2.7 % in the mean).
 #[test]
-fn fifty_steps_in_8_bit_integers_are_nearer_than_torch_in_bf16() {
+fn fifty_steps_in_8_bit_integers_are_those_of_torch() {
     if heavy() {
         let [loss, mean_loss, norm, mean_norm] = fifty_steps(Arithmetic::default());
-        assert!(loss < 0.01 && mean_loss < 0.003 && norm < 0.12 && mean_norm < 0.01);
+        assert!(loss < 0.01 && mean_loss < 0.003 && norm < 0.02 && mean_norm < 0.01);
     }
 }
 
@@ -201,4 +201,12 @@ fn runs_of_a_batch_do_not_show() {
     assert!(arenas[1] * 3 < arenas[0] * 2, "{arenas:?}: the budget should divide the batch");
     let difference: Vec<f32> = whole.iter().zip(&parts).map(|(a, b)| a - b).collect();
     assert!(norm(&difference) < 1e-4 * norm(&whole), "{} of {}", norm(&difference), norm(&whole));
+}
+
+#[test]
+fn the_loss_with_8_bit_activations_is_within_a_hundredth() {
+    let golden = golden();
+    train(Arithmetic::Narrow, 5, |step, loss, _, _| {
+        assert_close(&format!("loss of step {step}"), loss, &golden["loss"][step], 1e-2);
+    });
 }

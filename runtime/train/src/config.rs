@@ -4,6 +4,7 @@
 //! checkpoint. [`TrainConfig::validate`] names the field, its value and its range. What a run computes follows from the
 //! configuration, the model and the data.
 
+pub use kinglet_engine::session::Arithmetic;
 use serde::{Deserialize, Serialize};
 
 use crate::batch::Packing;
@@ -39,30 +40,6 @@ pub enum Target {
 impl Target {
     /// The seven linear maps of a layer.
     pub const LAYER: [Target; 7] = [Target::Q, Target::K, Target::V, Target::O, Target::Gate, Target::Up, Target::Down];
-}
-
-/// How the model's own maps are computed while an adapter is learned; adapters themselves are f32, and so is all in a full
-/// training. On a GPU the first two are what the device does fastest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Arithmetic {
-    /// 8-bit integers, as where the adapter will be used.
-    #[default]
-    Narrow,
-    /// 16-bit integers.
-    Wide,
-    /// f32.
-    Exact,
-}
-
-impl From<Arithmetic> for kinglet_engine::session::Arithmetic {
-    fn from(arithmetic: Arithmetic) -> Self {
-        match arithmetic {
-            Arithmetic::Narrow => Self::Narrow,
-            Arithmetic::Wide => Self::Wide,
-            Arithmetic::Exact => Self::Exact,
-        }
-    }
 }
 
 /// The settings of a training run.
@@ -122,7 +99,8 @@ pub struct TrainConfig {
     pub clip: f64,
     /// Keep the optimizer's state in 8 bits.
     pub state_8bit: bool,
-    /// How exactly the model's maps are computed.
+    /// How exactly the model's own maps are computed while an adapter is learned; adapters themselves are f32, and so is all in a
+    /// full training. On a GPU all but `exact` is what the device does fastest.
     pub arithmetic: Arithmetic,
     /// What is minimised.
     pub loss: Loss,

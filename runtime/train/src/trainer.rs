@@ -237,7 +237,7 @@ impl Trainer {
             trained,
             tokens,
             sequence,
-            arithmetic: config.arithmetic.into(),
+            arithmetic: config.arithmetic,
             threads: options.threads,
             device: options.device.clone(),
             memory_budget: None,

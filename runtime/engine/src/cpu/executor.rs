@@ -8,6 +8,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::buffer::Buffer;
 use super::isa::Isa;
 use super::kernels::{attention, linear};
@@ -27,7 +29,8 @@ use crate::{Error, Result};
 pub(super) const VOCAB_CHUNK: usize = 1_024;
 
 /// How linear maps with quantized weights are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Arithmetic {
     /// f32, as the mathematics has it.
     Exact,
@@ -41,12 +44,12 @@ pub enum Arithmetic {
 }
 
 impl Arithmetic {
-    /// Whether a map with weights of `dtype` reads its input in 16 bits where something is learned.
-    pub(super) fn reads_16_bits(self, dtype: DType) -> bool {
+    /// Whether a map with weights of `dtype` reads its input in 16 bits; a session, which does not learn, leaves dense weights exact.
+    pub(super) fn reads_16_bits(self, learns: bool, dtype: DType) -> bool {
         match self {
             Arithmetic::Exact => false,
-            Arithmetic::Wide => true,
-            Arithmetic::Narrow => !linear::needs_q8(dtype),
+            Arithmetic::Wide => learns,
+            Arithmetic::Narrow => learns && !linear::needs_q8(dtype),
         }
     }
 }
@@ -178,7 +181,7 @@ fn rounded_bytes(tape: &Tape, weights: &Weights, limits: &PlanLimits, options: &
         linear::rounded_bytes::<i16>(limits.rows(info.rows), info.width)
     };
     let learns = options.trained.is_some();
-    let read = |id: WeightId| learns && arithmetic.reads_16_bits(weights.get(id).dtype);
+    let read = |id: WeightId| arithmetic.reads_16_bits(learns, weights.get(id).dtype);
     let input = |x: Value, read: bool| if read { bytes(x) } else { 0 };
     let needs = tape.ops.iter().map(|op| match op {
         Op::Linear(op) => [input(op.x, op.parts.iter().any(|part| read(part.weight))), 0],

@@ -140,8 +140,7 @@ impl<'a> Context<'a> {
 
     /// Whether a map is multiplied with its input in 16 bits.
     fn in_16_bits(&self, weight: WeightId) -> bool {
-        // A session leaves dense weights exact.
-        self.learns && self.arithmetic.reads_16_bits(self.weights.get(weight).dtype)
+        self.arithmetic.reads_16_bits(self.learns, self.weights.get(weight).dtype)
     }
 
     /// Rounds the first `k` values of some rows of `x`, into `place` of the arena.

@@ -206,25 +206,25 @@ pub(super) unsafe fn linear_backward(
 
 /// Whether the gradient of a map's input is computed in 8 bits, if it is rounded: where an instruction is made for it, and
 /// weights are not meant to be more accurate.
-pub(super) fn in_8_bits(c: &Context<'_>, weight: WeightId) -> bool {
+fn in_8_bits(c: &Context<'_>, weight: WeightId) -> bool {
     let quantized = linear::needs_q8(c.weights.get(weight).dtype);
     c.arithmetic == Arithmetic::Narrow && quantized && linear::has_backward::<u8>(c.isa)
 }
 
-/// Rounds the first `k` values of some rows of a gradient to 8 or 16 bits, into `place`.
+/// Rounds the first `k` values of some rows of a gradient, as the map of `weight` wants it, into `place`.
 ///
 /// # Safety
 /// As for [`Context::round`].
 pub(super) unsafe fn round(
     c: &Context<'_>,
-    eight: bool,
+    weight: WeightId,
     dy: &Matrix,
     k: usize,
     rows: std::ops::Range<usize>,
     place: usize,
 ) {
     // SAFETY: by the caller's promise.
-    unsafe { if eight { c.round::<u8>(dy, k, rows, place) } else { c.round::<i16>(dy, k, rows, place) } }
+    unsafe { if in_8_bits(c, weight) { c.round::<u8>(dy, k, rows, place) } else { c.round::<i16>(dy, k, rows, place) } }
 }
 
 /// The same with rounded factors for several maps of one input: all threads round the gradients of the outputs together,
@@ -246,20 +246,20 @@ unsafe fn linear_backward_rounded(
     let mut place = c.tables.rounded[1];
     let mut inputs = Vec::with_capacity(parts.len());
     for (dy, weight) in parts {
-        let (dy, eight) = (c.matrix(*dy), in_8_bits(c, *weight));
+        let dy = c.matrix(*dy);
         // SAFETY: the place was reserved for all parts together, in 16 bits; shares are disjoint.
-        unsafe { round(c, eight, &dy, dy.width, team.share(dy.rows, 1), place) };
-        inputs.push((dy, *weight, eight, place));
+        unsafe { round(c, *weight, &dy, dy.width, team.share(dy.rows, 1), place) };
+        inputs.push((dy, *weight, place));
         place += linear::rounded_bytes::<i16>(dy.rows, dy.width);
     }
     team.wait();
     let columns = team.share(out.width, ops::ROW_UNIT);
-    for (i, (dy, weight, eight, place)) in inputs.into_iter().enumerate() {
+    for (i, (dy, weight, place)) in inputs.into_iter().enumerate() {
         let rounded = (dy.rows, dy.width, place);
         // SAFETY: complete behind the barrier; this thread's columns.
         unsafe {
             let accumulate = accumulate || i > 0;
-            rounded_columns(c, eight, weight, 0..dy.width, rounded, columns.clone(), out, accumulate, scratch);
+            rounded_columns(c, weight, 0..dy.width, rounded, columns.clone(), out, accumulate, scratch);
         }
     }
 }
@@ -272,7 +272,6 @@ unsafe fn linear_backward_rounded(
 #[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn rounded_columns(
     c: &Context<'_>,
-    eight: bool,
     weight: WeightId,
     part: std::ops::Range<usize>,
     dy: (usize, usize, usize),
@@ -281,23 +280,34 @@ pub(super) unsafe fn rounded_columns(
     accumulate: bool,
     scratch: &mut Scratch,
 ) {
+    let columns_at = if in_8_bits(c, weight) { columns_at::<u8> } else { columns_at::<i16> };
+    // SAFETY: by the caller's promise.
+    unsafe { columns_at(c, weight, part, dy, columns, out, accumulate, scratch) };
+}
+
+/// [`rounded_columns`] at a level.
+///
+/// # Safety
+/// As there.
+#[allow(clippy::too_many_arguments)]
+unsafe fn columns_at<Q: linear::Level>(
+    c: &Context<'_>,
+    weight: WeightId,
+    part: std::ops::Range<usize>,
+    (rows, width, place): (usize, usize, usize),
+    columns: std::ops::Range<usize>,
+    out: &Matrix,
+    accumulate: bool,
+    scratch: &mut Scratch,
+) {
     let info = c.weights.get(weight);
     let (dtype, bytes) = c.weight_rows(weight, part);
-    let (weight, k, dx, (rows, width, place)) = (bytes, info.width, out.out(), dy);
     // SAFETY: by the caller's promise.
-    let done = unsafe {
-        if eight {
-            let dy = &c.rounded::<u8>(rows, width, place);
-            let task = linear::RoundedBackwardTask { dtype, weight, k, columns, dy, dx, accumulate };
-            linear::linear_backward_rounded(c.isa, &task, &mut scratch.linear)
-        } else {
-            let dy = &c.rounded::<i16>(rows, width, place);
-            let task = linear::RoundedBackwardTask { dtype, weight, k, columns, dy, dx, accumulate };
-            linear::linear_backward_rounded(c.isa, &task, &mut scratch.linear)
-        }
-    };
+    let dy = unsafe { &c.rounded::<Q>(rows, width, place) };
+    let (weight, dx) = (bytes, out.out());
+    let task = linear::RoundedBackwardTask { dtype, weight, k: info.width, columns, dy, dx, accumulate };
     // The sizes were checked when the weights were resolved and the arena planned.
-    if let Err(e) = done {
+    if let Err(e) = linear::linear_backward_rounded(c.isa, &task, &mut scratch.linear) {
         unreachable!("{}: {e}", info.name);
     }
 }

@@ -95,12 +95,12 @@ pub(super) unsafe fn cross_entropy_grad(
         // SAFETY: this thread's rows, or columns once all rows are complete.
         unsafe {
             if c.arithmetic != Arithmetic::Exact {
-                let (place, eight) = (c.tables.rounded[1], ops_learn::in_8_bits(c, weight));
-                ops_learn::round(c, eight, &probabilities, chunk.len(), mine.clone(), place);
+                let place = c.tables.rounded[1];
+                ops_learn::round(c, weight, &probabilities, chunk.len(), mine.clone(), place);
                 team.wait();
                 let dy = (rows, chunk.len(), place);
                 let columns = team.share(dx.width, ops::ROW_UNIT);
-                ops_learn::rounded_columns(c, eight, weight, chunk, dy, columns, &dx, start > 0, scratch);
+                ops_learn::rounded_columns(c, weight, chunk, dy, columns, &dx, start > 0, scratch);
             } else {
                 ops_learn::linear_backward(c, weight, chunk, &probabilities, mine.clone(), &dx, start > 0, scratch);
             }

@@ -6,7 +6,11 @@
 //! forward map. Quantized types are read as each instruction set unpacks them (`avx2/source.rs`, `neon/source.rs`), dense ones
 //! in lanes. Everything is inlined into functions that have the instructions.
 
+#[cfg(target_arch = "x86_64")]
+use super::avx2::{source as native, unpack::Block};
 use super::dense::Dense;
+#[cfg(target_arch = "aarch64")]
+use super::neon::{source as native, unpack::Block};
 use crate::cpu::kernels::lanes::{F32x8, load, store, transpose, zero};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -28,6 +32,25 @@ pub(crate) trait Source {
 
 /// A type in blocks, as the instruction set unpacks it.
 pub(crate) struct Quantized<B>(PhantomData<B>);
+
+impl<B: Block> Source for Quantized<B> {
+    const UNIT_BYTES: usize = B::BYTES;
+
+    #[inline(always)]
+    unsafe fn unpack(unit: *const u8, columns: Range<usize>, to: *mut f32, step: usize) {
+        let groups = columns.start / 32..columns.end / 32;
+        // SAFETY: by the contract.
+        unsafe {
+            let (scales, minima) = native::scales::<B>(unit, groups.end);
+            // A group's number is a constant so, and with it the shifts.
+            for g in 0..8 {
+                if groups.contains(&g) {
+                    native::expand::<B>(unit, g, &scales, &minima, to.add(2 * (g - groups.start) * step), step);
+                }
+            }
+        }
+    }
+}
 
 /// A dense type.
 pub(crate) struct Plain<D>(PhantomData<D>);

@@ -2,7 +2,7 @@
 //! one entry per kernel; an entry can be reached with the capability token only.
 
 mod matvec;
-mod source;
+pub(super) mod source;
 pub(super) mod tile;
 pub(super) mod unpack;
 

@@ -4,7 +4,7 @@
 
 pub(in crate::cpu::kernels) mod dot;
 mod matvec;
-mod source;
+pub(super) mod source;
 mod tile;
 pub(super) mod unpack;
 

@@ -1,37 +1,27 @@
 //! Quantized rows as f32 (see [`source`](super::super::source)): bytes to eight f32 at a time, times their scale.
 
-use super::super::source::{Quantized, Source};
 use super::unpack::Block;
 use crate::cpu::kernels::lanes::{fma, mul, splat, store};
 use std::arch::aarch64::*;
-use std::ops::Range;
 
-impl<B: Block> Source for Quantized<B> {
-    const UNIT_BYTES: usize = B::BYTES;
-
-    #[inline(always)]
-    unsafe fn unpack(unit: *const u8, columns: Range<usize>, to: *mut f32, step: usize) {
-        let groups = columns.start / 32..columns.end / 32;
-        // SAFETY: by the contract.
-        unsafe {
-            let (mut scales, mut minima) = ([0.0; 16], [0.0; 16]);
-            B::scales(unit, groups.end, &mut scales, &mut minima);
-            // A group's number is a constant so, and with it the shifts.
-            for g in 0..8 {
-                if groups.contains(&g) {
-                    expand::<B>(unit, g, &scales, &minima, to.add(2 * (g - groups.start) * step), step);
-                }
-            }
-        }
-    }
+/// Scales and minima of a unit's first `groups` groups.
+///
+/// # Safety
+/// As for [`Block::scales`].
+#[inline(always)]
+pub(in super::super) unsafe fn scales<B: Block>(unit: *const u8, groups: usize) -> ([f32; 16], [f32; 16]) {
+    let (mut scales, mut minima) = ([0.0; 16], [0.0; 16]);
+    // SAFETY: by the contract.
+    unsafe { B::scales(unit, groups, &mut scales, &mut minima) };
+    (scales, minima)
 }
 
 /// The 32 values of group `g`.
 ///
 /// # Safety
-/// As for [`Source::unpack`].
+/// As for [`Source::unpack`](super::super::source::Source::unpack).
 #[inline(always)]
-unsafe fn expand<B: Block>(
+pub(in super::super) unsafe fn expand<B: Block>(
     unit: *const u8,
     g: usize,
     scales: &[f32; 16],

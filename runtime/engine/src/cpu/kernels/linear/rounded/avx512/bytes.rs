@@ -8,7 +8,7 @@
 
 use super::super::GROUP;
 use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors};
-use super::{Avx512, in_tiles, scales_of};
+use super::{Avx512, in_tiles, scales_of, write};
 use std::arch::x86_64::*;
 
 /// Tokens of a register tile.
@@ -140,11 +140,7 @@ unsafe fn tile<const T: usize, const S: usize>(slabs: Slabs, x: Rows<u8>, to: Ta
         }
         for (t, acc) in acc.into_iter().enumerate() {
             for (s, acc) in acc.into_iter().enumerate() {
-                let columns = to.columns.saturating_sub(LANES * s).min(LANES);
-                let mask = ((1u32 << columns) - 1) as __mmask16;
-                let at = to.at.wrapping_add(t * to.row + LANES * s);
-                let sum = if to.add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), acc) } else { acc };
-                _mm512_mask_storeu_ps(at, mask, sum);
+                write(to, t, s, acc, _mm512_set1_ps(1.0));
             }
         }
     }

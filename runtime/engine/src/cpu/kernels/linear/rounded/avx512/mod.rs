@@ -5,7 +5,7 @@ mod words;
 
 use super::super::source::{Source, by_type};
 use super::super::{LinearTask, Scratch};
-use super::blocks::{self, Backward, Forward, Rows, Target, Vectors};
+use super::blocks::{self, Backward, Forward, LANES, Rows, Target, Vectors};
 use super::{Level, Rounded, RoundedBackwardTask, SMALLEST};
 use crate::quant::DType;
 use std::arch::x86_64::*;
@@ -55,6 +55,22 @@ fn in_tiles<Q: Copy>(x: Rows<Q>, to: Target, most: usize) -> impl Iterator<Item 
         *t += n;
         Some(part)
     })
+}
+
+/// Writes the lanes of slab `s` of token `t`, times `by`, or adds them.
+///
+/// # Safety
+/// The target has room; the caller has the instructions.
+#[inline(always)]
+unsafe fn write(to: Target, t: usize, s: usize, lanes: __m512, by: __m512) {
+    let columns = to.columns.saturating_sub(LANES * s).min(LANES);
+    let mask = ((1u32 << columns) - 1) as __mmask16;
+    let at = to.at.wrapping_add(t * to.row + LANES * s);
+    // SAFETY: the caller's promise; nothing behind the columns is touched.
+    unsafe {
+        let old = if to.add { _mm512_maskz_loadu_ps(mask, at) } else { _mm512_setzero_ps() };
+        _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(lanes, by, old));
+    }
 }
 
 /// Scales of sixteen lanes.

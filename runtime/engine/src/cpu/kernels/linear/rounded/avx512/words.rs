@@ -7,7 +7,7 @@
 
 use super::super::GROUP;
 use super::super::blocks::{LANES, Rows, Slabs, Target, Vectors, scales_at};
-use super::{Avx512, in_tiles, scales_of};
+use super::{Avx512, in_tiles, scales_of, write};
 use std::arch::x86_64::*;
 
 /// Tokens of a register tile.
@@ -133,12 +133,8 @@ unsafe fn tile<const T: usize, const S: usize>(slabs: Slabs, x: Rows<i16>, to: T
         }
         for (t, acc) in acc.into_iter().enumerate() {
             for (s, acc) in acc.into_iter().enumerate() {
-                let columns = to.columns.saturating_sub(LANES * s).min(LANES);
-                let mask = ((1u32 << columns) - 1) as __mmask16;
-                let at = to.at.wrapping_add(t * to.row + LANES * s);
-                let old = if to.add { _mm512_maskz_loadu_ps(mask, at) } else { _mm512_setzero_ps() };
                 let scale = _mm512_loadu_ps(slabs.at.add(s * slabs.step + scales_at(slabs.groups)));
-                _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(acc, scale, old));
+                write(to, t, s, acc, scale);
             }
         }
     }
