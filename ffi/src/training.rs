@@ -149,8 +149,8 @@ fn create(model: &Model, settings: &Settings, json: &str) -> Outcome<Trainer> {
     let config: TrainConfig = serde_json::from_value(Value::Object(fields)).map_err(wrong)?;
     config.validate()?;
     let probe = paths.probe.map(|path| std::fs::read_to_string(&path).map_err(kinglet_engine::Error::io(&path)));
-    let (cancel, where_) =
-        (AtomicBool::new(false), keep::Options { threads: settings.threads, device: settings.device.clone() });
+    let (threads, device, gpu_import) = (settings.threads, settings.device.clone(), false);
+    let (cancel, where_) = (AtomicBool::new(false), keep::Options { threads, device, gpu_import });
     let kept = match paths.keep {
         Keep::Own(0) => Vec::new(),
         Keep::Own(count) => {
@@ -167,6 +167,7 @@ fn create(model: &Model, settings: &Settings, json: &str) -> Outcome<Trainer> {
         resume: paths.resume,
         threads: settings.threads,
         device: settings.device.clone(),
+        gpu_import: false,
         memory_budget: settings.memory_budget,
         probe: probe.transpose()?,
     };

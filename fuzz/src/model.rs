@@ -48,6 +48,7 @@ fn learn(model: &Model, tokens: &[u32]) {
         arithmetic: Arithmetic::Narrow,
         threads: 1,
         device: Device::Cpu,
+        gpu_import: false,
         memory_budget: Some(BUDGET),
     };
     let Ok(mut learner) = Learner::new(model, &options) else { return };

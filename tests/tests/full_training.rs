@@ -40,6 +40,7 @@ fn options(trained: Trained) -> LearnerOptions {
         arithmetic,
         threads: 1,
         device: Device::Cpu,
+        gpu_import: false,
         memory_budget: None,
     }
 }

@@ -328,8 +328,10 @@ fn learner(model: &Model, device: Device, (rank, dropout): (usize, f32), arithme
 }
 
 pub(crate) fn learner_of(model: &Model, device: Device, trained: Trained, arithmetic: Arithmetic) -> Learner {
+    let (threads, memory_budget) = (1, None);
+    let gpu_import = false;
     let options =
-        LearnerOptions { trained, tokens: 160, sequence: 0, arithmetic, threads: 1, device, memory_budget: None };
+        LearnerOptions { trained, tokens: 160, sequence: 0, arithmetic, threads, device, gpu_import, memory_budget };
     Learner::new(model, &options).expect("a learner")
 }
 
@@ -435,6 +437,7 @@ fn gpu_gradients_of_smollm2_are_the_cpus() {
             arithmetic: Arithmetic::Exact,
             threads: 0,
             device,
+            gpu_import: false,
             memory_budget: None,
         };
         let mut learner = Learner::new(&model, &options).expect("a learner");

@@ -5,11 +5,15 @@ use std::sync::Arc;
 use kinglet_engine::gguf::{Gguf, Writer};
 use kinglet_engine::gpu::{self, Limits};
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::{Device, Engine, Model, Session, SessionOptions};
+use kinglet_engine::session::{Arithmetic, Device, Engine, Model, Session, SessionOptions};
+use kinglet_engine::tape::LoraSpec;
 use kinglet_models::tiny::TinyConfig;
-use kinglet_tests::data::{Scratch, tiny};
+use kinglet_tests::data::{Scratch, maps, tiny};
+use kinglet_train::config::TrainConfig;
+use kinglet_train::metrics;
 
-use crate::gpu::{device, distance, logits, options, tokens, whole, wide};
+use crate::gpu::{device, distance, gradients, learner_of, logits, options, tokens, whole, wide};
+use crate::training::{Bench, complete, config, timeless, write_pairs};
 
 fn importing(limits: Limits) -> Arc<gpu::Device> {
     device(Limits { import: true, ..limits })
@@ -45,7 +49,22 @@ fn compare(name: &str, model: &Model) {
     session.reset();
     assert_eq!(session.feed(&prompt).expect("the prompt"), copied[0], "{name}, woken");
     assert_eq!(device.imported_bytes(), imported, "{name}");
+    // A learner has the same pages, and goes on with them alone.
+    let learner = |device| {
+        let trained = LoraSpec { rank: 4, scale: 1.5, weights: maps(model), ..LoraSpec::default() };
+        learner_of(model, device, trained.into(), Arithmetic::Exact)
+    };
+    let wanted = gradients(model, &mut learner(Device::Open(whole())));
+    let mut learner = learner(Device::Open(device.clone()));
+    assert_eq!(device.imported_bytes(), imported, "{name}: the learner's are others");
+    assert!(gradients(model, &mut learner) == wanted, "{name}, learned");
     drop(session);
+    assert_eq!(device.imported_bytes(), imported, "{name}");
+    learner.park().expect("memory back");
+    assert_eq!(device.imported_bytes(), 0, "{name}");
+    assert!(gradients(model, &mut learner) == wanted, "{name}, learned when woken");
+    assert_eq!(device.imported_bytes(), imported, "{name}");
+    drop(learner);
     assert_eq!(device.imported_bytes(), 0, "{name}");
 }
 
@@ -129,4 +148,28 @@ fn gpu_import_is_off_unless_asked_for() {
     assert_eq!(imported.feed(&prompt).expect("the prompt"), wanted);
     drop(imported);
     assert_eq!(device.imported_bytes(), 0);
+}
+
+/// A whole training from the file's pages is the one from a copy, and shares them with a session.
+#[test]
+fn gpu_trains_from_the_files_pages() {
+    let mut bench = Bench { device: Device::Gpu(0), ..Bench::new("gpu-import-trains") };
+    let config = TrainConfig { state_8bit: false, ..config() };
+    let data = write_pairs(&bench.scratch);
+    let (copied, finished) = bench.train(&config, &data, "copied");
+    bench.gpu_import = true;
+    let options = SessionOptions { gpu_import: true, ..options(Device::Gpu(0)) };
+    let mut session = Session::new(&bench.model, &options).expect("a session");
+    let mut trainer = bench.trainer(&config, &data, "imported", false).expect("a trainer");
+    let device = trainer.learner_mut().gpu().expect("a GPU").clone();
+    let imported = device.imported_bytes();
+    assert_imported(&device, imported, &bench.model, "training");
+    assert!(imported < 2 * matrices(&bench.model), "{imported} bytes: not the session's pages");
+    session.feed(&[1, 2, 3]).expect("a run");
+    drop(session);
+    assert_eq!(device.imported_bytes(), imported, "the trainer has them");
+    let again = complete(&mut trainer).expect("a finished training");
+    let lines = metrics::read(&bench.scratch.path("imported/metrics.jsonl")).expect("metrics");
+    assert_eq!(timeless(lines), timeless(copied));
+    assert_eq!((again.loss, again.validation), (finished.loss, finished.validation));
 }

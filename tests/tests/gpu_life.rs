@@ -1,16 +1,18 @@
 //! A device's life: it is lost, it is full, it is opened and closed a thousand times.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Barrier};
 
 use kinglet_engine::Error;
 use kinglet_engine::gpu::Tuning;
 use kinglet_engine::quant::DType;
-use kinglet_engine::session::{Device, Engine, Model, Session, SessionOptions};
+use kinglet_engine::session::{Arithmetic, Device, Engine, Learner, Model, Session, SessionOptions};
+use kinglet_engine::tape::LoraSpec;
 use kinglet_models::tiny::{TinyConfig, write_tiny};
-use kinglet_tests::data::{Scratch, heavy, tiny};
+use kinglet_tests::data::{Random, Scratch, heavy, maps, tiny};
 use kinglet_tests::process::program;
 
-use crate::gpu::{options, tokens, whole, wide};
+use crate::gpu::{learner_of, next_tokens, options, tokens, whole, wide};
 
 /// Whoever uses a lost device is told so, and goes on elsewhere with what it has.
 #[test]
@@ -189,6 +191,110 @@ fn gpu_sessions_of_a_model_share_a_device() {
     let kept = Arc::downgrade(&device);
     drop((next, session, device));
     assert!(kept.upgrade().is_none());
+}
+
+fn learner(model: &Model, device: Device) -> Learner {
+    let trained = LoraSpec { rank: 4, scale: 1.5, weights: maps(model), ..LoraSpec::default() };
+    learner_of(model, device, trained.into(), Arithmetic::Exact)
+}
+
+/// Scores and gradients of some tokens, or why there are none.
+fn learn(learner: &mut Learner) -> kinglet_engine::Result<(Vec<f32>, Vec<f32>)> {
+    let (params, batch) = (Random::new(3).normals(learner.param_count(), 0.1), tokens(learner.model(), 5, 24));
+    let mut gradients = vec![0.0; params.len()];
+    let scores = learner.learn(&next_tokens(batch), &params, &mut gradients, &AtomicBool::new(false))?.to_vec();
+    Ok((scores, gradients))
+}
+
+/// A learner asks for a device as sessions do: with a session of the model it has the device and the weights in common, and each
+/// gives back what is its own.
+#[test]
+fn gpu_learners_and_sessions_of_a_model_share_a_device_and_its_weights() {
+    let scratch = Scratch::new("gpu-learner-shares");
+    let model = heavy_model(&scratch);
+    let prompt = tokens(&model, 1, 20);
+    // What a learner computes, takes and gives back on a device of its own.
+    let (wanted, empty, takes, gives) = {
+        let device = whole();
+        let held = || device.allocated_bytes().expect("an allocator that counts");
+        let empty = held();
+        let mut learner = learner(&model, Device::Open(device.clone()));
+        let wanted = learn(&mut learner).expect("gradients");
+        (wanted, empty, held() - empty, learner.park().expect("memory back"))
+    };
+    let options = SessionOptions { context: 128, ..options(Device::Gpu(0)) };
+    let mut session = Session::new(&model, &options).expect("a session");
+    let logits = session.feed(&prompt).expect("the prompt").to_vec();
+    let weights = session.needs().weights;
+
+    let mut engine = Engine::new(&model, &options).expect("an engine");
+    let device = engine.gpu().expect("a GPU").clone();
+    drop(engine);
+    let held = || device.allocated_bytes().expect("an allocator that counts");
+    let one = held() - empty;
+    let mut learner = learner(&model, Device::Gpu(0));
+    assert!(Arc::ptr_eq(&device, learner.gpu().expect("a GPU")), "the learner has opened a device of its own");
+    assert_eq!(learn(&mut learner).expect("gradients"), wanted);
+    let two = held() - empty;
+    assert!(
+        two + weights * 9 / 10 < one + takes,
+        "weights of {weights} bytes: {one} and {takes} apart, {two} together"
+    );
+
+    // One is parked: the other has the weights, and what is woken finds them.
+    let freed = learner.park().expect("memory back");
+    assert!(freed + weights * 9 / 10 < gives, "{freed} bytes are free of {gives}, but the session has the weights");
+    let next = session.feed(&[5]).expect("a token").to_vec();
+    assert_eq!(learn(&mut learner).expect("gradients"), wanted);
+    assert!(held() - empty < two + weights / 10, "waking has brought the weights up again");
+    let freed = session.park().expect("memory back");
+    assert!(freed < weights / 2, "{freed} bytes are free, but the learner has the weights");
+    assert_eq!(learn(&mut learner).expect("gradients"), wanted);
+    // Both are: nobody has them, and whoever is first brings them up for both.
+    let freed = learner.park().expect("memory back");
+    assert!(freed > weights * 9 / 10 && held() - empty < weights / 2, "{freed} bytes are free of {weights}");
+    session.reset();
+    assert_eq!(session.feed(&prompt).expect("the prompt"), logits);
+    assert_eq!(session.feed(&[5]).expect("a token"), next);
+    assert_eq!(learn(&mut learner).expect("gradients"), wanted);
+    assert!(held() - empty < two + weights / 10, "each has brought the weights up");
+
+    // The learner goes on without the session, and the model keeps no device open.
+    drop(session);
+    assert_eq!(learn(&mut learner).expect("gradients"), wanted);
+    let kept = Arc::downgrade(&device);
+    drop((learner, device));
+    assert!(kept.upgrade().is_none());
+}
+
+/// Both lose the device that they share, and find another one opened anew, which they share again.
+#[test]
+fn gpu_lost_device_is_an_error_to_learners_and_sessions() {
+    let scratch = Scratch::new("gpu-learner-lost");
+    let model = tiny(&scratch, &TinyConfig::new("llama"));
+    let mut first = learner(&model, Device::Gpu(0));
+    let wanted = learn(&mut first).expect("gradients");
+    let mut session = Session::new(&model, &options(Device::Gpu(0))).expect("a session");
+    let prompt = tokens(&model, 1, 20);
+    let logits = session.feed(&prompt).expect("the prompt").to_vec();
+    let lost = first.gpu().expect("a GPU").clone();
+    lost.destroy();
+    for _ in 0..2 {
+        for error in [learn(&mut first).expect_err("a loss"), session.feed(&[5]).expect_err("a loss")] {
+            let told = error.to_string();
+            assert!(matches!(error, Error::Device { .. }), "{told}");
+            assert!(told.contains("open the session again, or resume the training"), "{told}");
+        }
+    }
+    // While those who have lost it are still there.
+    let mut next = learner(&model, Device::Gpu(0));
+    let device = next.gpu().expect("a GPU").clone();
+    assert!(!Arc::ptr_eq(&lost, &device), "a lost device is handed out");
+    assert_eq!(learn(&mut next).expect("gradients"), wanted);
+    let mut again = Session::new(&model, &options(Device::Gpu(0))).expect("a session");
+    assert_eq!(again.feed(session.tokens()).expect("the same prompt"), logits);
+    let mut engine = Engine::new(&model, &options(Device::Gpu(0))).expect("an engine");
+    assert!(Arc::ptr_eq(&device, engine.gpu().expect("a GPU")));
 }
 
 /// Sessions that are opened, parked, woken and closed by several threads at once.

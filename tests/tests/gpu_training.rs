@@ -2,7 +2,8 @@
 
 use std::sync::atomic::AtomicBool;
 
-use kinglet_engine::session::{Arithmetic, Device, LearnBatch, Learner, LearnerOptions, Model};
+use kinglet_engine::Error;
+use kinglet_engine::session::{Arithmetic, Device, LearnBatch, Learner, LearnerOptions, Model, Session};
 use kinglet_engine::tape::{KeepsTraining, LoraSpec, TrainingState};
 use kinglet_models::tiny::TinyConfig;
 use kinglet_tests::data::{Random, Scratch, maps, tiny};
@@ -11,7 +12,7 @@ use kinglet_train::metrics;
 use kinglet_train::optimizer::{AdamW, Options, Parameter, clip_by_global_norm};
 use kinglet_train::trainer::Progress;
 
-use crate::gpu::{next_tokens, tokens, whole};
+use crate::gpu::{next_tokens, options, tokens, whole};
 use crate::training::{Bench, complete, config, resumes, rolls_back, timeless, write_pairs};
 
 const STEPS: u64 = 12;
@@ -27,6 +28,7 @@ fn learner(model: &Model, device: Device) -> Learner {
         arithmetic: Arithmetic::Exact,
         threads: 1,
         device,
+        gpu_import: false,
         memory_budget: None,
     };
     Learner::new(model, &options).expect("a learner")
@@ -214,6 +216,34 @@ fn gpu_and_cpu_resume_each_other() {
         assert!((ours.loss / wanted.loss - 1.0).abs() < 0.03, "step {}: {} for {}", ours.step, ours.loss, wanted.loss);
     }
     assert!((ended.loss / finished.loss - 1.0).abs() < 0.03, "{} for {}", ended.loss, finished.loss);
+}
+
+/// A training whose device is lost says so, and goes on from its checkpoint on one that is opened anew, though a session has the
+/// lost one still.
+#[test]
+fn gpu_training_resumes_after_its_device_was_lost() {
+    let (bench, config) = bench("gpu-lost-training");
+    let bench = Bench { device: Device::Gpu(0), ..bench };
+    let data = write_pairs(&bench.scratch);
+    let (wanted, _) = bench.train(&config, &data, "whole");
+    let go = AtomicBool::new(false);
+    let mut trainer = bench.trainer(&config, &data, "parts", false).expect("a trainer");
+    let mut session = Session::new(&bench.model, &options(Device::Gpu(0))).expect("a session");
+    for _ in 0..4 {
+        assert!(matches!(trainer.advance(&go), Ok(Progress::Stepped(_))), "step {}", trainer.step());
+    }
+    let lost = trainer.learner_mut().gpu().expect("a GPU").clone();
+    lost.destroy();
+    for _ in 0..2 {
+        assert!(matches!(trainer.advance(&go), Err(Error::Device { .. })));
+    }
+    assert!(session.feed(&[1, 2]).is_err(), "the session has another device");
+    drop(trainer);
+    let mut trainer = bench.trainer(&config, &data, "parts", true).expect("a trainer");
+    assert_eq!(trainer.step(), 3);
+    complete(&mut trainer).expect("a finished training");
+    let parts = metrics::read(&bench.scratch.path("parts/metrics.jsonl")).expect("metrics");
+    assert_eq!(timeless(parts), timeless(wanted));
 }
 
 /// All weights of a model from nothing: the same losses, and a file that a session computes with.

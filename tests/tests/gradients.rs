@@ -35,6 +35,7 @@ fn options(trained: impl Into<Trained>) -> LearnerOptions {
         arithmetic,
         threads: 1,
         device: Device::Cpu,
+        gpu_import: false,
         memory_budget: None,
     }
 }

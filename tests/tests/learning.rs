@@ -46,6 +46,7 @@ fn train_within(
         arithmetic,
         threads: 0,
         device: Device::Cpu,
+        gpu_import: false,
         memory_budget,
     };
     let mut learner = Learner::new(&model, &options).expect("a learner");

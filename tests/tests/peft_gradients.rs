@@ -45,6 +45,7 @@ fn check(kind: &str) {
         arithmetic,
         threads: 2,
         device: Device::Cpu,
+        gpu_import: false,
         memory_budget: None,
     };
     let mut learner = Learner::new(&model, &options).expect("a learner");

@@ -25,6 +25,8 @@ pub(crate) struct Bench {
     pub model: Model,
     /// Where it is trained.
     pub device: Device,
+    /// As [`TrainerOptions::gpu_import`].
+    pub gpu_import: bool,
     /// Texts on which the model is to stay as it is.
     pub keep: Vec<PathBuf>,
 }
@@ -57,7 +59,7 @@ impl Bench {
     pub fn of(arch: &str, name: &str) -> Bench {
         let scratch = Scratch::new(name);
         let model = kinglet_models::open(write_model(arch, &scratch)).expect("the model opens");
-        Bench { scratch, model, device: Device::Cpu, keep: Vec::new() }
+        Bench { scratch, model, device: Device::Cpu, gpu_import: false, keep: Vec::new() }
     }
 
     /// With texts that the model writes itself.
@@ -77,6 +79,7 @@ impl Bench {
             resume,
             threads: 1,
             device: self.device.clone(),
+            gpu_import: self.gpu_import,
             probe: Some("A wren is a small brown bird.".into()),
             ..TrainerOptions::default()
         };

@@ -104,6 +104,7 @@ fn main() -> anyhow::Result<()> {
         arithmetic: args.arithmetic.into(),
         threads: args.threads,
         device: args.backend.clone(),
+        gpu_import: false,
         memory_budget: args.memory.map(|mb| mb * 1_000_000),
     };
     let mut learner = Learner::new(&model, &options)?;

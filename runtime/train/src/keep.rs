@@ -65,6 +65,8 @@ pub struct Options {
     pub threads: usize,
     /// The device.
     pub device: Device,
+    /// Read the weights on a GPU from the pages of the mapped file, as [`SessionOptions::gpu_import`] says.
+    pub gpu_import: bool,
 }
 
 /// Gives each of `examples` what `model` predicts in it; `progress` is told the tokens done.
@@ -85,6 +87,7 @@ pub fn predict(
             context: longest,
             threads: options.threads,
             device: options.device.clone(),
+            gpu_import: options.gpu_import,
             logit_rows: LOGIT_ROWS,
             ..SessionOptions::default()
         },
@@ -218,6 +221,7 @@ pub fn write(
         &SessionOptions {
             threads: options.threads,
             device: options.device.clone(),
+            gpu_import: options.gpu_import,
             logit_rows: TOGETHER,
             ..SessionOptions::default()
         },

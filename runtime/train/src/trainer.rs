@@ -59,6 +59,9 @@ pub struct TrainerOptions {
     pub threads: usize,
     /// Where gradients are computed.
     pub device: Device,
+    /// Read the frozen weights on a GPU from the pages of the mapped file, without a copy, as
+    /// [`SessionOptions::gpu_import`](kinglet_engine::session::SessionOptions::gpu_import) says.
+    pub gpu_import: bool,
     /// Bytes that the whole may take, the mapped file included.
     pub memory_budget: Option<u64>,
     /// Text of the forgetting probe; `None` for the built-in one.
@@ -240,6 +243,7 @@ impl Trainer {
             arithmetic: config.arithmetic,
             threads: options.threads,
             device: options.device.clone(),
+            gpu_import: options.gpu_import,
             memory_budget: None,
         };
         // What is held beside the learner follows from the number of parameters.

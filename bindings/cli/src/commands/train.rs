@@ -63,6 +63,10 @@ pub struct Arguments {
     /// Refuse to start if more memory would be needed, such as 800M or 2G; what is free is used for speed
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory_budget: Option<u64>,
+    /// Read the frozen weights on the GPU from the mapped file, without a copy, where the driver allows that; for GPUs that share
+    /// the processor's memory
+    #[arg(long)]
+    gpu_import: bool,
     /// Text whose perplexity before and after shows what was forgotten [default: a built-in one]
     #[arg(long, value_name = "FILE")]
     probe: Option<PathBuf>,
@@ -329,6 +333,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         resume: arguments.resume,
         threads: global.threads.unwrap_or(0),
         device: global.device(),
+        gpu_import: arguments.gpu_import,
         memory_budget: arguments.memory_budget,
         probe,
     };
@@ -364,7 +369,8 @@ fn load(
     config: &TrainConfig,
     cancel: &AtomicBool,
 ) -> Result<Dataset, Error> {
-    let runs = keep::Options { threads: global.threads.unwrap_or(0), device: global.device() };
+    let (threads, gpu_import) = (global.threads.unwrap_or(0), arguments.gpu_import);
+    let runs = keep::Options { threads, device: global.device(), gpu_import };
     let own = arguments.keep.as_ref().and_then(|keep| keep.to_str()?.parse::<usize>().ok());
     let kept: Vec<PathBuf> = match (own, &arguments.keep) {
         (Some(0), _) | (_, None) => Vec::new(),

@@ -358,7 +358,7 @@ impl Device {
         }
         if let Some(why) = &lock(&self.trouble).lost {
             return Err(self.error(format!(
-                "the device is lost ({}); open the session again, on this device or on the CPU",
+                "the device is lost ({}); open the session again, or resume the training, on this device or on the CPU",
                 why.trim()
             )));
         }

@@ -29,8 +29,12 @@ pub struct LearnerOptions {
     pub arithmetic: Arithmetic,
     /// Threads; 0 for one per core.
     pub threads: usize,
-    /// Where gradients are computed. [`Device::Auto`] falls back to the CPU where the GPU lacks something.
+    /// Where gradients are computed. [`Device::Auto`] falls back to the CPU where the GPU lacks something. Learners and sessions
+    /// of one model that ask for a GPU alike share it, and the weights there.
     pub device: Device,
+    /// Read the frozen weights on a GPU from the pages of the mapped file, as
+    /// [`SessionOptions::gpu_import`](super::SessionOptions::gpu_import) says.
+    pub gpu_import: bool,
     /// Bytes the whole may take, the mapped file included: as many layers are kept from computing twice as fit.
     /// `None` allows 512 MB beside the file and the parameters, or what the smallest plan takes.
     pub memory_budget: Option<u64>,
@@ -159,6 +163,12 @@ impl Learner {
     /// What computes, for people: `cpu`, or the GPU's name.
     pub fn device_name(&self) -> String {
         self.backend.name()
+    }
+
+    /// The GPU that computes; none on the CPU.
+    #[cfg(feature = "gpu")]
+    pub fn gpu(&mut self) -> Option<&std::sync::Arc<crate::gpu::Device>> {
+        self.backend.gpu().map(|executor| executor.device())
     }
 
     /// What is trained.
@@ -429,7 +439,7 @@ fn open_gpu(
     wanted: &ExecutorOptions,
 ) -> Result<Option<(Backend, Estimate, usize)>> {
     use crate::{gpu, quant::DType};
-    let Some(device) = options.device.open(false)? else { return Ok(None) };
+    let Some(device) = model.gpu(&options.device, options.gpu_import)? else { return Ok(None) };
     let gpu_options = |options: &ExecutorOptions| gpu::ExecutorOptions {
         limits: options.limits,
         // Nothing is cached.

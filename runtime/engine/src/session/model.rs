@@ -30,7 +30,7 @@ struct Inner {
     template: Result<Option<ChatTemplate>>,
     /// The tokens as grammars see them, from the first grammar on.
     vocabulary: OnceLock<Arc<Vocabulary>>,
-    /// The GPUs that sessions run on.
+    /// The GPUs that sessions and learners run on.
     #[cfg(feature = "gpu")]
     devices: Mutex<Vec<Opened>>,
 }
@@ -67,7 +67,7 @@ impl Model {
         })
     }
 
-    /// The GPU for a session, none for the CPU: the one that another session of this model has open and asked for in the same
+    /// The GPU for a session or a learner, none for the CPU: the one that another of this model has open and asked for in the same
     /// way, so that weights lie there once, or one that is opened now. One that was lost is opened anew. `import` is as in
     /// [`gpu::Limits`].
     ///
