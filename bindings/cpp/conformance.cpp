@@ -122,6 +122,7 @@ void errors(const kinglet::Model &model) {
     kinglet_model_options options = kinglet::model_options();
     options.backend = "cpu";
     options.gpu_layers = 1;
+    options.gpu_import = 1;
     const kinglet::Model on_cpu(path, options);
     fails("wrong_options_code", [&] { on_cpu.session(); }, values.at("layers_on_cpu"));
     options.tuning_folder = "";

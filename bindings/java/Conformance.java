@@ -139,6 +139,7 @@ final class Conformance {
             Model.Options options = new Model.Options();
             options.backend = "cpu";
             options.gpuLayers = 1;
+            options.gpuImport = true;
             try (Model onCpu = Model.open(path, options)) {
                 fails("wrong_options_code", onCpu::session, values.get("layers_on_cpu"));
             }

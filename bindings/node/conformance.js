@@ -93,7 +93,7 @@ async function structured(model) {
 async function errors(model) {
   const session = await model.session();
   await fails('missing_model_code', () => kinglet.Model.open('/no/such/model'));
-  const onCpu = await kinglet.Model.open(path, { backend: 'cpu', gpuLayers: 1 });
+  const onCpu = await kinglet.Model.open(path, { backend: 'cpu', gpuLayers: 1, gpuImport: true });
   await fails('wrong_options_code', () => onCpu.session(), values.layers_on_cpu);
   onCpu.close();
   await fails('wrong_options_code', () => kinglet.Model.open(path, { tuningFolder: '' }), values.empty_folder);

@@ -148,8 +148,8 @@ typedef struct kinglet_model_options {
     uint64_t memory_budget;  /* most bytes that the file and one session, or trainer, take together; 0: no limit */
     uint64_t prefix_cache;   /* most bytes, beside the budget, for prompts that were read, so that sessions that begin alike
                                 share the work; 0: none */
-    /* The following are about GPUs. Where the CPU runs the model, and in a library built without GPUs, gpu_memory and tuning do
-       nothing, and gpu_layers is an error. */
+    /* The following are about GPUs. Where the CPU runs the model, and in a library built without GPUs, gpu_memory, gpu_import and
+       tuning do nothing, and gpu_layers is an error. */
     int32_t gpu_layers;      /* of each session: how many of the last layers the GPU runs, with the head, while the CPU runs
                                 those before; from the model's number of layers on, all. 0: all, or as many as the GPU's memory
                                 holds where "auto" chose it or gpu_memory bounds it. Trainers do not divide a model */
@@ -160,6 +160,11 @@ typedef struct kinglet_model_options {
                                 are taken that are clearly quicker than the usual ones, and the times kept here, in a file for
                                 each device and driver, with what the driver has compiled, which it trusts: a folder of your
                                 own. One that cannot be written is a warning in the log. NULL: nothing is timed or written */
+    int32_t gpu_import;      /* 1: sessions and trainers read the weights on a GPU from the pages of the mapped file, without a
+                                copy, where its driver allows that (Vulkan on Linux and Android); where not, they are copied,
+                                with a warning in the log. For GPUs that share the processor's memory: a card would fetch the
+                                weights anew for every token. 0: they are copied */
+    int32_t reserved_2;      /* 0 */
 } kinglet_model_options;
 
 /* Bytes that a model with one session takes: of main memory, or of the GPU's where it runs there; of a model that is divided,

@@ -269,6 +269,15 @@ pub fn count(name: &str, value: i32) -> Outcome<usize> {
     usize::try_from(value).map_err(|_| Failure::argument(format!("{name} is {value}; it must be 0 or more")))
 }
 
+/// What the caller turns on with 1 and leaves off with 0.
+pub fn switch(name: &str, value: i32) -> Outcome<bool> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(Failure::argument(format!("{name} is {value}; it must be 0 or 1"))),
+    }
+}
+
 /// Token ids as the engine has them.
 pub fn tokens(ids: &[i32]) -> Outcome<Vec<u32>> {
     let token = |id: &i32| u32::try_from(*id).map_err(|_| Failure::argument(format!("{id} is no token id")));

@@ -56,6 +56,10 @@ pub struct kinglet_model_options {
     pub gpu_memory: u64,
     /// Where times of a GPU's kernels and what its driver has compiled are kept; NULL for none.
     pub tuning_folder: *const c_char,
+    /// 1: a GPU reads the weights from the pages of the mapped file; 0: from a copy.
+    pub gpu_import: i32,
+    /// 0.
+    pub reserved_2: i32,
 }
 
 // SAFETY: `repr(C)`, a `u32` first, numbers and pointers.
@@ -160,6 +164,7 @@ pub(crate) struct Settings {
     pub device: Device,
     pub gpu_layers: Option<usize>,
     pub gpu_memory: Option<u64>,
+    pub gpu_import: bool,
     pub threads: usize,
     pub memory_budget: Option<u64>,
     pub prefix_cache: Option<PrefixCache>,
@@ -177,7 +182,7 @@ unsafe fn settings(options: *const kinglet_model_options) -> Outcome<(OpenOption
         (options, backend, args::optional_text(options.tuning_folder, "kinglet_model_options.tuning_folder")?)
     };
     let known = KINGLET_MODEL_VALIDATE | KINGLET_MODEL_COPY;
-    if options.flags & !known != 0 || options.reserved != 0 {
+    if options.flags & !known != 0 || (options.reserved, options.reserved_2) != (0, 0) {
         return Err(Failure::new(
             KINGLET_ERR_UNSUPPORTED,
             format!("kinglet_model_options has unknown flags ({:#x}) or a reserved field set", options.flags & !known),
@@ -193,6 +198,7 @@ unsafe fn settings(options: *const kinglet_model_options) -> Outcome<(OpenOption
         device,
         gpu_layers: Some(args::count("gpu_layers", options.gpu_layers)?).filter(|layers| *layers > 0),
         gpu_memory: (options.gpu_memory > 0).then_some(options.gpu_memory),
+        gpu_import: args::switch("gpu_import", options.gpu_import)?,
         threads: args::count("threads", options.threads)?,
         memory_budget: (options.memory_budget > 0).then_some(options.memory_budget),
         prefix_cache: (options.prefix_cache > 0).then(|| PrefixCache::new(options.prefix_cache)),

@@ -148,6 +148,7 @@ pub(crate) unsafe fn session_options(
         device: settings.device.clone(),
         gpu_layers: settings.gpu_layers,
         gpu_memory: settings.gpu_memory,
+        gpu_import: settings.gpu_import,
         memory_budget: settings.memory_budget,
         prefix_cache: settings.prefix_cache.clone(),
         ..default

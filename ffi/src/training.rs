@@ -149,7 +149,7 @@ fn create(model: &Model, settings: &Settings, json: &str) -> Outcome<Trainer> {
     let config: TrainConfig = serde_json::from_value(Value::Object(fields)).map_err(wrong)?;
     config.validate()?;
     let probe = paths.probe.map(|path| std::fs::read_to_string(&path).map_err(kinglet_engine::Error::io(&path)));
-    let (threads, device, gpu_import) = (settings.threads, settings.device.clone(), false);
+    let (threads, device, gpu_import) = (settings.threads, settings.device.clone(), settings.gpu_import);
     let (cancel, where_) = (AtomicBool::new(false), keep::Options { threads, device, gpu_import });
     let kept = match paths.keep {
         Keep::Own(0) => Vec::new(),
@@ -167,7 +167,7 @@ fn create(model: &Model, settings: &Settings, json: &str) -> Outcome<Trainer> {
         resume: paths.resume,
         threads: settings.threads,
         device: settings.device.clone(),
-        gpu_import: false,
+        gpu_import: settings.gpu_import,
         memory_budget: settings.memory_budget,
         probe: probe.transpose()?,
     };

@@ -172,6 +172,7 @@ fn model_options(input: &mut Input<'_>) -> Padded<kinglet_model_options> {
     out.value.tuning = u32::from(byte >> 3 & 3);
     out.value.gpu_layers = [0, 1, -1, i32::MIN][usize::from(byte >> 5 & 3)];
     out.value.gpu_memory = u64::from(byte >> 7);
+    out.value.gpu_import = i32::from(byte >> 7);
     out.value.tuning_folder = if byte >> 3 == 31 { c"/nowhere".as_ptr() } else { std::ptr::null() };
     out.value.threads = match input.byte() {
         0..=239 => 1,

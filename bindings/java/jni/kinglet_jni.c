@@ -147,8 +147,8 @@ typedef struct {
 /* The numbers are those of Model.Options.numbers. */
 static model_options take_options(JNIEnv *env, jbyteArray backend, jbyteArray folder, jlongArray numbers) {
     model_options all = {.options = {.struct_size = sizeof all.options}, .backend = backend, .folder = folder};
-    jlong number[7] = {0};
-    (*env)->GetLongArrayRegion(env, numbers, 0, 7, number);
+    jlong number[8] = {0};
+    (*env)->GetLongArrayRegion(env, numbers, 0, 8, number);
     all.options.flags = (uint32_t)number[0];
     all.options.threads = (int32_t)number[1];
     all.options.memory_budget = number[2] < 0 ? 0 : (uint64_t)number[2];
@@ -156,6 +156,7 @@ static model_options take_options(JNIEnv *env, jbyteArray backend, jbyteArray fo
     all.options.gpu_layers = (int32_t)number[4];
     all.options.gpu_memory = number[5] < 0 ? 0 : (uint64_t)number[5];
     all.options.tuning = (uint32_t)number[6];
+    all.options.gpu_import = (int32_t)number[7];
     all.options.backend = (const char *)take_bytes(env, backend);
     all.options.tuning_folder = (const char *)take_bytes(env, folder);
     return all;

@@ -47,6 +47,8 @@ export interface ModelOptions {
   gpuLayers?: number;
   /** Most bytes of a GPU's memory that a session takes: it gets as many layers as that holds; 0: no limit. */
   gpuMemory?: number;
+  /** Read the weights on a GPU from the mapped file, without a copy, where its driver allows that; for one in the processor. */
+  gpuImport?: boolean;
   /** Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; none are timed without. */
   tuningFolder?: string;
   /** Let products of eight bits compete too: quicker for some, but rounded more. With a folder only. */

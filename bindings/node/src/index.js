@@ -34,14 +34,16 @@ const REPORT = [
 ];
 
 function modelOptions({
-  backend = 'auto', threads = 0, memoryBudget = 0, prefixCache = 0, gpuLayers = 0, gpuMemory = 0, tuningFolder = null,
-  tuneInt8 = false, validate = false, copy = false,
+  backend = 'auto', threads = 0, memoryBudget = 0, prefixCache = 0, gpuLayers = 0, gpuMemory = 0, gpuImport = false,
+  tuningFolder = null, tuneInt8 = false, validate = false, copy = false,
 } = {}) {
   const flags = (validate ? constants.KINGLET_MODEL_VALIDATE : 0) | (copy ? constants.KINGLET_MODEL_COPY : 0);
   const budgets = { memory_budget: memoryBudget, prefix_cache: prefixCache };
   const tuning = tuneInt8 ? constants.KINGLET_TUNE_INT8 : 0;
-  const gpu = { gpu_layers: gpuLayers, gpu_memory: gpuMemory, tuning_folder: tuningFolder, tuning };
-  return struct('kinglet_model_options', { backend, threads, flags, ...budgets, ...gpu });
+  const gpu = { gpu_layers: gpuLayers, gpu_memory: gpuMemory, gpu_import: gpuImport ? 1 : 0 };
+  return struct('kinglet_model_options', {
+    backend, threads, flags, ...budgets, ...gpu, tuning_folder: tuningFolder, tuning,
+  });
 }
 
 function sessionOptions({ context = 0, kv, chunk = 0 } = {}) {

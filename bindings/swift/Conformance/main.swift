@@ -105,6 +105,7 @@ func errors(_ model: Model) async throws {
     var options = Model.Options()
     options.backend = "cpu"
     options.gpuLayers = 1
+    options.gpuImport = true
     let onCpu = try Model(path, options)
     await fails("wrong_options_code", values["layers_on_cpu"]!) { _ = try onCpu.session() }
     options.tuningFolder = ""

@@ -34,6 +34,8 @@ fn what_cannot_be_meant_is_refused() {
     for (options, wanted, words) in [
         (kinglet_model_options { gpu_layers: -1, ..cpu() }, KINGLET_ERR_ARG, "gpu_layers is -1"),
         (kinglet_model_options { gpu_layers: 1, ..cpu() }, KINGLET_ERR_ARG, "choose auto or gpu"),
+        (kinglet_model_options { gpu_import: 2, ..cpu() }, KINGLET_ERR_ARG, "gpu_import is 2; it must be 0 or 1"),
+        (kinglet_model_options { reserved_2: 1, ..cpu() }, KINGLET_ERR_UNSUPPORTED, "a reserved field set"),
         (kinglet_model_options { tuning: KINGLET_TUNE_SOFTWARE, ..cpu() }, KINGLET_ERR_ARG, "tuning_folder is NULL"),
         (kinglet_model_options { tuning: 64, tuning_folder: folder, ..cpu() }, KINGLET_ERR_UNSUPPORTED, "0x40"),
         (kinglet_model_options { tuning_folder: c"".as_ptr(), ..cpu() }, KINGLET_ERR_ARG, "tuning_folder is empty"),
@@ -49,13 +51,13 @@ fn what_cannot_be_meant_is_refused() {
     }
 }
 
-/// Where the CPU runs the model, a bound and a folder are of no consequence.
+/// Where the CPU runs the model, a bound, a folder and how a GPU would read the weights are of no consequence.
 #[test]
 fn nothing_of_a_gpu_is_of_no_consequence_to_the_cpu() {
     let scratch = Scratch::new("gpu-options-cpu");
     let folder = scratch.path("tuning");
     let name: CString = path(&folder);
-    let options = kinglet_model_options { gpu_memory: 1, tuning_folder: name.as_ptr(), ..cpu() };
+    let options = kinglet_model_options { gpu_memory: 1, tuning_folder: name.as_ptr(), gpu_import: 1, ..cpu() };
     let model = open_with(&scratch.model(), &options);
     let s = session(model, None);
     assert!(!folder.exists());
@@ -84,7 +86,8 @@ mod with_gpu {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::lasting::{feed, free, logits};
+    use crate::hard::{report, trainer};
+    use crate::lasting::{feed, free, logits, training};
     use crate::support::file;
 
     fn on_gpu() -> kinglet_model_options {
@@ -153,6 +156,72 @@ mod with_gpu {
         let (status, said) = refused(&scratch, &bounded(1000));
         assert_eq!(status, KINGLET_ERR_MEMORY, "{said}");
         assert!(said.contains("a single layer"), "{said}");
+    }
+
+    /// From the mapped file, or from a copy where it cannot be: the same bits.
+    #[test]
+    fn weights_are_read_from_the_file_where_that_is_asked_for() {
+        let scratch = Scratch::new("gpu-import");
+        let imported = kinglet_model_options { gpu_import: 1, ..on_gpu() };
+        assert_eq!(run(&scratch, &imported).1, run(&scratch, &on_gpu()).1);
+        // Layers of the CPU's read it as ever.
+        let divided = kinglet_model_options { gpu_layers: 1, ..on_gpu() };
+        let wanted = run(&scratch, &divided).1;
+        assert_eq!(run(&scratch, &kinglet_model_options { gpu_import: 1, ..divided }).1, wanted);
+    }
+
+    /// A session and a trainer of one model have a device and the weights there in common. Each goes on as alone, though the
+    /// model is suspended between any two steps, when all is given back.
+    #[test]
+    fn a_session_and_a_trainer_of_a_suspended_model_go_on() {
+        let scratch = Scratch::new("gpu-suspended-together");
+        for gpu_import in [0, 1] {
+            let options = kinglet_model_options { gpu_import, ..on_gpu() };
+            let run = |name: &str, together: bool| {
+                let model = open_with(&scratch.model(), &options);
+                let (mut s, mut err) = (session(model, None), error());
+                let t = trainer(model, &training(&scratch, &format!("{name}-{gpu_import}"), 4)).expect("a trainer");
+                let mut seen = Vec::new();
+                for step in 0..4 {
+                    if !together {
+                        // Alone: the other one is not there at all.
+                        // SAFETY: it is ours.
+                        unsafe { kinglet_session_free(s) };
+                        s = null_mut();
+                    }
+                    let mut report = report();
+                    // SAFETY: all pointers are ours.
+                    unsafe {
+                        assert_eq!(kinglet_trainer_step(t, &mut report, &mut err), KINGLET_OK, "{}", message(&err));
+                        if together {
+                            feed(s, &[3 + step]);
+                            seen.push(logits(s));
+                            assert_eq!(kinglet_model_suspend(model, &mut err), KINGLET_OK, "{}", message(&err));
+                            let status = kinglet_trainer_step(t, &mut report, &mut err);
+                            assert_eq!(status, KINGLET_ERR_SUSPENDED);
+                            let status = kinglet_session_feed(s, [1].as_ptr(), 1, &mut err);
+                            assert_eq!(status, KINGLET_ERR_SUSPENDED);
+                            assert_eq!(kinglet_model_resume(model, &mut err), KINGLET_OK);
+                        }
+                    }
+                    seen.push(vec![report.loss as f32, report.gradient_norm as f32]);
+                }
+                // SAFETY: it is ours.
+                unsafe { kinglet_trainer_free(t) };
+                free(&[s], model);
+                seen
+            };
+            let (together, alone) = (run("together", true), run("alone", false));
+            let losses: Vec<_> = together.iter().skip(1).step_by(2).collect();
+            assert_eq!(losses, alone.iter().collect::<Vec<_>>(), "gpu_import {gpu_import}");
+            let model = open_with(&scratch.model(), &options);
+            let s = session(model, None);
+            for (step, wanted) in (0..).zip(together.iter().step_by(2)) {
+                feed(s, &[3 + step]);
+                assert_eq!(&logits(s), wanted, "gpu_import {gpu_import}, token {step}");
+            }
+            free(&[s], model);
+        }
     }
 
     #[test]

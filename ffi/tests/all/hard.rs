@@ -50,6 +50,8 @@ pub fn cpu() -> kinglet_model_options {
         tuning: 0,
         gpu_memory: 0,
         tuning_folder: null(),
+        gpu_import: 0,
+        reserved_2: 0,
     }
 }
 

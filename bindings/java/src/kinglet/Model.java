@@ -20,6 +20,8 @@ public final class Model extends Handle {
         public int gpuLayers;
         /** Most bytes of a GPU's memory that a session takes: it gets as many layers as that holds; 0: no limit. */
         public long gpuMemory;
+        /** Read the weights on a GPU from the mapped file, without a copy, if its driver allows it; for one in the processor. */
+        public boolean gpuImport;
         /** Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; null: none are timed. */
         public String tuningFolder;
         /** Let products of eight bits compete too: quicker for some, but rounded more. With a folder only. */
@@ -41,7 +43,8 @@ public final class Model extends Handle {
         long[] numbers(boolean copy) {
             int flags = (validate ? Jni.MODEL_VALIDATE : 0) | (copy ? Jni.MODEL_COPY : 0);
             int tuning = tuneInt8 ? Jni.TUNE_INT8 : 0;
-            return new long[] {flags, threads, memoryBudget, prefixCache, gpuLayers, gpuMemory, tuning};
+            int pages = gpuImport ? 1 : 0;
+            return new long[] {flags, threads, memoryBudget, prefixCache, gpuLayers, gpuMemory, tuning, pages};
         }
     }
 

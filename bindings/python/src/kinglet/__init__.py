@@ -173,10 +173,12 @@ def estimate(
     chunk: int = 0,
     gpu_layers: int = 0,
     gpu_memory: int = 0,
+    gpu_import: bool = False,
 ) -> Memory:
     """What opening a model and one session with a full window would take. Nothing is allocated."""
     memory = struct("memory")
-    options, _texts = _model_options(backend, threads, gpu_layers=gpu_layers, gpu_memory=gpu_memory)
+    gpu = {"gpu_layers": gpu_layers, "gpu_memory": gpu_memory, "gpu_import": gpu_import}
+    options, _texts = _model_options(backend, threads, None, **gpu)
     call(lib.kinglet_model_estimate, encode(path), options, _session_options(context, kv, chunk), memory)
     return _memory(memory)
 
@@ -194,6 +196,7 @@ class Model(_Object):
         prefix_cache: int = 0,
         gpu_layers: int = 0,
         gpu_memory: int = 0,
+        gpu_import: bool = False,
         tuning_folder: str | os.PathLike[str] | None = None,
         tune_int8: bool = False,
         validate: bool = False,
@@ -203,12 +206,15 @@ class Model(_Object):
         many bytes prompts may take that were read, so that sessions that begin alike share the work.
 
         A GPU runs the last ``gpu_layers`` layers and the CPU the others (0: all, or as many as the GPU's memory holds); it gets
-        as many as ``gpu_memory`` bytes hold (0: no limit). With a ``tuning_folder`` its kernels are timed once, the times kept
-        there, and the quickest taken; with ``tune_int8`` products of eight bits compete too, which are rounded more."""
+        as many as ``gpu_memory`` bytes hold (0: no limit). With ``gpu_import`` it reads the weights from the mapped file, without
+        a copy, where its driver allows that: for a GPU in the processor. With a ``tuning_folder`` its kernels are timed once,
+        the times kept there, and the quickest taken; with ``tune_int8`` products of eight bits compete too, which are rounded
+        more."""
         in_memory = isinstance(source, (bytes, bytearray, memoryview))
         flags = lib.KINGLET_MODEL_VALIDATE * validate | lib.KINGLET_MODEL_COPY * (copy or in_memory)
         budgets = {"memory_budget": memory_budget, "prefix_cache": prefix_cache}
-        gpu = {"gpu_layers": gpu_layers, "gpu_memory": gpu_memory, "tuning": lib.KINGLET_TUNE_INT8 * tune_int8}
+        gpu = {"gpu_layers": gpu_layers, "gpu_memory": gpu_memory, "gpu_import": gpu_import}
+        gpu["tuning"] = lib.KINGLET_TUNE_INT8 * tune_int8
         options, _texts = _model_options(backend, threads, tuning_folder, flags=flags, **budgets, **gpu)
         if isinstance(source, (bytes, bytearray, memoryview)):
             content = ffi.from_buffer(source)

@@ -42,6 +42,8 @@ public final class Model: @unchecked Sendable {
         public var gpuLayers: Int32 = 0
         /// Most bytes of a GPU's memory that a session takes: it gets as many layers as that holds; 0: no limit.
         public var gpuMemory: UInt64 = 0
+        /// Read the weights on a GPU from the mapped file, without a copy, where its driver allows that; for one in the processor.
+        public var gpuImport = false
         /// Where the times of a GPU's kernels are kept, which are timed once then, and the quickest taken; nil: none are timed.
         public var tuningFolder: String?
         /// Let products of eight bits compete too: quicker for some, but rounded more. With a folder only.

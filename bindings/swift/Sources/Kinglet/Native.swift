@@ -103,6 +103,7 @@ func withModelOptions<Result>(
         native.prefix_cache = options.prefixCache
         native.gpu_layers = options.gpuLayers
         native.gpu_memory = options.gpuMemory
+        native.gpu_import = options.gpuImport ? 1 : 0
         native.tuning_folder = folder
         native.tuning = options.tuneInt8 ? UInt32(KINGLET_TUNE_INT8) : 0
         native.flags = (options.validate ? UInt32(KINGLET_MODEL_VALIDATE) : 0) | (options.copy ? UInt32(KINGLET_MODEL_COPY) : 0)
