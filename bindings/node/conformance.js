@@ -193,7 +193,8 @@ async function training(model) {
 assert(kinglet.version() && Number(kinglet.build().abi) >= 1 && kinglet.devices()[0].backend === 'cpu');
 const tiny = await openModel();
 assert(tiny.info.family === 'llama' && tiny.chatTemplate?.includes('im_start'));
-assert(kinglet.estimate(path, { backend: 'cpu' }).total >= (await tiny.session()).memory.total);
+const estimated = kinglet.estimate(path, { backend: 'cpu' });
+assert(estimated.total >= (await tiny.session()).memory.total && estimated.mapped === estimated.weights);
 tokens(tiny);
 await answers(tiny);
 await splitUtf8(tiny);

@@ -187,7 +187,8 @@ def training(model):
 assert kinglet.version() and kinglet.build()["abi"] >= 1 and kinglet.devices()[0]["backend"] == "cpu"
 with open_model() as tiny:
     assert tiny.info["family"] == "llama" and "im_start" in (tiny.chat_template or "")
-    assert kinglet.estimate(path, backend="cpu").total >= tiny.session().memory.total
+    estimated = kinglet.estimate(path, backend="cpu")
+    assert estimated.total >= tiny.session().memory.total and estimated.mapped == estimated.weights
     tokens(tiny)
     answers(tiny)
     split_utf8(tiny)

@@ -173,12 +173,13 @@ typedef struct kinglet_memory {
     uint32_t struct_size;
     uint32_t reserved;
     uint64_t weights;      /* the mapped file: shared by all processes, and taken back by the system when it must; on a GPU
-                              what lies there of it, once for all sessions of a model */
+                              what it reads of it, mapped or a copy, once for all sessions of a model */
     uint64_t kv_cache;     /* keys and values; these grow as the window fills */
     uint64_t activations;  /* activations, logits, tables */
     uint64_t scratch;      /* of all threads */
     uint64_t adapters;     /* adapters in force */
     uint64_t total;        /* all of these */
+    uint64_t mapped;       /* of the weights what is read in place from the mapped file; the rest of the total is allocated */
 } kinglet_memory;
 
 typedef struct kinglet_session_options kinglet_session_options;
@@ -483,8 +484,8 @@ kinglet_status kinglet_trainer_create(const kinglet_model *model, const char *co
 /* What was not saved is lost. */
 void kinglet_trainer_free(kinglet_trainer *trainer);
 
-/* What is ahead, as a JSON object: parameters, steps, step, data, validation, memory, weights, tokens, config, notes.
-   */
+/* What is ahead, as a JSON object: parameters, steps, step, data, validation, memory, weights, mapped (of the weights
+   what is read in place from the file), tokens, config, notes. */
 kinglet_status kinglet_trainer_info_json(kinglet_trainer *trainer, char **out, kinglet_error *err);
 
 /* Takes one step and fills report: KINGLET_OK. When all steps were taken: KINGLET_DONE. A step that fails or is

@@ -76,8 +76,8 @@ pub struct kinglet_memory {
     pub struct_size: u32,
     /// 0.
     pub reserved: u32,
-    /// The mapped file, which the system gives back under pressure and all processes share; on a GPU what lies there of it,
-    /// once for all sessions.
+    /// The mapped file, which the system gives back under pressure and all processes share; on a GPU what it reads of it,
+    /// mapped or a copy, once for all sessions.
     pub weights: u64,
     /// Keys and values.
     pub kv_cache: u64,
@@ -89,6 +89,8 @@ pub struct kinglet_memory {
     pub adapters: u64,
     /// All of these.
     pub total: u64,
+    /// Of the weights what is read in place from the mapped file; what is left of the total is allocated.
+    pub mapped: u64,
 }
 
 // SAFETY: `repr(C)`, a `u32` first, numbers only.
@@ -107,6 +109,7 @@ impl kinglet_memory {
             scratch: estimate.scratch,
             adapters: estimate.adapters,
             total: estimate.resident(),
+            mapped: estimate.mapped(),
         }
     }
 }

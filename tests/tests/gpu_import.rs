@@ -164,6 +164,7 @@ fn gpu_trains_from_the_files_pages() {
     let device = trainer.learner_mut().gpu().expect("a GPU").clone();
     let imported = device.imported_bytes();
     assert_imported(&device, imported, &bench.model, "training");
+    assert_eq!(trainer.preflight().mapped, imported, "what is told before the first step");
     assert!(imported < 2 * matrices(&bench.model), "{imported} bytes: not the session's pages");
     session.feed(&[1, 2, 3]).expect("a run");
     drop(session);
@@ -172,4 +173,67 @@ fn gpu_trains_from_the_files_pages() {
     let lines = metrics::read(&bench.scratch.path("imported/metrics.jsonl")).expect("metrics");
     assert_eq!(timeless(lines), timeless(copied));
     assert_eq!((again.loss, again.validation), (finished.loss, finished.validation));
+}
+
+/// What is imported is no memory of the device's: neither is it told, nor does a bound count it.
+#[test]
+fn gpu_estimates_count_no_copy_of_what_is_imported() {
+    let scratch = Scratch::new("gpu-import-estimate");
+    let config = TinyConfig { layers: 6, vocab: 2_000, context: 1_024, ..wide("llama") };
+    let model = tiny(&scratch, &TinyConfig { dtype: DType::F16, embedding: DType::F16, ..config });
+    let (copying, device) = (whole(), importing(Limits::default()));
+    let on = |device: &Arc<gpu::Device>| SessionOptions {
+        context: 1_024,
+        chunk: 64,
+        ..options(Device::Open(device.clone()))
+    };
+    let estimate = |options: &SessionOptions| Session::estimate(&model, options).expect("an estimate");
+    let copied = estimate(&on(&copying));
+    assert!(copied.mapped() == 0 && copied.on_gpu_bytes() == copied.resident());
+    if estimate(&on(&device)).imported == 0 {
+        // Refused, as may be elsewhere: a copy is told then.
+        assert_imported(&device, 0, &model, "an estimate");
+        assert_eq!(estimate(&on(&device)).allocated(), copied.allocated());
+        return;
+    }
+    let held = || device.allocated_bytes().expect("an allocator that counts");
+    // The whole model there, or its last layers.
+    for gpu_layers in [None, Some(3)] {
+        let options = SessionOptions { gpu_layers, ..on(&device) };
+        let (before, told) = (held(), estimate(&options));
+        assert_eq!(held(), before, "an estimate leaves nothing behind");
+        assert!(told.imported > 0 && told.allocated() + told.mapped() == told.resident(), "{told:?}");
+        let mut session = Session::new(&model, &options).expect("a session");
+        assert_eq!(session.needs(), told);
+        session.feed(&tokens(&model, 1, 1_023)).expect("a prompt");
+        session.feed(&[3]).expect("the last token");
+        let taken = held() - before;
+        assert!(taken.abs_diff(told.on_gpu_bytes()) * 10 < taken, "{taken} bytes are taken: {told:?}");
+        let imported = device.imported_bytes();
+        match told.shared {
+            None => assert!(told.on_gpu && told.imported == imported && imported >= matrices(&model), "{imported}"),
+            // What the CPU reads, too, is told once.
+            Some(shared) => assert!(told.imported <= imported && shared.mapped < told.mapped(), "{imported}: {told:?}"),
+        }
+        assert!(told.mapped() <= model.gguf().file_bytes().next_multiple_of(4096), "{told:?}");
+    }
+
+    // A bound that holds no copy of all layers, and a budget that counts the map as it does on the CPU.
+    let all = estimate(&on(&device));
+    let bound = |device| estimate(&SessionOptions { gpu_memory: Some(all.allocated()), ..on(device) });
+    assert!(bound(&device) == all && bound(&copying).shared.is_some());
+    let options = SessionOptions { memory_budget: Some(all.resident() - 1), ..on(&device) };
+    let refused = Session::new(&model, &options).expect_err("too much").to_string();
+    assert!(refused.contains("mapped weights"), "{refused}");
+
+    let learner = |device: &Arc<gpu::Device>| {
+        let trained = LoraSpec { rank: 4, scale: 1.5, weights: maps(&model), ..LoraSpec::default() };
+        learner_of(&model, Device::Open(device.clone()), trained.into(), Arithmetic::Exact)
+    };
+    let (copied, before) = (learner(&copying).estimate(), held());
+    let learner = learner(&device);
+    let (told, taken) = (learner.estimate(), held() - before);
+    assert_eq!((copied.mapped(), told.mapped()), (0, device.imported_bytes()));
+    assert!(told.allocated() + matrices(&model) <= copied.allocated(), "{told:?}, {copied:?} with a copy");
+    assert!(taken < copied.allocated(), "{taken} bytes are taken: {told:?}, {copied:?} with a copy");
 }

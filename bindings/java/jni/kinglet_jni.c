@@ -116,10 +116,10 @@ static jlong pointer(JNIEnv *env, kinglet_status status, const kinglet_error *er
 
 static jlongArray memory(JNIEnv *env, kinglet_status status, const kinglet_error *err, const kinglet_memory *m) {
     if (failed(env, status, err)) return NULL;
-    const jlong fields[] = {(jlong)m->weights, (jlong)m->kv_cache, (jlong)m->activations,
-                            (jlong)m->scratch, (jlong)m->adapters, (jlong)m->total};
-    jlongArray out = (*env)->NewLongArray(env, 6);
-    if (out) (*env)->SetLongArrayRegion(env, out, 0, 6, fields);
+    const jlong fields[] = {(jlong)m->weights,  (jlong)m->kv_cache, (jlong)m->activations, (jlong)m->scratch,
+                            (jlong)m->adapters, (jlong)m->total,    (jlong)m->mapped};
+    jlongArray out = (*env)->NewLongArray(env, 7);
+    if (out) (*env)->SetLongArrayRegion(env, out, 0, 7, fields);
     return out;
 }
 

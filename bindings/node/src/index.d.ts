@@ -32,6 +32,8 @@ export interface Memory {
   scratch: number;
   adapters: number;
   total: number;
+  /** Of the weights what is read in place from the mapped file; the rest of the total is allocated. */
+  mapped: number;
 }
 
 export interface ModelOptions {

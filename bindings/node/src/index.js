@@ -26,7 +26,7 @@ function numbers(value, names) {
   return Object.fromEntries(names.map((name) => [camel(name), Number(value[name])]));
 }
 
-const MEMORY = ['weights', 'kv_cache', 'activations', 'scratch', 'adapters', 'total'];
+const MEMORY = ['weights', 'kv_cache', 'activations', 'scratch', 'adapters', 'total', 'mapped'];
 const COUNTS = ['prompt_tokens', 'reused_tokens', 'prefilled_tokens', 'output_tokens', 'prefill_ms', 'decode_ms'];
 const REPORT = [
   'step', 'steps', 'loss', 'learning_rate', 'gradient_norm', 'tokens_per_second', 'validation_loss', 'reward_accuracy',

@@ -38,7 +38,7 @@ fn structs_lie_in_memory_as_c_has_them_and_as_they_always_did() {
             struct_size, flags, backend, threads, reserved, memory_budget, prefix_cache, gpu_layers, tuning, gpu_memory,
             tuning_folder, gpu_import, reserved_2,
         }
-        kinglet_memory { struct_size, reserved, weights, kv_cache, activations, scratch, adapters, total }
+        kinglet_memory { struct_size, reserved, weights, kv_cache, activations, scratch, adapters, total, mapped }
         kinglet_session_options { struct_size, flags, context_tokens, kv_type, chunk_tokens, reserved }
         kinglet_event {
             struct_size, kind, text, text_len, tokens, n_tokens, end_reason, prompt_tokens, reused_tokens,

@@ -81,10 +81,12 @@ pub struct Preflight {
     pub validation: usize,
     /// Examples beside them on which the model is to stay as it is.
     pub keep: usize,
-    /// Bytes resident at the peak, the mapped file included.
+    /// Bytes resident at the peak, the mapped weights included.
     pub memory: u64,
-    /// The mapped file, which is part of `memory`.
+    /// The frozen weights, which are part of `memory`: the mapped file, or what a GPU reads of it.
     pub weights: u64,
+    /// Of the weights what is read in place from the mapped file, and not allocated.
+    pub mapped: u64,
     /// Most tokens that run at once.
     pub tokens: usize,
 }
@@ -284,6 +286,7 @@ impl Trainer {
             keep: kept,
             memory: estimate.resident() + beside,
             weights: estimate.weights,
+            mapped: estimate.mapped(),
             tokens,
         };
         let state = State {

@@ -11,8 +11,9 @@ use serde_json::json;
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Weights are mapped from the file: read in place, shared by all programs that use the model, and given
-back by the system under pressure. The rest is allocated. On a GPU everything is allocated there; where
-its memory does not hold all layers, the last ones are there and the others on the CPU.
+back by the system under pressure. The rest is allocated. On a GPU everything is allocated there, but
+for weights that it reads from the mapped file (--gpu-import); where its memory does not hold all
+layers, the last ones are there and the others on the CPU.
 
 Examples:
   kinglet estimate smollm2
@@ -60,6 +61,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             "gpu_layers": gpu_layers,
             "gpu_bytes": estimate.on_gpu_bytes(),
             "weights": estimate.weights,
+            "mapped": estimate.mapped(),
             "kv_cache": estimate.kv_cache,
             "arena": estimate.arena,
             "scratch": estimate.scratch,
@@ -69,10 +71,10 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     }
     let mut table = Table::new(&["what", ">bytes", ""]);
     let mut row = |what: &str, bytes: u64, note: String| table.row(vec![what.into(), output::bytes(bytes), note]);
-    let weights = match estimate.shared {
-        Some(shared) => format!("{} of them mapped from the file", output::bytes(shared.mapped)),
-        None if estimate.on_gpu => "on the GPU, as is all of this".into(),
-        None => "mapped from the file".into(),
+    let weights = match (estimate.on_gpu, estimate.shared) {
+        (true, _) if estimate.imported == 0 => "on the GPU, as is all of this".into(),
+        (false, None) => "mapped from the file".into(),
+        _ => format!("{} of them mapped from the file", output::bytes(estimate.mapped())),
     };
     row("weights", estimate.weights, weights);
     let cache = format!("{} tokens of {}, taken as the window fills", options.context, options.kv_type);
@@ -80,9 +82,11 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     row("activations", estimate.arena, format!("for {} tokens at a time", options.chunk));
     if !estimate.on_gpu {
         row("scratch", estimate.scratch, "of all threads".into());
+    }
+    if estimate.mapped() > 0 {
         row("allocated", estimate.allocated(), "all but the mapped weights".into());
     }
-    row(if estimate.on_gpu { "allocated" } else { "resident" }, estimate.resident(), "all".into());
+    row(if estimate.mapped() > 0 { "resident" } else { "allocated" }, estimate.resident(), "all".into());
     if estimate.shared.is_some() {
         let note = format!("of all: {gpu_layers} of {layers} layers and the head");
         row("on the GPU", estimate.on_gpu_bytes(), note);

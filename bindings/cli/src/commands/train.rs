@@ -396,10 +396,10 @@ fn load(
 
 /// What is known before the first step.
 fn announce(trainer: &Trainer) {
-    let Preflight { parameters, steps, data, validation, keep, memory, weights, .. } = trainer.preflight();
+    let Preflight { parameters, steps, data, validation, keep, memory, mapped, .. } = trainer.preflight();
     eprintln!(
         "{} examples to learn from, {validation} to validate on ({} tokens, {} of them trained{}){}\n\
-         {} parameters, {} steps, {} at the peak, {} of them the mapped model",
+         {} parameters, {} steps, {} at the peak{}",
         data.examples - validation,
         data.tokens,
         data.trained,
@@ -414,7 +414,10 @@ fn announce(trainer: &Trainer) {
         output::count(*parameters as u64),
         steps,
         output::bytes(*memory),
-        output::bytes(*weights),
+        match mapped {
+            0 => String::new(),
+            mapped => format!(", {} of them the mapped model", output::bytes(*mapped)),
+        },
     );
     for note in trainer.notes() {
         eprintln!("note: {note}");

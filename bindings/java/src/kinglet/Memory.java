@@ -2,7 +2,7 @@ package kinglet;
 
 /** Bytes that a model with one session takes. */
 public final class Memory {
-    /** The mapped file: shared by all processes, and taken back by the system when it must. */
+    /** The mapped file: shared by all processes, and taken back by the system when it must; on a GPU what it reads of it. */
     public final long weights;
     /** Keys and values; these grow as the window fills. */
     public final long kvCache;
@@ -14,6 +14,8 @@ public final class Memory {
     public final long adapters;
     /** All of these. */
     public final long total;
+    /** Of the weights what is read in place from the mapped file; the rest of the total is allocated. */
+    public final long mapped;
 
     /** In the order of kinglet_memory. */
     Memory(long[] bytes) {
@@ -23,5 +25,6 @@ public final class Memory {
         scratch = bytes[3];
         adapters = bytes[4];
         total = bytes[5];
+        mapped = bytes[6];
     }
 }

@@ -83,7 +83,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a model with one session takes."""
+    """Bytes that a model with one session takes; ``mapped`` is what of the weights is read in place from the file, and the rest
+    of the total is allocated."""
 
     weights: int
     kv_cache: int
@@ -91,6 +92,7 @@ class Memory:
     scratch: int
     adapters: int
     total: int
+    mapped: int
 
 
 @dataclass(frozen=True)

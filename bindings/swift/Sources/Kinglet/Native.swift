@@ -137,9 +137,10 @@ extension Session.Options {
     }
 }
 
-/// Bytes that a model with one session takes.
+/// Bytes that a model with one session takes. Of the weights `mapped` are read in place from the file; the rest of the total is
+/// allocated.
 public struct Memory: Sendable {
-    public let weights, kvCache, activations, scratch, adapters, total: UInt64
+    public let weights, kvCache, activations, scratch, adapters, total, mapped: UInt64
 
     /// What `function` writes.
     init(
@@ -154,6 +155,7 @@ public struct Memory: Sendable {
         scratch = native.scratch
         adapters = native.adapters
         total = native.total
+        mapped = native.mapped
     }
 }
 

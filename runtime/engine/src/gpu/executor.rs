@@ -22,7 +22,7 @@ use super::record::{Binds, Decoding, Recorded, Recorder, Scratch};
 use super::shift::Dropped;
 use super::training::Held;
 use super::tune;
-use super::weights::Uploaded;
+use super::weights::{Uploaded, WeightBytes};
 use crate::quant::DType;
 use crate::tape::{
     Batch, Frequencies, Op, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Weights,
@@ -76,8 +76,8 @@ pub struct ExecutorNeeds {
 /// Memory an executor for generating comes to take on the device with one sequence that fills a window, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Footprint {
-    /// Matrices as in the file, norms and biases.
-    pub weights: u64,
+    /// Weights.
+    pub weights: WeightBytes,
     /// Pages of keys and values.
     pub kv_cache: u64,
     /// Values, packed rows, tables, descriptions of dispatches, results on their way back.
@@ -267,11 +267,33 @@ impl Executor {
         ExecutorNeeds { arena: 4 * program.scratch.end, trained: params * (3 + slices) }
     }
 
+    /// What the weights of [`Executor::new`] come to take: none where all are trained, for then they are parameters.
+    ///
+    /// # Errors
+    /// As [`Executor::new`], memory apart.
+    pub fn weight_bytes(
+        device: &Device,
+        spec: &Spec,
+        weights: &Arc<Weights>,
+        options: &ExecutorOptions,
+    ) -> Result<WeightBytes> {
+        let tape = Program::checked(spec, weights, options)?.tape;
+        match tape.trains_weights {
+            true => Ok(WeightBytes::default()),
+            false => Uploaded::needs(device, weights, &tape.matrices()),
+        }
+    }
+
     /// What [`Executor::new`] comes to take for generating.
     ///
     /// # Errors
     /// As [`Executor::new`], memory apart.
-    pub fn footprint(device: &Device, spec: &Spec, weights: &Weights, options: &ExecutorOptions) -> Result<Footprint> {
+    pub fn footprint(
+        device: &Device,
+        spec: &Spec,
+        weights: &Arc<Weights>,
+        options: &ExecutorOptions,
+    ) -> Result<Footprint> {
         let program = Program::checked(spec, weights, options)?;
         let PlanLimits { tokens, outputs } = options.limits;
         let rotations: usize = spec.ropes.iter().map(|rope| rope.dims).sum();
@@ -293,7 +315,7 @@ impl Executor {
         })
     }
 
-    /// Bytes of an executor's weights that are on the device already, for another of the same model; 0 if they are not.
+    /// Bytes of the device's memory that have an executor's weights already, for another of the same model; 0 if none has.
     pub fn present(device: &Device, spec: &Spec, weights: &Arc<Weights>, options: &ExecutorOptions) -> u64 {
         let tape = decoder::build(spec, weights, Purpose::Generate, options.stage);
         Uploaded::present(device, weights, &tape.matrices())

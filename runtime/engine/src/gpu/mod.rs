@@ -58,3 +58,4 @@ pub use device::{Device, DeviceInfo, DeviceKind, Limits, devices};
 pub use executor::{Executor, ExecutorOptions, Footprint, Traffic};
 pub use kv::KvCache;
 pub use tune::Tuning;
+pub use weights::WeightBytes;

@@ -53,6 +53,16 @@ impl Place {
     }
 }
 
+/// What weights take on a device, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// Matrices as in the file, norms and biases.
+    pub all: u64,
+    /// Of them what is read from the pages of the mapped file, and no memory of the device's; as far as a page of it tells what
+    /// the driver takes.
+    pub imported: u64,
+}
+
 /// Matrices on a device, for all who use them.
 #[derive(Debug)]
 pub(super) struct Resident {
@@ -150,20 +160,21 @@ impl Uploaded {
         Ok(uploaded)
     }
 
-    /// Bytes that the weights come to take.
+    /// What the weights come to take.
     ///
     /// # Errors
     /// Rows that no buffer holds.
-    pub fn needs(device: &Device, weights: &Weights, used: &BTreeSet<WeightId>) -> Result<u64> {
+    pub fn needs(device: &Device, weights: &Arc<Weights>, used: &BTreeSet<WeightId>) -> Result<WeightBytes> {
         let (places, _) = divide(device, weights, used)?;
         let vector = |len: usize| 4 * (len.next_multiple_of(ALIGN as usize)) as u64;
-        Ok(places.iter().map(Place::bytes).sum::<u64>()
-            + weights.iter().map(|(_, w)| vector(w.vector().len())).sum::<u64>())
+        let vectors: u64 = weights.iter().map(|(_, w)| vector(w.vector().len())).sum();
+        let imported = places.iter().filter(|place| imports(device, weights, place)).map(Place::bytes).sum();
+        Ok(WeightBytes { all: places.iter().map(Place::bytes).sum::<u64>() + vectors, imported })
     }
 
-    /// Bytes of the matrices that are `used` where a device has them already for others; 0 where it has not.
+    /// Bytes of the matrices that are `used` which a device has in memory of its own already for others; 0 where it has not.
     pub fn present(device: &Device, weights: &Arc<Weights>, used: &BTreeSet<WeightId>) -> u64 {
-        Resident::find(&lock(&device.residents), weights, used).map_or(0, |resident| resident.bytes())
+        Resident::find(&lock(&device.residents), weights, used).map_or(0, |r| r.bytes() - r.imported)
     }
 
     /// Does without the matrices until [`Uploaded::wake`]. Gives the bytes of their own memory if that is free now, 0 if others
@@ -259,6 +270,12 @@ impl Uploaded {
     pub fn vector(&self, id: WeightId) -> u32 {
         self.vectors[id.0 as usize]
     }
+}
+
+/// Whether a buffer comes to be pages of the file: the first of them is tried.
+fn imports(device: &Device, weights: &Arc<Weights>, place: &Place) -> bool {
+    let (Place::Pages { pages, .. }, Some(import)) = (place, &device.import) else { return false };
+    import.buffer(&device.device, weights, &(pages.start..pages.start + import.alignment())).is_ok()
 }
 
 /// The buffers, and the pieces of every matrix that is `used`.
@@ -517,11 +534,17 @@ mod tests {
             ("on the heap", importing(None), &heap, false, 1),
         ] {
             let held = device.allocated_bytes().expect("an allocator that counts");
+            let told = Uploaded::needs(&device, weights, &matrices(weights)).expect("bytes");
+            assert_eq!(device.allocated_bytes(), Some(held), "{name}: an estimate leaves nothing behind");
             let mut uploaded = Uploaded::new(&device, &spec(), weights, &matrices(weights)).expect("the weights");
             let copied = device.allocated_bytes().expect("an allocator that counts") - held;
             assert_eq!(uploaded.buffers().len(), buffers, "{name}");
             let (imported, all) = (device.imported_bytes(), bytes(weights));
             let imports = imports && (must(&device) || imported > 0);
+            assert_eq!(told.imported, imported, "{name}: what was told");
+            // What they went up through may be there still.
+            let own = told.all - told.imported;
+            assert!(own <= copied && copied <= 2 * own + (256 << 10), "{name}: {copied} bytes for {own}");
             // What the driver's allocator hands out for norms, at least a block, is far less than the matrices.
             match imports {
                 true => assert!(imported >= all && copied < all / 2, "{name}: {imported} and {copied} of {all}"),

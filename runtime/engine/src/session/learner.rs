@@ -426,7 +426,10 @@ fn open(model: &Model, options: &LearnerOptions, wanted: &ExecutorOptions) -> Re
         // Parameters, each with its gradient.
         (needs.arena as u64, needs.scratch as u64, 8 * needs.param_count as u64)
     };
-    let (planned, estimate) = plan(model, options, wanted, None, needs);
+    // Trained weights are read once, and then among the parameters.
+    let weights = if options.trained == Trained::All { 0 } else { model.gguf().file_bytes() };
+    let frozen = Estimate { weights, ..Estimate::default() };
+    let (planned, estimate) = plan(model, options, wanted, (frozen, None), needs);
     estimate.check(options.memory_budget)?;
     let executor = Executor::new(model.spec(), model.weights().clone(), &planned)?;
     Ok((Backend::Cpu(Box::new(executor)), estimate, planned.limits.tokens))
@@ -454,36 +457,31 @@ fn open_gpu(
         let needs = gpu::Executor::needs(&device, model.spec(), model.weights(), &gpu_options(options));
         (needs.arena, 0, needs.trained)
     };
+    let weights = gpu::Executor::weight_bytes(&device, model.spec(), model.weights(), &gpu_options(wanted))?;
+    let frozen = Estimate { weights: weights.all, imported: weights.imported, on_gpu: true, ..Estimate::default() };
     // All values of a run lie in one buffer.
-    let (planned, estimate) = plan(model, options, wanted, Some(device.info().binding_bytes), needs);
+    let most = Some(device.info().binding_bytes);
+    let (planned, estimate) = plan(model, options, wanted, (frozen, most), needs);
     estimate.check(options.memory_budget)?;
     let executor = gpu::Executor::new(&device, model.spec(), model.weights().clone(), &gpu_options(&planned))?;
     Ok(Some((Backend::Gpu(Box::new(executor)), estimate, planned.limits.tokens)))
 }
 
-/// Chooses the tokens of a run and the layers to keep so that least is computed twice, and says what that takes. Values
-/// take at most `most` bytes, where a plan so small exists; `needs` are bytes of values, of scratch and of what is trained.
+/// Chooses the tokens of a run and the layers to keep so that least is computed twice, and says what that takes beside what is
+/// `frozen`. Values take at most `most` bytes, where a plan so small exists; `needs` are bytes of values, of scratch and of what
+/// is trained.
 ///
 /// The tokens of a run decide in which order gradients are added up, so they do not depend on the number of threads.
 fn plan(
     model: &Model,
     options: &LearnerOptions,
     executor_options: &ExecutorOptions,
-    most: Option<u64>,
+    (frozen, most): (Estimate, Option<u64>),
     needs: impl Fn(&ExecutorOptions) -> (u64, u64, u64),
 ) -> (ExecutorOptions, Estimate) {
     let estimate = |options: &ExecutorOptions| {
         let (arena, scratch, adapters) = needs(options);
-        Estimate {
-            // Trained weights are read once, and then among the parameters.
-            weights: if options.trained == Some(Trained::All) { 0 } else { model.gguf().file_bytes() },
-            kv_cache: 0,
-            arena,
-            adapters,
-            scratch,
-            on_gpu: most.is_some(),
-            shared: None,
-        }
+        Estimate { arena, adapters, scratch, ..frozen }
     };
     let fits = |e: &Estimate, scratch: u64| match options.memory_budget {
         Some(budget) => e.resident() - e.scratch + scratch <= budget && most.is_none_or(|most| e.arena <= most),

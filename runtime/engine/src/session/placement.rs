@@ -220,6 +220,7 @@ fn estimate_on_cpu(model: &Model, options: &SessionOptions) -> Result<Estimate> 
         arena: needs.arena as u64,
         scratch: needs.scratch as u64,
         adapters: 0,
+        imported: 0,
         on_gpu: false,
         shared: None,
     })
@@ -239,12 +240,13 @@ fn estimate_on_gpu(
     let stage = if divided { Stage::Last } else { Stage::Whole };
     let needs = gpu::Executor::footprint(device, &last, weights, &gpu_options(options, stage))?;
     let on_gpu = Estimate {
-        weights: needs.weights,
+        weights: needs.weights.all,
         kv_cache: needs.kv_cache,
         arena: needs.values,
         scratch: 0,
         adapters: 0,
-        on_gpu: !divided,
+        imported: needs.weights.imported,
+        on_gpu: true,
         shared: None,
     };
     if !divided {
@@ -252,12 +254,17 @@ fn estimate_on_gpu(
     }
     let layout = KvLayout::new(&first, options.kv_type)?;
     let needs = Executor::needs(&first, weights, &cpu_options(options, Stage::First));
+    let mapped = needs.weights as u64;
+    // What both read, such as a table that is the head too, is mapped once.
+    let imported = on_gpu.imported.min(model.gguf().file_bytes().saturating_sub(mapped));
     Ok(Estimate {
-        weights: on_gpu.weights + needs.weights as u64,
+        weights: on_gpu.weights - on_gpu.imported + imported + mapped,
+        imported,
+        on_gpu: false,
         kv_cache: on_gpu.kv_cache + layout.bytes(options.context) as u64,
         arena: on_gpu.arena + needs.arena as u64,
         scratch: needs.scratch as u64,
-        shared: Some(Shared { gpu_layers, gpu_bytes: on_gpu.resident(), mapped: needs.weights as u64 }),
+        shared: Some(Shared { gpu_layers, gpu_bytes: on_gpu.allocated(), mapped }),
         ..on_gpu
     })
 }
