@@ -186,7 +186,7 @@ typedef struct kinglet_session_options kinglet_session_options;
 
 /* Opens the GGUF file at path; of a model in several files, any one of them. The file is mapped: while the model is
    open, do not change or truncate it (to replace it, rename another file over it), or open it with
-   KINGLET_MODEL_COPY. */
+   KINGLET_MODEL_COPY. The system ends a process that reads what was cut off, on the CPU and by gpu_import. */
 kinglet_status kinglet_model_open(const char *path, const kinglet_model_options *options, kinglet_model **out,
                                   kinglet_error *err);
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kinglet_engine::gguf::{Gguf, Writer};
+use kinglet_engine::gguf::{Gguf, OpenOptions, Writer};
 use kinglet_engine::gpu::{self, Limits};
 use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Arithmetic, Device, Engine, Model, Session, SessionOptions};
@@ -236,4 +236,53 @@ fn gpu_estimates_count_no_copy_of_what_is_imported() {
     assert_eq!((copied.mapped(), told.mapped()), (0, device.imported_bytes()));
     assert!(told.allocated() + matrices(&model) <= copied.allocated(), "{told:?}, {copied:?} with a copy");
     assert!(taken < copied.allocated(), "{taken} bytes are taken: {told:?}, {copied:?} with a copy");
+}
+
+/// A file that is truncated while it is mapped: whoever reads what was cut off is ended by the system, whichever processor reads,
+/// and never computes with something else. A copy, on the GPU or in memory, is none of the file's business.
+#[cfg(unix)]
+#[test]
+fn gpu_truncated_files_end_those_who_read_them_and_no_others() {
+    use std::os::unix::process::ExitStatusExt;
+    let program = std::env::current_exe().expect("a test program has a path");
+    for (case, survives) in [("mapped", false), ("imported", false), ("copied", true), ("private", true)] {
+        let output = std::process::Command::new(&program)
+            .args(["gpu_import::a_file_is_truncated", "--exact", "--ignored", "--nocapture"])
+            .env("KINGLET_TRUNCATED", case)
+            .output()
+            .expect("the test program runs");
+        let (told, why) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(told.contains("truncated"), "{case}: {told}{why}");
+        if case == "imported" && told.contains("refused") {
+            continue;
+        }
+        assert_eq!(output.status.success(), survives, "{case}: {} {told}{why}", output.status);
+        assert_eq!(output.status.signal().is_some(), !survives, "{case}: {} {told}{why}", output.status);
+    }
+}
+
+#[test]
+#[ignore = "run by `gpu_truncated_files_end_those_who_read_them_and_no_others`"]
+fn a_file_is_truncated() {
+    let case = std::env::var("KINGLET_TRUNCATED").expect("a case");
+    let scratch = Scratch::new(&format!("gpu-import-truncated-{case}"));
+    tiny(&scratch, &TinyConfig { dtype: DType::Q8_0, ..wide("llama") });
+    let path = scratch.path("tiny.gguf");
+    let open = OpenOptions { copy: case == "private", ..OpenOptions::default() };
+    let model = kinglet_models::load(Gguf::open_with(&path, &open).expect("the file")).expect("the model");
+    let device = match case.as_str() {
+        "mapped" => Device::Cpu,
+        "copied" => Device::Open(whole()),
+        _ => Device::Open(importing(Limits::default())),
+    };
+    let mut session = Session::new(&model, &options(device.clone())).expect("a session");
+    let wanted = session.feed(&[1, 2, 3]).expect("a prompt").to_vec();
+    if matches!(&device, Device::Open(device) if device.imported_bytes() == 0) && case != "copied" {
+        println!("refused");
+    }
+    let file = std::fs::File::options().write(true).open(&path).expect("the file");
+    file.set_len(4096).expect("a shorter file");
+    println!("truncated");
+    session.reset();
+    assert_eq!(session.feed(&[1, 2, 3]).expect("a prompt"), wanted);
 }

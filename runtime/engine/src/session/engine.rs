@@ -36,7 +36,8 @@ pub struct SessionOptions {
     /// Read the weights on a GPU from the pages of the mapped file, without a copy, where its driver allows that (Vulkan on Linux
     /// and Android); where not, they are copied, with a warning that says why. For GPUs that share the processor's memory: a card
     /// would fetch the weights anew for every token. Estimates try a page of the file and count the copy where it is refused
-    /// ([`Estimate::imported`]). A [`Device::Open`] is as it was opened.
+    /// ([`Estimate::imported`]). As on the CPU, a file that is truncated meanwhile ends the process. A [`Device::Open`] is as it
+    /// was opened.
     pub gpu_import: bool,
     /// How the CPU computes linear maps with quantized weights: narrow is the fast way, exact the one to compare with.
     pub arithmetic: Arithmetic,
