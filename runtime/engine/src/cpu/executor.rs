@@ -115,7 +115,12 @@ impl Program {
             Some(trained) => decoder::build_learning(spec, weights, trained, purpose, options.kept_layers),
         };
         let narrow = options.arithmetic == Arithmetic::Narrow;
-        let plan = Plan::new(&tape, limits, |rows, width| narrow.then(|| linear::activation_bytes(rows, width)));
+        let isa = Isa::detect();
+        let bytes = |rows, width| {
+            let tiles = if linear::needs_tiles(isa, rows) { linear::tiled_bytes(rows, width) } else { 0 };
+            linear::activation_bytes(rows, width) + tiles
+        };
+        let plan = Plan::new(&tape, limits, |rows, width| narrow.then(|| bytes(rows, width)));
         let rounded = rounded_bytes(&tape, weights, &limits, options);
         let tables = Tables::new(&tape, plan.arena_bytes, &limits, purpose, rounded);
         let logits = match purpose {

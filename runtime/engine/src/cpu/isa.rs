@@ -10,7 +10,7 @@ pub enum Isa {
     Neon(Neon),
     /// AVX2 with FMA and F16C.
     Avx2(Avx2),
-    /// AVX-512 F, BW, VL and VNNI, over AVX2.
+    /// AVX-512 F, BW, VL and VNNI, over AVX2, with a matrix unit (AMX) where present.
     Avx512(Avx512),
 }
 
@@ -24,6 +24,8 @@ pub struct Avx2(());
 pub struct Avx512 {
     /// Whether it also has AVX-512 BF16 (`vdpbf16ps`).
     pub bf16: bool,
+    /// Whether it also has AMX with bf16 (`tdpbf16ps`), besides AVX-512 BF16, and the system lets this process use it.
+    pub amx: bool,
     _proof: (),
 }
 
@@ -63,7 +65,8 @@ impl Avx512 {
             && std::is_x86_feature_detected!("avx512vl")
             && std::is_x86_feature_detected!("avx512vnni")
         {
-            return Some(Avx512 { bf16: std::is_x86_feature_detected!("avx512bf16"), _proof: () });
+            let bf16 = std::is_x86_feature_detected!("avx512bf16");
+            return Some(Avx512 { bf16, amx: bf16 && amx(), _proof: () });
         }
         None
     }
@@ -72,6 +75,37 @@ impl Avx512 {
     pub fn avx2(self) -> Avx2 {
         Avx2(())
     }
+
+    /// The tokens for less than this CPU has, up to all of it.
+    fn levels(self) -> Vec<Avx512> {
+        let mut levels = vec![Avx512 { amx: false, ..self }, self];
+        levels.dedup();
+        levels
+    }
+}
+
+/// Whether AMX is there. Linux gives a process the tiles' 8 KiB of state for each thread only when it asks, and refuses where a
+/// thread has a signal stack that is too small for them; no other system is asked.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn amx() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    use std::sync::OnceLock;
+    const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
+    const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+    static AMX: OnceLock<bool> = OnceLock::new();
+    *AMX.get_or_init(|| {
+        if __cpuid(0).eax < 7 || __cpuid_count(7, 0).edx & BF16_AND_TILES != BF16_AND_TILES {
+            return false;
+        }
+        // SAFETY: the call takes two numbers and touches no memory of the process.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+    })
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn amx() -> bool {
+    false
 }
 
 impl Neon {
@@ -115,22 +149,23 @@ impl Isa {
         Isa::Scalar
     }
 
-    /// Every set this CPU can run, the scalar one first, NEON with and without what it has beyond the baseline: what the
-    /// tests iterate over.
+    /// Every set this CPU can run, the scalar one first, NEON and AVX-512 with and without what the CPU has beyond them: what
+    /// the tests iterate over.
     pub fn available() -> Vec<Isa> {
         let mut all = vec![Isa::Scalar];
         all.extend(Neon::detect().into_iter().flat_map(Neon::levels).map(Isa::Neon));
         all.extend(Avx2::detect().map(Isa::Avx2));
-        all.extend(Avx512::detect().map(Isa::Avx512));
+        all.extend(Avx512::detect().into_iter().flat_map(Avx512::levels).map(Isa::Avx512));
         all
     }
 
-    /// Short name for tables: `scalar`, `neon`, `avx2`, `avx512`.
+    /// Short name for tables: `scalar`, `neon`, `avx2`, `avx512`, `amx`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Neon(_) => "neon",
             Isa::Avx2(_) => "avx2",
+            Isa::Avx512(Avx512 { amx: true, .. }) => "amx",
             Isa::Avx512(_) => "avx512",
         }
     }

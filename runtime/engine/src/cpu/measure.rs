@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::isa::Isa;
 use super::kernels::linear::{
-    Activations, KERNELS, KernelInfo, LinearTask, OutMut, Q8, Q8Mut, Scratch, activation_bytes, pick, quantize_rows,
+    Activations, KERNELS, KernelInfo, LinearTask, OutMut, Q8, Q8Mut, Scratch, Tiled, TiledMut, activation_bytes, pick,
+    quantize_rows, tile_rows, tiled_bytes,
 };
 use crate::quant::DType;
 use crate::random::{splitmix64, uniform};
@@ -91,7 +92,12 @@ pub fn time(kernel: &KernelInfo, weights: &Weights, case: &Case) -> Result<Durat
     let dst = unsafe { Q8Mut::new(q8.as_mut_ptr().cast(), tokens, k) };
     quantize_rows(isa, &f32s, k, 0..tokens, &dst)?;
     let q8 = Q8::new(bytemuck::cast_slice(&q8), tokens, k)?;
-    let x = Activations { f32s: &f32s, q8: Some(q8), wide: None, tokens, k, stride: k };
+    let mut tiles = vec![0u64; tiled_bytes(tokens, k).div_ceil(8)];
+    // SAFETY: the buffer is large enough, and used by this thread only.
+    let dst = unsafe { TiledMut::new(tiles.as_mut_ptr().cast(), tokens, k) };
+    tile_rows(isa, &f32s, k, 0..tokens, &dst)?;
+    let tiled = Some(Tiled::new(bytemuck::cast_slice(&tiles), tokens, k)?);
+    let x = Activations { f32s: &f32s, q8: Some(q8), tiled, wide: None, tokens, k, stride: k };
     let mut y = vec![0f32; tokens * rows];
     // SAFETY: `y` outlives the tasks, which have disjoint rows.
     let out = unsafe { OutMut::new(y.as_mut_ptr(), rows, y.len()) };

@@ -57,10 +57,14 @@ impl<'a> Context<'a> {
         unsafe { Matrix::new(self.arena.add(offset).cast(), self.rows(value), self.tape.info(value).width) }
     }
 
-    fn q8_mut(&self, value: Value) -> Option<linear::Q8Mut> {
-        let offset = self.plan.place(value).quantized?;
-        // SAFETY: the plan reserved the bytes for at least as many rows; the ops write disjoint rows.
-        Some(unsafe { linear::Q8Mut::new(self.arena.add(offset), self.rows(value), self.tape.info(value).width) })
+    /// Whether quantized maps read a value of so many rows in tiles.
+    fn in_tiles(&self, rows: usize) -> bool {
+        !self.alone && linear::needs_tiles(self.isa, rows)
+    }
+
+    /// Whether they, or corrections beside them, read it in 8 bits.
+    fn in_8_bits(&self, rows: usize) -> bool {
+        !self.in_tiles(rows) || self.patches.is_some()
     }
 
     /// What a linear kernel reads of a value.
@@ -69,17 +73,17 @@ impl<'a> Context<'a> {
     /// No thread may be writing to the value.
     pub(super) unsafe fn activations(&self, value: Value) -> linear::Activations<'_> {
         let matrix = self.matrix(value);
-        let q8 = self.plan.place(value).quantized.and_then(|offset| {
-            // SAFETY: reserved by the plan, written before the last barrier.
-            let bytes = unsafe {
-                std::slice::from_raw_parts(self.arena.add(offset), linear::activation_bytes(matrix.rows, matrix.width))
-            };
-            linear::Q8::new(bytes, matrix.rows, matrix.width).ok()
-        });
+        let (rows, k, place) = (matrix.rows, matrix.width, self.plan.place(value).quantized);
+        // SAFETY: reserved by the plan, written before the last barrier.
+        let reserved = |at: usize, bytes: usize| unsafe { std::slice::from_raw_parts(self.arena.add(at), bytes) };
+        let q8 = place.filter(|_| self.in_8_bits(rows)).map(|at| reserved(at, linear::activation_bytes(rows, k)));
+        let tiled = place.filter(|_| self.in_tiles(rows));
+        let tiled = tiled.map(|at| reserved(at + linear::activation_bytes(rows, k), linear::tiled_bytes(rows, k)));
         linear::Activations {
             // SAFETY: by the caller's promise.
-            f32s: unsafe { matrix.all(0..matrix.rows) },
-            q8,
+            f32s: unsafe { matrix.all(0..rows) },
+            q8: q8.and_then(|bytes| linear::Q8::new(bytes, rows, k).ok()),
+            tiled: tiled.and_then(|bytes| linear::Tiled::new(bytes, rows, k).ok()),
             wide: None,
             tokens: matrix.rows,
             k: matrix.width,
@@ -87,17 +91,27 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Quantizes some rows of `value` if a linear map will want them.
+    /// Quantizes some rows of `value`, or lays them in tiles, if a linear map will want them.
     ///
     /// # Safety
     /// The rows must be complete, and this thread the only one to quantize them.
     unsafe fn quantize(&self, value: Value, rows: Range<usize>) {
-        if let Some(q8) = self.q8_mut(value) {
-            let matrix = self.matrix(value);
-            // SAFETY: by the caller's promise.
-            let x = unsafe { matrix.all(0..rows.end) };
-            let done = linear::quantize_rows(self.isa, x, matrix.width, rows, &q8);
-            debug_assert!(done.is_ok());
+        let Some(at) = self.plan.place(value).quantized else { return };
+        let matrix = self.matrix(value);
+        let (all, k) = (matrix.rows, matrix.width);
+        // SAFETY: by the caller's promise; the plan reserved the bytes of both for at least as many rows.
+        unsafe {
+            let x = matrix.all(0..rows.end);
+            if self.in_tiles(all) {
+                let at = self.arena.add(at + linear::activation_bytes(all, k));
+                let done = linear::tile_rows(self.isa, x, k, rows.clone(), &linear::TiledMut::new(at, all, k));
+                debug_assert!(done.is_ok());
+            }
+            if self.in_8_bits(all) {
+                let to = linear::Q8Mut::new(self.arena.add(at), all, k);
+                let done = linear::quantize_rows(self.isa, x, k, rows, &to);
+                debug_assert!(done.is_ok());
+            }
         }
     }
 

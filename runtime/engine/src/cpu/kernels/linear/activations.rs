@@ -18,6 +18,7 @@
 //! The padding lets a kernel load eight scales at once at the end of a row.
 
 use super::rounded::Rounded;
+use super::tiled::Tiled;
 use crate::cpu::isa::Isa;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -30,10 +31,12 @@ pub const GROUP: usize = 32;
 pub struct Activations<'a> {
     /// The rows as f32: row `t` is `f32s[t * stride ..][.. k]`.
     pub f32s: &'a [f32],
-    /// The same rows in 8 bits; must be there when [`needs_q8`](super::needs_q8) says so of the weight's type.
+    /// The same rows in 8 bits, for quantized weights.
     pub q8: Option<Q8<'a>>,
     /// The same rows in 16 bits; read by [`linear_wide`](super::linear_wide).
     pub wide: Option<Rounded<'a, i16>>,
+    /// The same rows in tiles of bfloat16; read by kernels whose [`KernelInfo::reads`](super::KernelInfo::reads) says so.
+    pub tiled: Option<Tiled<'a>>,
     /// Rows.
     pub tokens: usize,
     /// Values in a row.

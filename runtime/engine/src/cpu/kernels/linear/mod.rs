@@ -12,6 +12,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `activations` | 8-bit activations: layout, quantization |
+//! | `tiled` | activations of a matrix unit: layout, rounding |
 //! | `blocks` | all formats in one common form: the specification of unpacking |
 //! | `scalar` | the specification of the products |
 //! | `dense` | F32, F16, BF16 |
@@ -19,10 +20,12 @@
 //! | `source` | rows of any type as f32, for the two that follow |
 //! | `transpose` | the gradient with respect to the input, and the map with exact activations |
 //! | `rounded` | the same two with both factors rounded to 16 bits, the gradient also to 8: what training runs on |
-//! | `avx2/`, `avx512`, `neon/` | the instruction sets |
+//! | `avx2/`, `avx512/`, `amx/`, `neon/` | the instruction sets |
 //! | `table` | all kernels as data |
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -38,6 +41,7 @@ mod source;
 mod table;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tile;
+mod tiled;
 mod transpose;
 
 #[cfg(test)]
@@ -49,6 +53,7 @@ pub use rounded::{
     rounded_bytes,
 };
 pub use table::{KERNELS, KernelInfo, Shape, pick};
+pub use tiled::{Tiled, TiledMut, tile_rows, tiled_bytes};
 pub use transpose::{LinearBackwardTask, linear_backward, linear_exact};
 
 use crate::cpu::isa::Isa;
@@ -56,9 +61,16 @@ use crate::quant::DType;
 use crate::{Error, Result};
 use std::ops::Range;
 
-/// Whether maps with weights of `dtype` read [`Activations::q8`]; dense types read the f32 rows.
+/// Whether maps with weights of `dtype` read [`Activations::q8`], or [`Activations::tiled`] where [`needs_tiles`] says so; dense
+/// types read the f32 rows.
 pub const fn needs_q8(dtype: DType) -> bool {
     dtype.is_quantized()
+}
+
+/// Whether maps with quantized weights read so many tokens in tiles: where there is a matrix unit that is worth its work. (From
+/// about a dozen tokens on, measured.)
+pub const fn needs_tiles(isa: Isa, tokens: usize) -> bool {
+    matches!(isa, Isa::Avx512(token) if token.amx) && tokens >= 16
 }
 
 /// Where results go: `y[t][r]` at `base[t * stride + r]`, with `r` the row's number in the whole matrix. A copyable
@@ -159,23 +171,24 @@ pub const fn scratch_bytes() -> usize {
 ///
 /// Fails, before anything is written, when a size does not fit: the weight slice, the activations or the output.
 pub fn linear(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> Result<()> {
-    check(task)?;
-    if task.rows.is_empty() || task.x.tokens == 0 {
-        return Ok(());
+    let kernel = pick(isa, task.dtype, task.x.tokens);
+    check_sizes(task, kernel.reads)?;
+    if !task.rows.is_empty() && task.x.tokens > 0 {
+        (kernel.run)(isa, task, scratch);
     }
-    (pick(isa, task.dtype, task.x.tokens).run)(isa, task, scratch);
     Ok(())
-}
-
-fn check(task: &LinearTask<'_>) -> Result<()> {
-    check_sizes(task, if needs_q8(task.dtype) { Form::Q8 } else { Form::F32 })
 }
 
 /// The forms of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
+pub enum Form {
+    /// [`Activations::f32s`].
     F32,
+    /// [`Activations::q8`].
     Q8,
+    /// [`Activations::tiled`].
+    Tiled,
+    /// [`Activations::wide`].
     Wide,
 }
 
@@ -213,18 +226,20 @@ fn check_sizes(task: &LinearTask<'_>, reads: Form) -> Result<()> {
     if reach(out.stride, rows.end).is_none_or(|n| n > out.len) || out.stride < rows.end {
         return misfit(format!("the output has {} values at stride {}", out.len, out.stride));
     }
-    match (reads, x.q8, x.wide) {
-        (Form::F32, ..) => match reach(x.stride, *k) {
-            Some(n) if n <= x.f32s.len() => Ok(()),
-            _ => misfit(format!("the input has {} values at stride {}", x.f32s.len(), x.stride)),
-        },
-        (Form::Q8, Some(q8), _) if q8.layout.k == *k && q8.layout.tokens >= x.tokens => Ok(()),
-        (Form::Q8, Some(q8), _) => {
-            misfit(format!("the quantized input has {} rows of {}", q8.layout.tokens, q8.layout.k))
+    let (name, sizes) = match reads {
+        Form::F32 => {
+            return match reach(x.stride, *k) {
+                Some(n) if n <= x.f32s.len() => Ok(()),
+                _ => misfit(format!("the input has {} values at stride {}", x.f32s.len(), x.stride)),
+            };
         }
-        (Form::Q8, None, _) => misfit("the input has not been quantized".into()),
-        (Form::Wide, _, Some(wide)) if wide.k == *k && wide.tokens >= x.tokens => Ok(()),
-        (Form::Wide, _, Some(wide)) => misfit(format!("the input in 16 bits has {} rows of {}", wide.tokens, wide.k)),
-        (Form::Wide, _, None) => misfit("the input is not there in 16 bits".into()),
+        Form::Q8 => ("quantized", x.q8.map(|x| (x.layout.tokens, x.layout.k))),
+        Form::Tiled => ("in tiles", x.tiled.map(|x| (x.tokens, x.k))),
+        Form::Wide => ("in 16 bits", x.wide.map(|x| (x.tokens, x.k))),
+    };
+    match sizes {
+        Some((tokens, width)) if width == *k && tokens >= x.tokens => Ok(()),
+        Some((tokens, width)) => misfit(format!("the input {name} has {tokens} rows of {width}")),
+        None => misfit(format!("the input is not there {name}")),
     }
 }

@@ -1,6 +1,6 @@
 //! All linear kernels as data: what `kinglet bench kernels` lists, and what the dispatcher chooses from.
 
-use super::{LinearTask, Scratch, dense, scalar};
+use super::{Form, LinearTask, Scratch, dense, needs_tiles, scalar};
 use crate::cpu::isa::Isa;
 use crate::quant::DType;
 use std::sync::LazyLock;
@@ -25,6 +25,8 @@ pub struct KernelInfo {
     pub isa: &'static str,
     /// What it is for.
     pub shape: Shape,
+    /// What it reads of the activations.
+    pub reads: Form,
     /// Runs a task that has been checked; does nothing if the token is of another instruction set.
     pub(super) run: fn(Isa, &LinearTask<'_>, &mut Scratch),
 }
@@ -39,7 +41,7 @@ impl KernelInfo {
     /// Runs `task` with this kernel, whatever [`pick`] would choose: for measuring and testing. Fails as
     /// [`linear`](super::linear) does, or if the kernel is for another type or instruction set.
     pub fn run(&self, isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> crate::Result<()> {
-        super::check(task)?;
+        super::check_sizes(task, self.reads)?;
         let runs =
             ISAS.iter().any(|(name, runs)| *name == isa.name() && (runs.contains(&self.isa) || self.isa == "scalar"));
         if !runs || task.dtype != self.dtype {
@@ -55,6 +57,7 @@ impl KernelInfo {
 macro_rules! scalar_kernels {
     ($($dtype:ident $name:literal),*) => { [$(KernelInfo {
         name: concat!("matvec_", $name, "_scalar"), dtype: DType::$dtype, isa: "scalar", shape: Shape::Matvec,
+        reads: if super::needs_q8(DType::$dtype) { Form::Q8 } else { Form::F32 },
         run: |_, task, scratch| match super::needs_q8(DType::$dtype) {
             true => scalar::matvec(task, scratch),
             false => dense::scalar(task),
@@ -89,8 +92,8 @@ macro_rules! each_dense {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::{avx2, avx2::unpack, avx512, dense};
-    use super::{DType, Isa, KernelInfo, Shape};
+    use super::super::{amx, avx2, avx2::unpack, avx512, dense};
+    use super::{DType, Form, Isa, KernelInfo, Shape};
     use crate::cpu::isa::Avx2;
 
     fn avx2_of(isa: Isa) -> Option<Avx2> {
@@ -104,33 +107,39 @@ mod x86 {
     macro_rules! quantized {
         ($($dtype:ident $block:ident $name:literal),*) => { [$(
             KernelInfo {
-                name: concat!("matvec_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Matvec,
+                name: concat!("matvec_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Matvec, reads: Form::Q8,
                 run: |isa, task, _| if let Some(token) = avx2_of(isa) { avx2::run_matvec::<unpack::$block>(token, task) },
             },
             KernelInfo {
-                name: concat!("tile_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Tile,
+                name: concat!("tile_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Tile, reads: Form::Q8,
                 run: |isa, task, scratch| if let Some(token) = avx2_of(isa) {
                     avx2::run_tile::<unpack::$block>(token, task, scratch)
                 },
             },
             KernelInfo {
-                name: concat!("matvec_", $name, "_avx512"), dtype: DType::$dtype, isa: "avx512", shape: Shape::Matvec,
+                name: concat!("matvec_", $name, "_avx512"), dtype: DType::$dtype, isa: "avx512", shape: Shape::Matvec, reads: Form::Q8,
                 run: |isa, task, _| if let Isa::Avx512(token) = isa { avx512::run_matvec::<unpack::$block>(token, task) },
             },
             KernelInfo {
-                name: concat!("tile_", $name, "_avx512"), dtype: DType::$dtype, isa: "avx512", shape: Shape::Tile,
+                name: concat!("tile_", $name, "_avx512"), dtype: DType::$dtype, isa: "avx512", shape: Shape::Tile, reads: Form::Q8,
                 run: |isa, task, scratch| if let Isa::Avx512(token) = isa {
                     avx512::run_tile::<unpack::$block>(token, task, scratch)
                 },
             },
+            KernelInfo {
+                name: concat!("tile_", $name, "_amx"), dtype: DType::$dtype, isa: "amx", shape: Shape::Tile, reads: Form::Tiled,
+                run: |isa, task, scratch| if let Isa::Avx512(token) = isa {
+                    amx::run_tile::<unpack::$block>(token, task, scratch)
+                },
+            },
         )*] };
     }
-    pub(super) const QUANTIZED: [KernelInfo; 56] = each_quantized!(quantized);
+    pub(super) const QUANTIZED: [KernelInfo; 70] = each_quantized!(quantized);
 
     macro_rules! dense {
         ($($dtype:ident $dense:ident $name:literal),*) => { [$(
             KernelInfo {
-                name: concat!("matvec_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Matvec,
+                name: concat!("matvec_", $name, "_avx2"), dtype: DType::$dtype, isa: "avx2", shape: Shape::Matvec, reads: Form::F32,
                 run: |isa, task, _| if let Some(token) = avx2_of(isa) { dense::avx2::run::<dense::avx2::$dense>(token, task) },
             },
         )*] };
@@ -141,16 +150,16 @@ mod x86 {
 #[cfg(target_arch = "aarch64")]
 mod arm {
     use super::super::{dense, neon, neon::unpack};
-    use super::{DType, Isa, KernelInfo, Shape};
+    use super::{DType, Form, Isa, KernelInfo, Shape};
 
     macro_rules! quantized {
         ($($dtype:ident $block:ident $name:literal),*) => { [$(
             KernelInfo {
-                name: concat!("matvec_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Matvec,
+                name: concat!("matvec_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Matvec, reads: Form::Q8,
                 run: |isa, task, _| if let Isa::Neon(token) = isa { neon::run_matvec::<unpack::$block>(token, task) },
             },
             KernelInfo {
-                name: concat!("tile_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Tile,
+                name: concat!("tile_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Tile, reads: Form::Q8,
                 run: |isa, task, scratch| if let Isa::Neon(token) = isa {
                     neon::run_tile::<unpack::$block>(token, task, scratch)
                 },
@@ -162,7 +171,7 @@ mod arm {
     macro_rules! dense {
         ($($dtype:ident $dense:ident $name:literal),*) => { [$(
             KernelInfo {
-                name: concat!("matvec_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Matvec,
+                name: concat!("matvec_", $name, "_neon"), dtype: DType::$dtype, isa: "neon", shape: Shape::Matvec, reads: Form::F32,
                 run: |isa, task, _| if let Isa::Neon(token) = isa { dense::neon::run::<dense::neon::$dense>(token, task) },
             },
         )*] };
@@ -195,7 +204,11 @@ pub fn pick(isa: Isa, dtype: DType, tokens: usize) -> &'static KernelInfo {
         let each = ISAS.iter().flat_map(|isa| (0..TYPES).flat_map(move |id| [(isa, id, false), (isa, id, true)]));
         each.map(|(isa, id, many)| find(isa, id as u32, many)).collect()
     });
-    let row = ISAS.iter().position(|(name, _)| *name == isa.name()).unwrap_or(0);
+    let name = match isa {
+        Isa::Avx512(_) if !needs_tiles(isa, tokens) => "avx512",
+        _ => isa.name(),
+    };
+    let row = ISAS.iter().position(|(of, _)| *of == name).unwrap_or(0);
     PICKS[(row * TYPES + dtype.ggml() as usize % TYPES) * 2 + usize::from(tokens >= tile_from(dtype))]
 }
 
@@ -203,8 +216,13 @@ pub fn pick(isa: Isa, dtype: DType, tokens: usize) -> &'static KernelInfo {
 const TYPES: usize = 40;
 
 /// Instruction sets, each with those whose kernels it can run besides the scalar ones, best first.
-const ISAS: [(&str, &[&str]); 4] =
-    [("scalar", &[]), ("neon", &["neon"]), ("avx2", &["avx2"]), ("avx512", &["avx512", "avx2"])];
+const ISAS: [(&str, &[&str]); 5] = [
+    ("scalar", &[]),
+    ("neon", &["neon"]),
+    ("avx2", &["avx2"]),
+    ("avx512", &["avx512", "avx2"]),
+    ("amx", &["amx", "avx512", "avx2"]),
+];
 
 fn find((_, runs): &(&str, &[&str]), id: u32, many: bool) -> &'static KernelInfo {
     let of = |name: &str, shape: Shape| {

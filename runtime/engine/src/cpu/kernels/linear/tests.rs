@@ -101,7 +101,7 @@ impl Input {
 
     fn activations(&self) -> Activations<'_> {
         let q8 = self.k.is_multiple_of(GROUP).then(|| self.q8());
-        Activations { f32s: &self.f32s, q8, wide: None, tokens: self.tokens, k: self.k, stride: self.stride }
+        Activations { f32s: &self.f32s, q8, tiled: None, wide: None, tokens: self.tokens, k: self.k, stride: self.stride }
     }
 
     /// What a kernel for `dtype` multiplies with: row `t` as f64.

@@ -45,7 +45,8 @@ impl XRow {
 }
 
 impl Scratch {
-    fn tile(&mut self) -> TileMemory {
+    /// Its parts.
+    pub(super) fn tile(&mut self) -> TileMemory {
         let base = self.lines.as_mut_ptr().cast::<u8>();
         let q = TILE_ROWS_MAX * TILE_CHUNK;
         let scales = TILE_ROWS_MAX * TILE_CHUNK / 16 * 4;
@@ -113,7 +114,7 @@ pub(super) struct Ahead<'a> {
 
 impl<'a> Ahead<'a> {
     /// For `bytes` bytes at each of `stretches`, in about `steps` steps.
-    fn new(stretches: &'a [*const u8], bytes: usize, steps: usize) -> Ahead<'a> {
+    pub fn new(stretches: &'a [*const u8], bytes: usize, steps: usize) -> Ahead<'a> {
         // A stretch may begin within a line.
         let lines = stretches.len() * (bytes / 64 + 1);
         Ahead {

@@ -323,6 +323,7 @@ mod tests {
             let x = Activations {
                 f32s: &self.x,
                 q8: None,
+                tiled: None,
                 wide: None,
                 tokens: self.tokens,
                 k: self.k,

@@ -8,3 +8,4 @@ mod turn;
 
 pub(super) use matvec::run as run_matvec;
 pub(super) use tile::run as run_tile;
+pub(super) use turn::{Turn, unpack};

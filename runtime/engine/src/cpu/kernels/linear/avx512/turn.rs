@@ -45,7 +45,7 @@ pub(in super::super) trait Turn: Block {
 /// # Safety
 /// The caller has AVX2, FMA, F16C and AVX-512 F, BW, DQ, VL; the pointers are good for the groups asked for; the tile has room.
 #[inline(always)]
-pub(super) unsafe fn unpack<B: Turn, const ROWS: usize>(
+pub(in super::super) unsafe fn unpack<B: Turn, const ROWS: usize>(
     units: &[*const u8],
     groups: usize,
     tile: &TileMemory,

@@ -12,7 +12,7 @@ impl Case {
         let mut y = vec![start; self.tokens * (self.rows + PAD)];
         let buffer = rounded::<i16>(isa, &self.x, self.k + PAD, self.tokens, self.k);
         let wide = Some(Rounded::new(bytemuck::cast_slice(&buffer), self.tokens, self.k).unwrap());
-        let x = Activations { f32s: &self.x, q8: None, wide, tokens: self.tokens, k: self.k, stride: self.k + PAD };
+        let x = Activations { f32s: &self.x, q8: None, tiled: None, wide, tokens: self.tokens, k: self.k, stride: self.k + PAD };
         // SAFETY: `y` outlives the calls.
         let out = unsafe { OutMut::new(y.as_mut_ptr(), self.rows + PAD, y.len()) };
         for rows in ranges {
@@ -321,7 +321,7 @@ fn sizes_that_do_not_fit_are_refused() {
     refused(RoundedBackwardTask { dx: short, ..good.clone() }, "dx");
     refused(RoundedBackwardTask { dx: narrow, ..good.clone() }, "dx");
     linear_backward_rounded(Isa::detect(), &good, &mut Scratch::new()).unwrap();
-    let x = Activations { f32s: &case.x, q8: None, wide: None, tokens: 2, k: 64, stride: 64 + PAD };
+    let x = Activations { f32s: &case.x, q8: None, tiled: None, wide: None, tokens: 2, k: 64, stride: 64 + PAD };
     let task = LinearTask { dtype, weight, k, rows: 0..4, x: &x, out, accumulate };
     let message = linear_wide(Isa::detect(), &task, &mut Scratch::new()).unwrap_err().to_string();
     assert!(message.contains("16 bits"), "{message}");

@@ -1,0 +1,173 @@
+//! Linear kernels for a matrix unit (AMX), for many tokens: activations in tiles of bfloat16 ([`Tiled`](super::Tiled)) times
+//! panels of unpacked weights, summed in single precision within the unit.
+//!
+//! One instruction multiplies 16 rows of 32 values by 32 × 16 weights in 16 cycles, eight times as much as `vpdpbusd` does of
+//! bytes. Integers would be twice as fast again, and are not: with a scale for every 32 values they have to leave the unit
+//! after each instruction, which takes longer than the instruction. In bfloat16 a weight is what it is, scale and all, a sum
+//! never leaves before its end, and both factors are rounded to 2⁻⁹ of themselves: closer than 8-bit groups are.
+//!
+//! A panel is 32 columns of the output and up to [`DEPTH`] values of the sum, `[k / 32][2][16 pairs of k][16 columns][2]`; it is
+//! made once for all tokens and stays in the first cache, while tiles of activations stream by from the second. Two tile rows
+//! meet two columns of tiles, so four sums share four loads. Chunks of the sum are the outer loop and small enough for the
+//! activations' share to stay in the second cache; their sums go on from what is in the output.
+//!
+//! The instructions have no intrinsics in stable Rust, so they stand here as assembly. The tile registers hold nothing between
+//! two calls of a kernel, and are given back at the end of each, so that switches of threads need not keep them.
+
+mod forward;
+
+pub(super) use forward::run as run_tile;
+
+use super::OutMut;
+use super::tiled::{TILE_BYTES, TILE_ROWS, Tiled};
+use std::arch::asm;
+
+/// Columns of a panel: two tiles of 16.
+const COLUMNS: usize = 32;
+/// Values of the sum in a panel, at most.
+const DEPTH: usize = 512;
+const PF: bool = false;
+/// Bytes of a panel.
+const PANEL_BYTES: usize = 2 * COLUMNS * DEPTH;
+
+/// The tile registers in use, all 16 rows of 64 bytes. At its end they are free again.
+struct Unit(());
+
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl Unit {
+    /// # Safety
+    /// The CPU has AMX, and the system lets the process use it.
+    unsafe fn open() -> Unit {
+        static ALL: Config = {
+            let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+            let mut i = 0;
+            while i < 8 {
+                (config.row_bytes[i], config.rows[i]) = (64, TILE_ROWS as u8);
+                i += 1;
+            }
+            config
+        };
+        // SAFETY: by the contract; the configuration is 64 bytes.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const ALL, options(nostack, readonly)) };
+        Unit(())
+    }
+}
+
+impl Drop for Unit {
+    fn drop(&mut self) {
+        // SAFETY: `open` has found the instructions.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// A part of the sum of all tokens for the columns of a panel.
+struct Product<'a> {
+    x: &'a Tiled<'a>,
+    /// The first tile of the sum in a row of `x`, and how many.
+    first: usize,
+    steps: usize,
+    /// `steps` steps.
+    panel: *const u8,
+    out: OutMut,
+    /// The first column of the output and how many, 1 to [`COLUMNS`].
+    column: usize,
+    columns: usize,
+    /// Go on from what is in the output.
+    accumulate: bool,
+}
+
+impl Unit {
+    /// Computes it for tokens `tokens`, which begin with a tile row.
+    ///
+    /// # Safety
+    /// All sizes fit, and nobody else uses these columns of the output.
+    unsafe fn multiply(&self, p: &Product<'_>, tokens: std::ops::Range<usize>) {
+        const PAIR: usize = 2 * TILE_ROWS;
+        for t in tokens.clone().step_by(PAIR) {
+            let rows = (tokens.end - t).min(PAIR);
+            // A second tile row that is not there repeats the first.
+            let second = if rows > TILE_ROWS { t / TILE_ROWS + 1 } else { t / TILE_ROWS };
+            let a = [p.x.tile(t / TILE_ROWS, p.first), p.x.tile(second, p.first)];
+            // SAFETY: tile rows of `x`, places of the output; or of a copy where not all of the 32 × 32 are there.
+            unsafe {
+                let out = p.out.base.add(t * p.out.stride + p.column);
+                if rows == PAIR && p.columns == COLUMNS {
+                    if PF { for i in 0..PAIR { let at = out.wrapping_add((PAIR + i) * p.out.stride); asm!("prefetchw [{0}]", "prefetchw [{0}+64]", in(reg) at, options(nostack)); } }
+                    self.block(a, p, out, p.out.stride);
+                    continue;
+                }
+                let mut copy = [[0f32; COLUMNS]; PAIR];
+                if p.accumulate {
+                    for (i, row) in copy.iter_mut().enumerate().take(rows) {
+                        std::ptr::copy_nonoverlapping(out.add(i * p.out.stride), row.as_mut_ptr(), p.columns);
+                    }
+                }
+                self.block(a, p, copy.as_mut_ptr().cast(), COLUMNS);
+                for (i, row) in copy.iter().enumerate().take(rows) {
+                    std::ptr::copy_nonoverlapping(row.as_ptr(), out.add(i * p.out.stride), p.columns);
+                }
+            }
+        }
+    }
+
+    /// Two tile rows at `a` times the panel, 32 × 32 values at `to`.
+    ///
+    /// # Safety
+    /// `a` and the panel have the steps; `to` is good for 32 rows of 32 values.
+    #[inline(always)]
+    unsafe fn block(&self, a: [*const u8; 2], p: &Product<'_>, to: *mut f32, stride: usize) {
+        let (low, high, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
+        // SAFETY: by the contract; what a register holds goes from one statement to the next, which keep their order.
+        unsafe {
+            if p.accumulate {
+                asm!(
+                    "tileloadd tmm0, [{low} + {s}*1]",
+                    "tileloadd tmm1, [{low} + {s}*1 + 64]",
+                    "tileloadd tmm2, [{high} + {s}*1]",
+                    "tileloadd tmm3, [{high} + {s}*1 + 64]",
+                    low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
+                );
+            } else {
+                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack));
+            }
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a} + {s}*1]",
+                "tileloadd tmm6, [{w} + {s}*1]",
+                "tileloadd tmm7, [{w} + {s}*1 + {tile}]",
+                "tileloadd tmm5, [{b} + {s}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a}, {tile}",
+                "add {b}, {tile}",
+                "add {w}, 2*{tile}",
+                "dec {n}",
+                "jnz 2b",
+                a = inout(reg) a[0] => _,
+                b = inout(reg) a[1] => _,
+                w = inout(reg) p.panel => _,
+                n = inout(reg) p.steps => _,
+                s = in(reg) 64usize,
+                tile = const TILE_BYTES,
+                options(nostack),
+            );
+            asm!(
+                "tilestored [{low} + {s}*1], tmm0",
+                "tilestored [{low} + {s}*1 + 64], tmm1",
+                "tilestored [{high} + {s}*1], tmm2",
+                "tilestored [{high} + {s}*1 + 64], tmm3",
+                low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
+            );
+        }
+    }
+}
