@@ -20,7 +20,7 @@ use super::pool::{Pool, Team};
 use crate::quant::DType;
 use crate::system::Stopwatch;
 use crate::tape::{
-    Batch, Frequencies, Op, Plan, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Value,
+    Batch, Frequencies, Op, Part, Plan, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Value,
     WeightId, Weights, decoder,
 };
 use crate::{Error, Result};
@@ -99,6 +99,8 @@ struct Program {
     plan: Plan,
     tables: Tables,
     scratch_floats: usize,
+    /// Of each value whether only quantized maps read it.
+    quantized_only: Vec<bool>,
 }
 
 impl Program {
@@ -131,9 +133,26 @@ impl Program {
             Purpose::Learn => attention::attention_backward_scratch_len(spec.head_dim),
             Purpose::Generate | Purpose::Embed | Purpose::Score => 0,
         };
-        let scratch_floats = attention::attention_scratch_len(spec.head_dim).max(backward).max(logits);
-        Program { purpose, tape, plan, tables, scratch_floats }
+        let strips = if options.trained.is_none() { 2 * limits.tokens * ops::STRIP } else { 0 };
+        let scratch_floats = attention::attention_scratch_len(spec.head_dim).max(backward).max(logits).max(strips);
+        let quantized_only = quantized_only(&tape, &plan, weights);
+        Program { purpose, tape, plan, tables, scratch_floats, quantized_only }
     }
+}
+
+/// Of each value with a quantized form whether only maps with quantized weights read it.
+fn quantized_only(tape: &Tape, plan: &Plan, weights: &Weights) -> Vec<bool> {
+    let mut only: Vec<bool> = plan.places().iter().map(|place| place.quantized.is_some()).collect();
+    only[tape.result.0 as usize] = false;
+    for op in &tape.ops {
+        let quantized = |parts: &[Part]| parts.iter().all(|p| linear::needs_q8(weights.get(p.weight).dtype));
+        let input = match op {
+            Op::Linear(op) if quantized(&op.parts) => Some(op.x),
+            _ => None,
+        };
+        op.reads().into_iter().filter(|v| Some(*v) != input).for_each(|v| only[v.0 as usize] = false);
+    }
+    only
 }
 
 /// Places behind the values: the rotation tables, and partial sums of a cross-entropy.
@@ -275,6 +294,8 @@ pub(super) struct Context<'a> {
     /// Position of each row in its sequence.
     pub positions: &'a [u32],
     pub sequences: &'a [SequenceView],
+    /// Of each value whether only quantized maps read it.
+    pub quantized_only: &'a [bool],
     /// The pages of all sequences' caches, to be read.
     pub pages: &'a [*const u8],
     /// Whether rows are computed as if each were run by itself.
@@ -450,6 +471,7 @@ impl Executor {
             targets: batch.targets,
             positions,
             sequences,
+            quantized_only: &program.quantized_only,
             pages,
             alone: batch.alone,
             kv,

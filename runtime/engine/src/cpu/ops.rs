@@ -16,10 +16,13 @@ use super::patch::{GAIN_COLUMNS, PartPatch, Patch};
 use super::pool::Team;
 use crate::Result;
 use crate::quant::DType;
-use crate::tape::{Attention, Epilogue, HeadLora, KvSource, Linear, Op, Part, Rope, Value, WeightId};
+use crate::tape::{Attention, Epilogue, Gate, HeadLora, KvSource, Linear, Op, Part, Rope, Value, WeightId};
 
 /// Rows of weights that stay with one thread: whole tiles of every kernel, whole groups of 32 for the 8-bit form.
 pub(super) const ROW_UNIT: usize = 32;
+/// Columns of a gated pair that are computed at a time where there are many rows, and from how many on.
+pub(super) const STRIP: usize = 64;
+const STRIP_ROWS: usize = 32;
 /// Query rows of a piece of attention.
 const QUERY_ROWS: usize = 64;
 
@@ -91,25 +94,39 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// Whether nothing reads a value but by its quantized form.
+    fn is_read_quantized_only(&self, value: Value) -> bool {
+        self.quantized_only[value.0 as usize] && self.patches.is_none()
+    }
+
     /// Quantizes some rows of `value`, or lays them in tiles, if a linear map will want them.
     ///
     /// # Safety
     /// The rows must be complete, and this thread the only one to quantize them.
     unsafe fn quantize(&self, value: Value, rows: Range<usize>) {
-        let Some(at) = self.plan.place(value).quantized else { return };
         let matrix = self.matrix(value);
-        let (all, k) = (matrix.rows, matrix.width);
+        // SAFETY: by the caller's promise.
+        unsafe { self.quantize_from(value, matrix.all(0..rows.end), matrix.width, rows, 0..matrix.width) };
+    }
+
+    /// The same for the values `columns` of some rows, which `x` has at `stride`.
+    ///
+    /// # Safety
+    /// This thread is the only one to quantize them.
+    unsafe fn quantize_from(&self, value: Value, x: &[f32], stride: usize, rows: Range<usize>, columns: Range<usize>) {
+        let Some(at) = self.plan.place(value).quantized else { return };
+        let (all, k) = (self.rows(value), self.tape.info(value).width);
         // SAFETY: by the caller's promise; the plan reserved the bytes of both for at least as many rows.
         unsafe {
-            let x = matrix.all(0..rows.end);
             if self.in_tiles(all) {
                 let at = self.arena.add(at + linear::activation_bytes(all, k));
-                let done = linear::tile_rows(self.isa, x, k, rows.clone(), &linear::TiledMut::new(at, all, k));
+                let to = linear::TiledMut::new(at, all, k);
+                let done = linear::tile_columns(self.isa, x, stride, rows.clone(), columns.clone(), &to);
                 debug_assert!(done.is_ok());
             }
             if self.in_8_bits(all) {
                 let to = linear::Q8Mut::new(self.arena.add(at), all, k);
-                let done = linear::quantize_rows(self.isa, x, k, rows, &to);
+                let done = linear::quantize_columns(self.isa, x, stride, rows, columns, &to);
                 debug_assert!(done.is_ok());
             }
         }
@@ -501,6 +518,17 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
         }
         h
     });
+    if let Epilogue::Gated(kind, out) = op.epilogue
+        && !c.learns
+        && rows >= STRIP_ROWS
+    {
+        if let Some(patch) = patch {
+            c.patch_wait(patch, rows, team);
+        }
+        // SAFETY: the input and `h` are complete; this thread's columns.
+        unsafe { gated_by_strips(c, op, (kind, out), &x, patch.zip(h.as_ref()), share(0), scratch) };
+        return;
+    }
     for (index, part) in op.parts.iter().enumerate() {
         let (y, columns) = (c.matrix(part.out), share(index));
         let mut accumulate = false;
@@ -560,6 +588,57 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
                 // SAFETY: as above.
                 unsafe { c.quantize_together(part.out, team) };
             }
+        }
+    }
+}
+
+/// A gated pair for many rows, some columns of both at a time, which stay in the second cache until they are joined and
+/// quantized: whole they would go to memory and come back.
+///
+/// # Safety
+/// The input is complete, and so is `h` of the corrections; this thread alone uses those columns of the output.
+unsafe fn gated_by_strips(
+    c: &Context<'_>,
+    op: &Linear,
+    (kind, out): (Gate, Value),
+    x: &linear::Activations<'_>,
+    corrections: Option<(&Patch, &Matrix)>,
+    columns: Range<usize>,
+    scratch: &mut Scratch,
+) {
+    let Scratch { linear, floats } = scratch;
+    let (rows, y) = (x.tokens, c.matrix(out));
+    // SAFETY: this thread's scratch was reserved for two strips of all rows.
+    let strip = |i: usize| unsafe { Matrix::new(floats.as_ptr().cast::<f32>().add(i * rows * STRIP), rows, STRIP) };
+    let strips = [strip(0), strip(1)];
+    let [gate, up] = &strips;
+    for first in columns.clone().step_by(STRIP) {
+        let some = first..(first + STRIP).min(columns.end);
+        let n = some.len();
+        for (index, (part, to)) in op.parts.iter().zip(&strips).enumerate() {
+            c.linear_rows(part.weight, first, 0..n, x, to, false, linear);
+            if let Some((patch, h)) = corrections
+                && let Some(part) = &patch.parts[index]
+            {
+                // SAFETY: by the caller's promise; this thread's scratch.
+                unsafe { correct(c, part, h, some.clone(), to, 0, false) };
+            }
+            if let Some(bias) = part.bias {
+                let bias = &c.vector(bias)[some.clone()];
+                // SAFETY: this thread's scratch.
+                (0..rows).for_each(|row| vector::add(c.isa, bias, unsafe { to.columns_mut(row, 0..n) }));
+            }
+        }
+        // SAFETY: this thread's scratch, and its columns of the output.
+        unsafe {
+            for row in 0..rows {
+                let joined = gate.columns_mut(row, 0..n);
+                activation::gated_inplace(c.isa, kind, joined, up.columns_mut(row, 0..n));
+                if !c.is_read_quantized_only(out) {
+                    y.columns_mut(row, some.clone()).copy_from_slice(joined);
+                }
+            }
+            c.quantize_from(out, gate.all(0..rows), STRIP, 0..rows, some);
         }
     }
 }

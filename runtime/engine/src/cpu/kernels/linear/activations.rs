@@ -166,24 +166,28 @@ impl Q8Mut {
         Q8Mut { base, layout: Q8Layout::new(tokens, k) }
     }
 
-    /// Row `t`: values, scales, sums, half sums.
-    pub(super) fn row(&self, t: usize) -> Row<'_> {
-        assert!(t < self.layout.tokens, "row {t} of {} quantized rows", self.layout.tokens);
+    /// Values `columns` of row `t`, whole groups, with their scales, sums and half sums; behind the last values the padding.
+    pub(super) fn part(&self, t: usize, columns: Range<usize>) -> Row<'_> {
         let Q8Layout { k, groups, d, s, s16, .. } = self.layout;
-        // SAFETY: `t` is in range, the offsets lie within the buffer by `Q8Layout::new`, they are multiples of 64
+        let inside = t < self.layout.tokens && columns.start <= columns.end && columns.end <= k;
+        assert!(inside, "values {columns:?} of row {t} of {} quantized rows of {k}", self.layout.tokens);
+        let (first, n) = (columns.start / GROUP, columns.len());
+        let count = if columns.end == k { groups - first } else { n / GROUP };
+        let at = t * groups + first;
+        // SAFETY: `t` and the columns are in range, the offsets lie within the buffer by `Q8Layout::new`, they are multiples of 64
         // from an aligned base, and the caller of `new` vouched for the rest.
         unsafe {
             Row {
-                qs: std::slice::from_raw_parts_mut(self.base.add(t * k).cast(), k),
-                d: std::slice::from_raw_parts_mut(self.base.add(d).cast::<f32>().add(t * groups), groups),
-                s: std::slice::from_raw_parts_mut(self.base.add(s).cast::<f32>().add(t * groups), groups),
-                s16: std::slice::from_raw_parts_mut(self.base.add(s16).cast::<f32>().add(2 * t * groups), 2 * groups),
+                qs: std::slice::from_raw_parts_mut(self.base.add(t * k + columns.start).cast(), n),
+                d: std::slice::from_raw_parts_mut(self.base.add(d).cast::<f32>().add(at), count),
+                s: std::slice::from_raw_parts_mut(self.base.add(s).cast::<f32>().add(at), count),
+                s16: std::slice::from_raw_parts_mut(self.base.add(s16).cast::<f32>().add(2 * at), 2 * count),
             }
         }
     }
 }
 
-/// One row under construction.
+/// One row under construction, or a part of one.
 pub(super) struct Row<'a> {
     pub qs: &'a mut [i8],
     pub d: &'a mut [f32],
@@ -195,17 +199,34 @@ pub(super) struct Row<'a> {
 /// A group that holds a NaN or an infinity gets a NaN scale, so that whatever is computed from it is NaN; a group
 /// whose values are all below 2⁻¹¹⁰ counts as zero.
 pub fn quantize_rows(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst: &Q8Mut) -> Result<()> {
-    let k = dst.layout.k;
-    let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(k);
-    if rows.end > dst.layout.tokens || !enough || !k.is_multiple_of(GROUP) {
+    quantize_columns(isa, x, stride, rows, 0..dst.layout.k, dst)
+}
+
+/// As [`quantize_rows`] for the values `columns` of each row, whole groups, of which `x` has no others.
+///
+/// # Errors
+/// [`Error::Argument`] before anything is written, when a size does not fit.
+pub fn quantize_columns(
+    isa: Isa,
+    x: &[f32],
+    stride: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    dst: &Q8Mut,
+) -> Result<()> {
+    let n = columns.len();
+    let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(n);
+    let whole = columns.start.is_multiple_of(GROUP) && columns.end.is_multiple_of(GROUP);
+    if rows.end > dst.layout.tokens || !enough || !whole || columns.end > dst.layout.k {
         return Err(Error::argument(format!(
-            "quantize rows {rows:?} of {k} values, a multiple of {GROUP}: the input has {} values at stride {stride}, the output {} rows",
+            "quantize values {columns:?}, multiples of {GROUP}, of rows {rows:?}: the input has {} values at stride {stride}, the output {} rows of {}",
             x.len(),
-            dst.layout.tokens
+            dst.layout.tokens,
+            dst.layout.k
         )));
     }
     for t in rows {
-        let (x, row) = (&x[t * stride..t * stride + k], dst.row(t));
+        let (x, row) = (&x[t * stride..t * stride + n], dst.part(t, columns.clone()));
         match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(token) => super::avx2::quantize_row(token, x, row),

@@ -47,13 +47,13 @@ mod transpose;
 #[cfg(test)]
 mod tests;
 
-pub use activations::{Activations, GROUP, Q8, Q8Layout, Q8Mut, activation_bytes, quantize_rows};
+pub use activations::{Activations, GROUP, Q8, Q8Layout, Q8Mut, activation_bytes, quantize_columns, quantize_rows};
 pub use rounded::{
     Level, Rounded, RoundedBackwardTask, RoundedMut, has_backward, linear_backward_rounded, linear_wide, round_rows,
     rounded_bytes,
 };
 pub use table::{KERNELS, KernelInfo, Shape, pick};
-pub use tiled::{Tiled, TiledMut, tile_rows, tiled_bytes};
+pub use tiled::{Tiled, TiledMut, tile_columns, tile_rows, tiled_bytes};
 pub use transpose::{LinearBackwardTask, linear_backward, linear_exact};
 
 use crate::cpu::isa::Isa;

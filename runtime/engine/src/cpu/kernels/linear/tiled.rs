@@ -97,18 +97,37 @@ impl TiledMut {
 /// # Errors
 /// [`Error::Argument`] before anything is written, when a size does not fit.
 pub fn tile_rows(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst: &TiledMut) -> Result<()> {
-    let k = dst.k;
-    let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(k);
-    if rows.end > dst.tokens || !enough {
+    tile_columns(isa, x, stride, rows, 0..dst.k, dst)
+}
+
+/// As [`tile_rows`] for the values `columns` of each row, from a multiple of 32 to another or the end, of which `x` has no others.
+///
+/// # Errors
+/// [`Error::Argument`] before anything is written, when a size does not fit.
+pub fn tile_columns(
+    isa: Isa,
+    x: &[f32],
+    stride: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    dst: &TiledMut,
+) -> Result<()> {
+    let n = columns.len();
+    let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(n);
+    let whole = columns.start.is_multiple_of(TILE_VALUES)
+        && (columns.end.is_multiple_of(TILE_VALUES) || columns.end == dst.k);
+    if rows.end > dst.tokens || !enough || !whole || columns.end > dst.k {
         return Err(Error::argument(format!(
-            "rows {rows:?} of {k} values to be laid in tiles: the input has {} values at stride {stride}, the output {} rows",
+            "values {columns:?} of rows {rows:?} to be laid in tiles: the input has {} values at stride {stride}, the output {} rows of {}",
             x.len(),
-            dst.tokens
+            dst.tokens,
+            dst.k
         )));
     }
+    let first = columns.start / TILE_VALUES;
     for t in rows {
-        for (at, x) in x[t * stride..t * stride + k].chunks(TILE_VALUES).enumerate() {
-            let to = dst.part(t, at);
+        for (at, x) in x[t * stride..t * stride + n].chunks(TILE_VALUES).enumerate() {
+            let to = dst.part(t, first + at);
             #[cfg(target_arch = "x86_64")]
             if let (Isa::Avx512(token), Ok(x)) = (isa, x.try_into())
                 && token.bf16

@@ -30,10 +30,14 @@ const PF: bool = false;
 /// Bytes of a panel.
 const PANEL_BYTES: usize = 2 * COLUMNS * DEPTH;
 
-/// The tile registers in use, all 16 rows of 64 bytes. At its end they are free again.
-struct Unit(());
+/// The tile registers in use, all 16 rows of 64 bytes, and how they were set up before: other code of the process may count on
+/// that, although calls need not keep it.
+struct Unit {
+    before: Config,
+}
 
 #[repr(C, align(64))]
+#[derive(Clone, Copy)]
 struct Config {
     palette: u8,
     start_row: u8,
@@ -42,29 +46,46 @@ struct Config {
     rows: [u8; 16],
 }
 
+impl Config {
+    /// Nothing: all registers are free.
+    const NONE: Config = Config { palette: 0, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+}
+
+/// Eight registers of 16 rows of 64 bytes.
+static ALL: Config = {
+    let mut config = Config { palette: 1, ..Config::NONE };
+    let mut i = 0;
+    while i < 8 {
+        (config.row_bytes[i], config.rows[i]) = (64, TILE_ROWS as u8);
+        i += 1;
+    }
+    config
+};
+
 impl Unit {
     /// # Safety
     /// The CPU has AMX, and the system lets the process use it.
     unsafe fn open() -> Unit {
-        static ALL: Config = {
-            let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-            let mut i = 0;
-            while i < 8 {
-                (config.row_bytes[i], config.rows[i]) = (64, TILE_ROWS as u8);
-                i += 1;
-            }
-            config
-        };
-        // SAFETY: by the contract; the configuration is 64 bytes.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const ALL, options(nostack, readonly)) };
-        Unit(())
+        let mut before = Config::NONE;
+        // SAFETY: by the contract; a configuration is 64 bytes.
+        unsafe {
+            asm!("sttilecfg [{}]", in(reg) &raw mut before, options(nostack));
+            asm!("ldtilecfg [{}]", in(reg) &raw const ALL, options(nostack, readonly));
+        }
+        Unit { before }
     }
 }
 
 impl Drop for Unit {
     fn drop(&mut self) {
-        // SAFETY: `open` has found the instructions.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        // SAFETY: `open` has found the instructions, and stored what is loaded.
+        unsafe {
+            if self.before.palette == 0 {
+                asm!("tilerelease", options(nostack, nomem));
+            } else {
+                asm!("ldtilecfg [{}]", in(reg) &raw const self.before, options(nostack, readonly));
+            }
+        }
     }
 }
 
