@@ -26,7 +26,6 @@ use std::arch::asm;
 const COLUMNS: usize = 32;
 /// Values of the sum in a panel, at most.
 const DEPTH: usize = 512;
-const PF: bool = false;
 /// Bytes of a panel.
 const PANEL_BYTES: usize = 2 * COLUMNS * DEPTH;
 
@@ -121,8 +120,7 @@ impl Unit {
             unsafe {
                 let out = p.out.base.add(t * p.out.stride + p.column);
                 if rows == PAIR && p.columns == COLUMNS {
-                    if PF { for i in 0..PAIR { let at = out.wrapping_add((PAIR + i) * p.out.stride); asm!("prefetchw [{0}]", "prefetchw [{0}+64]", in(reg) at, options(nostack)); } }
-                    self.block(a, p, out, p.out.stride);
+                    self.block(a, p, out, p.out.stride, if t + PAIR < tokens.end { p.out.stride } else { 0 });
                     continue;
                 }
                 let mut copy = [[0f32; COLUMNS]; PAIR];
@@ -131,7 +129,7 @@ impl Unit {
                         std::ptr::copy_nonoverlapping(out.add(i * p.out.stride), row.as_mut_ptr(), p.columns);
                     }
                 }
-                self.block(a, p, copy.as_mut_ptr().cast(), COLUMNS);
+                self.block(a, p, copy.as_mut_ptr().cast(), COLUMNS, 0);
                 for (i, row) in copy.iter().enumerate().take(rows) {
                     std::ptr::copy_nonoverlapping(row.as_ptr(), out.add(i * p.out.stride), p.columns);
                 }
@@ -144,7 +142,7 @@ impl Unit {
     /// # Safety
     /// `a` and the panel have the steps; `to` is good for 32 rows of 32 values.
     #[inline(always)]
-    unsafe fn block(&self, a: [*const u8; 2], p: &Product<'_>, to: *mut f32, stride: usize) {
+    unsafe fn block(&self, a: [*const u8; 2], p: &Product<'_>, to: *mut f32, stride: usize, ahead: usize) {
         let (low, high, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
         // SAFETY: by the contract; what a register holds goes from one statement to the next, which keep their order.
         unsafe {
@@ -165,6 +163,11 @@ impl Unit {
                 "tileloadd tmm6, [{w} + {s}*1]",
                 "tileloadd tmm7, [{w} + {s}*1 + {tile}]",
                 "tileloadd tmm5, [{b} + {s}*1]",
+                "prefetchw [{c}]",
+                "prefetchw [{c} + 64]",
+                "prefetchw [{c} + {cs}]",
+                "prefetchw [{c} + {cs} + 64]",
+                "lea {c}, [{c} + 2*{cs}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
@@ -179,6 +182,8 @@ impl Unit {
                 w = inout(reg) p.panel => _,
                 n = inout(reg) p.steps => _,
                 s = in(reg) 64usize,
+                c = inout(reg) to.wrapping_add(32 * ahead) => _,
+                cs = in(reg) 4 * ahead,
                 tile = const TILE_BYTES,
                 options(nostack),
             );
