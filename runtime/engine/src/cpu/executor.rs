@@ -14,7 +14,7 @@ use super::buffer::Buffer;
 use super::isa::Isa;
 use super::kernels::{attention, linear};
 use super::kv::{KvCache, KvLayout};
-use super::ops;
+use super::{ops, ops_learn};
 use super::patch::{Correction, Patches};
 use super::pool::{Pool, Team};
 use crate::quant::DType;
@@ -194,7 +194,7 @@ impl Tables {
     }
 }
 
-/// The most bytes that one op needs for its input, and for the gradients of its outputs, in 16 bits.
+/// The most bytes that one op needs for its input, and for the gradients of its outputs, rounded.
 fn rounded_bytes(tape: &Tape, weights: &Weights, limits: &PlanLimits, options: &ExecutorOptions) -> [usize; 2] {
     let arithmetic = options.arithmetic;
     if arithmetic == Arithmetic::Exact {
@@ -202,7 +202,7 @@ fn rounded_bytes(tape: &Tape, weights: &Weights, limits: &PlanLimits, options: &
     }
     let bytes = |value: Value| {
         let info = tape.info(value);
-        linear::rounded_bytes::<i16>(limits.rows(info.rows), info.width)
+        ops_learn::rounding_bytes(limits.rows(info.rows), info.width)
     };
     let learns = options.trained.is_some();
     let read = |id: WeightId| arithmetic.reads_16_bits(learns, weights.get(id).dtype);
@@ -211,7 +211,7 @@ fn rounded_bytes(tape: &Tape, weights: &Weights, limits: &PlanLimits, options: &
         Op::Linear(op) => [input(op.x, op.parts.iter().any(|part| read(part.weight))), 0],
         Op::CrossEntropy { x, weight, .. } => [input(*x, read(*weight)), 0],
         Op::CrossEntropyGrad { x, weight, .. } => {
-            [input(*x, read(*weight)), linear::rounded_bytes::<i16>(limits.outputs, VOCAB_CHUNK)]
+            [input(*x, read(*weight)), ops_learn::rounding_bytes(limits.outputs, VOCAB_CHUNK)]
         }
         Op::LinearBackward { parts, .. } => [0, parts.iter().map(|(dy, _)| bytes(*dy)).sum()],
         _ => [0, 0],

@@ -14,6 +14,7 @@ use crate::tape::{
     AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
     magnitude_ratio,
 };
+use crate::quant::DType;
 use crate::{quant, random};
 
 impl<'a> Context<'a> {
@@ -204,11 +205,32 @@ pub(super) unsafe fn linear_backward(
     }
 }
 
-/// Whether the gradient of a map's input is computed in 8 bits, if it is rounded: where an instruction is made for it, and
-/// weights are not meant to be more accurate.
-fn in_8_bits(c: &Context<'_>, weight: WeightId) -> bool {
-    let quantized = linear::needs_q8(c.weights.get(weight).dtype);
-    c.arithmetic == Arithmetic::Narrow && quantized && linear::has_backward::<u8>(c.isa)
+/// How the gradient of a map's output is rounded for the gradient of its input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rounding {
+    /// To bfloat16, where there is a matrix unit.
+    Tiles,
+    /// To 8 bits, where an instruction is made for it.
+    Bytes,
+    /// To 16 bits.
+    Words,
+}
+
+impl Rounding {
+    /// For the map of `weight`; weights that are not quantized are meant to be more accurate.
+    fn of(c: &Context<'_>, weight: WeightId) -> Rounding {
+        let quantized = linear::needs_q8(c.weights.get(weight).dtype);
+        match c.arithmetic {
+            Arithmetic::Narrow if quantized && linear::has_tiles(c.isa) => Rounding::Tiles,
+            Arithmetic::Narrow if quantized && linear::has_backward::<u8>(c.isa) => Rounding::Bytes,
+            _ => Rounding::Words,
+        }
+    }
+}
+
+/// Bytes that are enough for `rows` rows of `k` values, however they are rounded.
+pub(super) fn rounding_bytes(rows: usize, k: usize) -> usize {
+    linear::rounded_bytes::<i16>(rows, k).max(linear::tiled_bytes(rows, k))
 }
 
 /// Rounds the first `k` values of some rows of a gradient, as the map of `weight` wants it, into `place`.
@@ -224,7 +246,17 @@ pub(super) unsafe fn round(
     place: usize,
 ) {
     // SAFETY: by the caller's promise.
-    unsafe { if in_8_bits(c, weight) { c.round::<u8>(dy, k, rows, place) } else { c.round::<i16>(dy, k, rows, place) } }
+    unsafe {
+        match Rounding::of(c, weight) {
+            Rounding::Tiles => {
+                let to = linear::TiledMut::new(c.arena.add(place), dy.rows, k);
+                let done = linear::tile_rows(c.isa, dy.all(0..rows.end), dy.width, rows, &to);
+                debug_assert!(done.is_ok());
+            }
+            Rounding::Bytes => c.round::<u8>(dy, k, rows, place),
+            Rounding::Words => c.round::<i16>(dy, k, rows, place),
+        }
+    }
 }
 
 /// The same with rounded factors for several maps of one input: all threads round the gradients of the outputs together,
@@ -247,10 +279,10 @@ unsafe fn linear_backward_rounded(
     let mut inputs = Vec::with_capacity(parts.len());
     for (dy, weight) in parts {
         let dy = c.matrix(*dy);
-        // SAFETY: the place was reserved for all parts together, in 16 bits; shares are disjoint.
+        // SAFETY: the place was reserved for all parts together; shares are disjoint.
         unsafe { round(c, *weight, &dy, dy.width, team.share(dy.rows, 1), place) };
         inputs.push((dy, *weight, place));
-        place += linear::rounded_bytes::<i16>(dy.rows, dy.width);
+        place += rounding_bytes(dy.rows, dy.width);
     }
     team.wait();
     let columns = team.share(out.width, ops::ROW_UNIT);
@@ -280,36 +312,50 @@ pub(super) unsafe fn rounded_columns(
     accumulate: bool,
     scratch: &mut Scratch,
 ) {
-    let columns_at = if in_8_bits(c, weight) { columns_at::<u8> } else { columns_at::<i16> };
-    // SAFETY: by the caller's promise.
-    unsafe { columns_at(c, weight, part, dy, columns, out, accumulate, scratch) };
-}
-
-/// [`rounded_columns`] at a level.
-///
-/// # Safety
-/// As there.
-#[allow(clippy::too_many_arguments)]
-unsafe fn columns_at<Q: linear::Level>(
-    c: &Context<'_>,
-    weight: WeightId,
-    part: std::ops::Range<usize>,
-    (rows, width, place): (usize, usize, usize),
-    columns: std::ops::Range<usize>,
-    out: &Matrix,
-    accumulate: bool,
-    scratch: &mut Scratch,
-) {
     let info = c.weights.get(weight);
     let (dtype, bytes) = c.weight_rows(weight, part);
+    let (tokens, width, place) = dy;
+    let (isa, dx, scratch) = (c.isa, out.out(), &mut scratch.linear);
     // SAFETY: by the caller's promise.
-    let dy = unsafe { &c.rounded::<Q>(rows, width, place) };
-    let (weight, dx) = (bytes, out.out());
-    let task = linear::RoundedBackwardTask { dtype, weight, k: info.width, columns, dy, dx, accumulate };
+    let done = unsafe {
+        match Rounding::of(c, weight) {
+            Rounding::Tiles => {
+                let tiles = linear::tiled_bytes(tokens, width);
+                let tiles = std::slice::from_raw_parts(c.arena.add(place).cast_const(), tiles);
+                linear::Tiled::new(tiles, tokens, width).and_then(|dy| {
+                    let task = task(dtype, bytes, info.width, columns, &dy, dx, accumulate);
+                    linear::linear_backward_tiled(isa, &task, scratch)
+                })
+            }
+            Rounding::Bytes => {
+                let dy = &c.rounded::<u8>(tokens, width, place);
+                let task = task(dtype, bytes, info.width, columns, dy, dx, accumulate);
+                linear::linear_backward_rounded(isa, &task, scratch)
+            }
+            Rounding::Words => {
+                let dy = &c.rounded::<i16>(tokens, width, place);
+                let task = task(dtype, bytes, info.width, columns, dy, dx, accumulate);
+                linear::linear_backward_rounded(isa, &task, scratch)
+            }
+        }
+    };
     // The sizes were checked when the weights were resolved and the arena planned.
-    if let Err(e) = linear::linear_backward_rounded(c.isa, &task, &mut scratch.linear) {
+    if let Err(e) = done {
         unreachable!("{}: {e}", info.name);
     }
+}
+
+/// A task by its parts.
+fn task<'a, D>(
+    dtype: DType,
+    weight: &'a [u8],
+    k: usize,
+    columns: std::ops::Range<usize>,
+    dy: &'a D,
+    dx: linear::OutMut,
+    accumulate: bool,
+) -> linear::RoundedBackwardTask<'a, D> {
+    linear::RoundedBackwardTask { dtype, weight, k, columns, dy, dx, accumulate }
 }
 
 /// `c (+)= α·a·b` in one of the three forms of [`gemm`]; `(m, n, k)` are its sizes, strides go with the slices.

@@ -53,7 +53,7 @@ pub use rounded::{
     rounded_bytes,
 };
 pub use table::{KERNELS, KernelInfo, Shape, pick};
-pub use tiled::{Tiled, TiledMut, tile_columns, tile_rows, tiled_bytes};
+pub use tiled::{Tiled, TiledMut, linear_backward_tiled, tile_columns, tile_rows, tiled_bytes};
 pub use transpose::{LinearBackwardTask, linear_backward, linear_exact};
 
 use crate::cpu::isa::Isa;
@@ -67,10 +67,14 @@ pub const fn needs_q8(dtype: DType) -> bool {
     dtype.is_quantized()
 }
 
-/// Whether maps with quantized weights read so many tokens in tiles: where there is a matrix unit that is worth its work. (From
-/// about a dozen tokens on, measured.)
+/// Whether there is a matrix unit, which reads activations and gradients in tiles.
+pub const fn has_tiles(isa: Isa) -> bool {
+    matches!(isa, Isa::Avx512(token) if token.amx)
+}
+
+/// Whether maps with quantized weights read so many tokens in tiles: fewer do not pay for panels.
 pub const fn needs_tiles(isa: Isa, tokens: usize) -> bool {
-    matches!(isa, Isa::Avx512(token) if token.amx) && tokens >= 16
+    has_tiles(isa) && tokens >= 16
 }
 
 /// Where results go: `y[t][r]` at `base[t * stride + r]`, with `r` the row's number in the whole matrix. A copyable

@@ -299,9 +299,10 @@ pub fn linear_wide(isa: Isa, task: &LinearTask<'_>, scratch: &mut Scratch) -> Re
     forward_scalar(task, &x)
 }
 
-/// One thread's share of the backward pass of a linear map.
+/// One thread's share of the backward pass of a linear map, with gradients of the output in the form `D`: [`Rounded`] or
+/// [`Tiled`](super::Tiled).
 #[derive(Clone, Debug)]
-pub struct RoundedBackwardTask<'a, Q> {
+pub struct RoundedBackwardTask<'a, D> {
     /// Type of the weights.
     pub dtype: DType,
     /// The whole matrix: `dy.k` rows of `dtype.row_bytes(k)` bytes, one after the other.
@@ -311,7 +312,7 @@ pub struct RoundedBackwardTask<'a, Q> {
     /// The columns of dx to compute; threads divide these, at multiples of 32.
     pub columns: Range<usize>,
     /// The gradient of the output.
-    pub dy: &'a Rounded<'a, Q>,
+    pub dy: &'a D,
     /// The gradient of the input, `dx[t][c]`, for all tokens of `dy`.
     pub dx: OutMut,
     /// Add to `dx` instead of overwriting it.
@@ -324,10 +325,10 @@ pub struct RoundedBackwardTask<'a, Q> {
 /// [`Error::Argument`] before anything is written, when a size does not fit.
 pub fn linear_backward_rounded<Q: Level>(
     isa: Isa,
-    task: &RoundedBackwardTask<'_, Q>,
+    task: &RoundedBackwardTask<'_, Rounded<'_, Q>>,
     scratch: &mut Scratch,
 ) -> Result<()> {
-    check_backward(task)?;
+    check_backward(task, (task.dy.tokens, task.dy.k))?;
     if task.columns.is_empty() || task.dy.tokens == 0 {
         return Ok(());
     }
@@ -354,9 +355,9 @@ pub fn has_backward<Q: Level>(isa: Isa) -> bool {
     };
 }
 
-fn check_backward<Q>(task: &RoundedBackwardTask<'_, Q>) -> Result<()> {
-    let RoundedBackwardTask { dtype, weight, k, columns, dy, dx, .. } = task;
-    let rows = dy.k;
+/// Whether all sizes fit for gradients of so many tokens and rows of the matrix.
+pub(super) fn check_backward<D>(task: &RoundedBackwardTask<'_, D>, (tokens, rows): (usize, usize)) -> Result<()> {
+    let RoundedBackwardTask { dtype, weight, k, columns, dx, .. } = task;
     let misfit = |what: String| {
         Err(Error::argument(format!(
             "linear map backward, {rows} {dtype} rows of {k} values, columns {columns:?}: {what}"
@@ -369,8 +370,8 @@ fn check_backward<Q>(task: &RoundedBackwardTask<'_, Q>) -> Result<()> {
     if columns.start > columns.end || columns.end > *k || !whole(columns.start) || !whole(columns.end) {
         return misfit("they are no groups of 32".into());
     }
-    let reach = dy.tokens.saturating_sub(1).checked_mul(dx.stride).and_then(|n| n.checked_add(*k));
-    if dy.tokens > 0 && (reach.is_none_or(|n| n > dx.len) || dx.stride < *k) {
+    let reach = tokens.saturating_sub(1).checked_mul(dx.stride).and_then(|n| n.checked_add(*k));
+    if tokens > 0 && (reach.is_none_or(|n| n > dx.len) || dx.stride < *k) {
         return misfit(format!("dx has {} values at stride {}", dx.len, dx.stride));
     }
     Ok(())
@@ -414,7 +415,7 @@ fn forward_scalar(task: &LinearTask<'_>, x: &Rounded<'_, i16>) -> Result<()> {
 }
 
 /// The specification of [`linear_backward_rounded`].
-fn backward_scalar<Q: Level>(task: &RoundedBackwardTask<'_, Q>) -> Result<()> {
+fn backward_scalar<Q: Level>(task: &RoundedBackwardTask<'_, Rounded<'_, Q>>) -> Result<()> {
     let RoundedBackwardTask { dtype, weight, k, dy, .. } = task;
     let groups = dy.groups();
     let mut decoded = vec![0.0; dy.k * k];

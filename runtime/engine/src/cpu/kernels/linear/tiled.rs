@@ -9,6 +9,8 @@
 //! behind the last token hold anything, and what is computed of them is dropped. Rounding is to nearest, ties to even: 2⁻⁹ of each
 //! value at most, where the 8 bits of [`Q8`](super::Q8) are off by up to 2⁻⁸ of the largest value of a group.
 
+use super::Scratch;
+use super::rounded::{RoundedBackwardTask, check_backward};
 use crate::cpu::isa::Isa;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -144,6 +146,30 @@ pub fn tile_columns(
         }
     }
     Ok(())
+}
+
+/// As [`linear_backward_rounded`](super::linear_backward_rounded) with the gradient of the output in tiles.
+///
+/// # Errors
+/// [`Error::Argument`] before anything is written, when a size does not fit, or where there is no matrix unit.
+pub fn linear_backward_tiled(
+    isa: Isa,
+    task: &RoundedBackwardTask<'_, Tiled<'_>>,
+    scratch: &mut Scratch,
+) -> Result<()> {
+    check_backward(task, (task.dy.tokens, task.dy.k))?;
+    #[cfg(target_arch = "x86_64")]
+    if let Isa::Avx512(token) = isa
+        && token.amx
+    {
+        if !task.columns.is_empty() && task.dy.tokens > 0 {
+            // SAFETY: the token says that there are the instructions; everything is in bounds.
+            unsafe { super::amx::backward_of(task.dtype)(task, scratch) };
+        }
+        return Ok(());
+    }
+    let _ = scratch;
+    Err(Error::argument(format!("{} has no kernel for gradients in tiles", isa.name())))
 }
 
 #[cfg(target_arch = "x86_64")]

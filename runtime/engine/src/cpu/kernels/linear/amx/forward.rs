@@ -4,7 +4,7 @@ use super::super::avx512::{Turn, unpack};
 use super::super::tile::{Ahead, TileMemory};
 use super::super::tiled::{TILE_BYTES, TILE_ROWS};
 use super::super::{LinearTask, Scratch};
-use super::{COLUMNS, DEPTH, PANEL_BYTES, Product, Unit};
+use super::{COLUMNS, DEPTH, PANEL_BYTES, Product, Unit, pairs};
 use crate::cpu::isa::Avx512;
 use std::arch::x86_64::*;
 
@@ -120,18 +120,5 @@ unsafe fn widen<B: Turn>(tile: &TileMemory, groups: usize, panel: *mut u8) {
                 }
             }
         }
-    }
-}
-
-/// Both as bfloat16, the first in the low half of each lane; halves are rounded up.
-#[inline(always)]
-unsafe fn pairs(low: __m512, high: __m512) -> __m512i {
-    // SAFETY: register arithmetic.
-    unsafe {
-        let half = _mm512_set1_epi32(0x8000);
-        let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(low), half));
-        let high = _mm512_add_epi32(_mm512_castps_si512(high), half);
-        // Bits of `high` where the mask has ones, else of `low`.
-        _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi32(0xffff_0000_u32 as i32), high, low)
     }
 }

@@ -14,13 +14,16 @@
 //! The instructions have no intrinsics in stable Rust, so they stand here as assembly. The tile registers hold nothing between
 //! two calls of a kernel, and are given back at the end of each, so that switches of threads need not keep them.
 
+mod backward;
 mod forward;
 
+pub(super) use backward::backward_of;
 pub(super) use forward::run as run_tile;
 
 use super::OutMut;
 use super::tiled::{TILE_BYTES, TILE_ROWS, Tiled};
 use std::arch::asm;
+use std::arch::x86_64::*;
 
 /// Columns of a panel: two tiles of 16.
 const COLUMNS: usize = 32;
@@ -195,5 +198,18 @@ impl Unit {
                 low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
             );
         }
+    }
+}
+
+/// Both as bfloat16, the first in the low half of each lane; halves are rounded up.
+#[inline(always)]
+unsafe fn pairs(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: register arithmetic.
+    unsafe {
+        let half = _mm512_set1_epi32(0x8000);
+        let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(low), half));
+        let high = _mm512_add_epi32(_mm512_castps_si512(high), half);
+        // Bits of `high` where the mask has ones, else of `low`.
+        _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi32(0xffff_0000_u32 as i32), high, low)
     }
 }

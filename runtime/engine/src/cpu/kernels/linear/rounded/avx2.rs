@@ -33,7 +33,7 @@ unsafe fn forward<S: Source>(task: &LinearTask<'_>, x: &Rounded<'_, i16>, scratc
 /// # Safety
 /// As for [`blocks::backward`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn backward<S: Source>(task: &RoundedBackwardTask<'_, i16>, scratch: &mut Scratch) {
+unsafe fn backward<S: Source>(task: &RoundedBackwardTask<'_, Rounded<'_, i16>>, scratch: &mut Scratch) {
     // SAFETY: the caller's promise.
     unsafe { blocks::backward::<S, i16, Avx2>(task, scratch) }
 }

@@ -37,7 +37,7 @@ const _: () = assert!(4 * BACKWARD_ROWS * BACKWARD_COLUMNS <= scratch_bytes());
 const _: () = assert!(4 * (FORWARD_ROWS * FORWARD_COLUMNS + 8 * UNIT) <= scratch_bytes());
 
 pub(super) type Forward = unsafe fn(&LinearTask<'_>, &Rounded<'_, i16>, &mut Scratch);
-pub type Backward<Q> = unsafe fn(&RoundedBackwardTask<'_, Q>, &mut Scratch);
+pub type Backward<Q> = unsafe fn(&RoundedBackwardTask<'_, Rounded<'_, Q>>, &mut Scratch);
 
 /// What a level of rounding has for each instruction set.
 pub trait Kernels: native::Pack {
@@ -256,7 +256,7 @@ pub(super) unsafe fn forward<S: Source, V: Vectors<i16>>(
 /// As for [`forward`].
 #[inline(always)]
 pub(super) unsafe fn backward<S: Source, Q: super::Level, V: Vectors<Q>>(
-    task: &RoundedBackwardTask<'_, Q>,
+    task: &RoundedBackwardTask<'_, Rounded<'_, Q>>,
     scratch: &mut Scratch,
 ) {
     const STEP: usize = LANES * BACKWARD_ROWS;

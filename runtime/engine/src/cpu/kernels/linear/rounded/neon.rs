@@ -49,7 +49,7 @@ unsafe fn forward<S: Source>(task: &LinearTask<'_>, x: &Rounded<'_, i16>, scratc
 
 /// # Safety
 /// As for [`blocks::backward`].
-unsafe fn backward<S: Source, Q: Level>(task: &RoundedBackwardTask<'_, Q>, scratch: &mut Scratch)
+unsafe fn backward<S: Source, Q: Level>(task: &RoundedBackwardTask<'_, Rounded<'_, Q>>, scratch: &mut Scratch)
 where
     Neon: Vectors<Q>,
 {

@@ -309,7 +309,7 @@ fn sizes_that_do_not_fit_are_refused() {
     };
     let (dtype, weight, k, accumulate) = (DType::Q8_0, &case.weight[..], 64, false);
     let good = RoundedBackwardTask { dtype, weight, k, columns: 0..64, dy: &dy, dx: out, accumulate };
-    let refused = |task: RoundedBackwardTask<'_, i16>, word: &str| {
+    let refused = |task: RoundedBackwardTask<'_, Rounded<'_, i16>>, word: &str| {
         let message = linear_backward_rounded(Isa::detect(), &task, &mut Scratch::new()).expect_err(word).to_string();
         assert!(message.contains(word), "{message}");
     };

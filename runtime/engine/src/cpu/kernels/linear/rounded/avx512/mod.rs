@@ -34,7 +34,7 @@ unsafe fn forward<S: Source>(task: &LinearTask<'_>, x: &Rounded<'_, i16>, scratc
 /// # Safety
 /// As for [`blocks::backward`].
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn backward<S: Source, Q: Level>(task: &RoundedBackwardTask<'_, Q>, scratch: &mut Scratch)
+unsafe fn backward<S: Source, Q: Level>(task: &RoundedBackwardTask<'_, Rounded<'_, Q>>, scratch: &mut Scratch)
 where
     Avx512: Vectors<Q>,
 {
