@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::buffer::Buffer;
+use super::fusion::{self, Fusion};
 use super::isa::Isa;
 use super::kernels::{attention, linear};
 use super::kv::{KvCache, KvLayout};
@@ -101,6 +102,7 @@ struct Program {
     scratch_floats: usize,
     /// Of each value whether only quantized maps read it.
     quantized_only: Vec<bool>,
+    fusion: Fusion,
 }
 
 impl Program {
@@ -122,9 +124,11 @@ impl Program {
             let tiles = if linear::needs_tiles(isa, rows) { linear::tiled_bytes(rows, width) } else { 0 };
             linear::activation_bytes(rows, width) + tiles
         };
-        let plan = Plan::new(&tape, limits, |rows, width| narrow.then(|| bytes(rows, width)));
+        let quantized = |rows, width| narrow.then(|| bytes(rows, width));
+        let plan = Plan::with_reads(&tape, limits, quantized, |at| fusion::more_reads(&tape, at));
+        let fusion = Fusion::new(&tape, &plan);
         let rounded = rounded_bytes(&tape, weights, &limits, options);
-        let tables = Tables::new(&tape, plan.arena_bytes, &limits, purpose, rounded);
+        let tables = Tables::new(&tape, plan.arena_bytes, &limits, purpose, rounded, fusion.ranks);
         let logits = match purpose {
             Purpose::Score | Purpose::Learn => limits.outputs * VOCAB_CHUNK,
             Purpose::Generate | Purpose::Embed => 0,
@@ -136,7 +140,7 @@ impl Program {
         let strips = if options.trained.is_none() { 2 * limits.tokens * ops::STRIP } else { 0 };
         let scratch_floats = attention::attention_scratch_len(spec.head_dim).max(backward).max(logits).max(strips);
         let quantized_only = quantized_only(&tape, &plan, weights);
-        Program { purpose, tape, plan, tables, scratch_floats, quantized_only }
+        Program { purpose, tape, plan, tables, scratch_floats, quantized_only, fusion }
     }
 }
 
@@ -167,13 +171,22 @@ pub(super) struct Tables {
     pub heads: usize,
     /// The input of a linear map, and the gradients of its outputs, rounded as `linear::Rounded`, where those are read.
     pub rounded: [usize; 2],
+    /// `[T, r]` of the adapters that the op of a map computes.
+    pub hidden: usize,
     /// Bytes of the arena, values and tables.
     end: usize,
 }
 
 impl Tables {
-    /// For a tape whose values end at `start`, with so many bytes of rounded inputs and gradients.
-    fn new(tape: &Tape, start: usize, limits: &PlanLimits, purpose: Purpose, rounded: [usize; 2]) -> Tables {
+    /// For a tape whose values end at `start`, with so many bytes of rounded inputs and gradients, and columns of `h`.
+    fn new(
+        tape: &Tape,
+        start: usize,
+        limits: &PlanLimits,
+        purpose: Purpose,
+        rounded: [usize; 2],
+        ranks: usize,
+    ) -> Tables {
         let spec = &tape.spec;
         // Per row and kind of rotation: cosines, then sines.
         let rope_row: usize = spec.ropes.iter().map(|r| r.dims).sum();
@@ -190,7 +203,9 @@ impl Tables {
         let first = heads + if learn && spec.heads > spec.kv_heads { by_head.next_multiple_of(64) } else { 0 };
         let [inputs, gradients] = rounded;
         let rounded = [first, first + inputs];
-        Tables { rope: start, rope_row, partial, probabilities, heads, rounded, end: first + inputs + gradients }
+        let hidden = first + inputs + gradients;
+        let end = hidden + (limits.tokens * ranks * 4).next_multiple_of(64);
+        Tables { rope: start, rope_row, partial, probabilities, heads, rounded, hidden, end }
     }
 }
 
@@ -296,6 +311,7 @@ pub(super) struct Context<'a> {
     pub sequences: &'a [SequenceView],
     /// Of each value whether only quantized maps read it.
     pub quantized_only: &'a [bool],
+    pub fusion: &'a Fusion,
     /// The pages of all sequences' caches, to be read.
     pub pages: &'a [*const u8],
     /// Whether rows are computed as if each were run by itself.
@@ -472,6 +488,7 @@ impl Executor {
             positions,
             sequences,
             quantized_only: &program.quantized_only,
+            fusion: &program.fusion,
             pages,
             alone: batch.alone,
             kv,

@@ -2,6 +2,7 @@
 
 mod buffer;
 mod executor;
+mod fusion;
 pub mod isa;
 pub mod kernels;
 mod kv;

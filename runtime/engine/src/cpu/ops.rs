@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::fusion;
 use super::executor::{Arithmetic, Context, Scratch, SequenceView, VOCAB_CHUNK};
 use super::isa::Isa;
 use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
@@ -529,6 +530,8 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
         unsafe { gated_by_strips(c, op, (kind, out), &x, patch.zip(h.as_ref()), share(0), scratch) };
         return;
     }
+    // SAFETY: all threads are in this op.
+    let adapted = unsafe { fusion::hidden_of(c, op, team) };
     for (index, part) in op.parts.iter().enumerate() {
         let (y, columns) = (c.matrix(part.out), share(index));
         let mut accumulate = false;
@@ -547,6 +550,17 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
                 let scratch = &mut scratch.linear;
                 c.linear_add_with_gain(part.weight, columns.clone(), &x, &y, gain, team.index, scratch);
             },
+            None if adapted => {
+                for first in columns.clone().step_by(STRIP) {
+                    let some = first..(first + STRIP).min(columns.end);
+                    c.linear_rows(part.weight, 0, some.clone(), &x, &y, accumulate, &mut scratch.linear);
+                    // SAFETY: this thread's columns.
+                    unsafe {
+                        add_bias(c, part, some.clone(), &y, some.start);
+                        fusion::add(c, part.out, some);
+                    }
+                }
+            }
             None => c.linear_rows(part.weight, 0, columns.clone(), &x, &y, accumulate, &mut scratch.linear),
         }
     }
@@ -561,12 +575,9 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
             // SAFETY: `h` is complete behind the barrier; this thread's columns.
             unsafe { correct(c, part, h, columns.clone(), &y, columns.start, gained) };
         }
-        if let Some(bias) = part.bias {
-            let bias = &c.vector(bias)[columns.clone()];
-            for row in 0..rows {
-                // SAFETY: this thread's columns.
-                vector::add(c.isa, bias, unsafe { y.columns_mut(row, columns.clone()) });
-            }
+        if !adapted {
+            // SAFETY: this thread's columns.
+            unsafe { add_bias(c, part, columns.clone(), &y, columns.start) };
         }
     }
     match op.epilogue {
@@ -589,6 +600,19 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
                 unsafe { c.quantize_together(part.out, team) };
             }
         }
+    }
+}
+
+/// Adds a part's bias, if it has one, to columns `columns` of its result, which begin at column `at` of `out`.
+///
+/// # Safety
+/// This thread alone uses those columns of `out`.
+unsafe fn add_bias(c: &Context<'_>, part: &Part, columns: Range<usize>, out: &Matrix, at: usize) {
+    let Some(bias) = part.bias else { return };
+    let bias = &c.vector(bias)[columns];
+    for row in 0..out.rows {
+        // SAFETY: by the caller's promise.
+        vector::add(c.isa, bias, unsafe { out.columns_mut(row, at..at + bias.len()) });
     }
 }
 
@@ -623,11 +647,8 @@ unsafe fn gated_by_strips(
                 // SAFETY: by the caller's promise; this thread's scratch.
                 unsafe { correct(c, part, h, some.clone(), to, 0, false) };
             }
-            if let Some(bias) = part.bias {
-                let bias = &c.vector(bias)[some.clone()];
-                // SAFETY: this thread's scratch.
-                (0..rows).for_each(|row| vector::add(c.isa, bias, unsafe { to.columns_mut(row, 0..n) }));
-            }
+            // SAFETY: this thread's scratch.
+            unsafe { add_bias(c, part, some.clone(), to, 0) };
         }
         // SAFETY: this thread's scratch, and its columns of the output.
         unsafe {

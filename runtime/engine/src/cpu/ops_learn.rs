@@ -9,7 +9,7 @@ use super::kernels::gemm::{self, Gemm};
 use super::kernels::{activation, attention, dropout, linear, norm, rope, vector};
 use super::matrix::Matrix;
 use super::pool::Team;
-use super::{ops, ops_head, ops_loss, ops_weights};
+use super::{fusion, ops, ops_head, ops_loss, ops_weights};
 use crate::tape::{
     AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
     magnitude_ratio,
@@ -102,9 +102,11 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
             Op::LinearBackward { parts, dx, out } => {
                 let y = c.matrix(*out);
                 let rows = team.share(y.rows, 1);
-                begin(c, *dx, *out, rows.clone());
+                let dx = c.fusion.before(*dx, *out);
+                begin(c, dx, *out, rows.clone());
                 if c.arithmetic != Arithmetic::Exact {
                     linear_backward_rounded(c, parts, &y, dx.is_some(), team, scratch);
+                    fusion::add_backward(c, *out, 0..y.rows, team.share(y.width, ops::ROW_UNIT));
                     return;
                 }
                 for (i, (dy, weight)) in parts.iter().enumerate() {
@@ -112,6 +114,7 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                     let all = 0..c.weights.get(*weight).rows;
                     linear_backward(c, *weight, all, &dy, rows.clone(), &y, i > 0 || dx.is_some(), scratch);
                 }
+                fusion::add_backward(c, *out, rows, 0..y.width);
             }
             Op::RmsNormBackward { x, weight, dy, dx, out } => {
                 let (x, dy, y) = (c.matrix(*x), c.matrix(*dy), c.matrix(*out));
@@ -398,6 +401,10 @@ pub(super) fn product_to(
 }
 
 unsafe fn lora(c: &Context<'_>, op: &Lora, team: &Team<'_>) {
+    if c.fusion.is_added_elsewhere(op.out) {
+        // SAFETY: all threads are in this op.
+        return unsafe { fusion::store_hidden(c, op, team) };
+    }
     let [x, h, out] = [op.x, op.h, op.out].map(|v| c.matrix(v));
     let (rank, width) = c.param_shape(op.a);
     let rows = team.share(out.rows, 1);
@@ -435,7 +442,7 @@ unsafe fn lora_backward(c: &Context<'_>, op: &LoraBackward, team: &Team<'_>) {
                 e,
                 false,
             );
-            if let Some(out) = op.out {
+            if let Some(out) = op.out.filter(|_| !c.fusion.is_added_elsewhere(op.e)) {
                 begin(c, op.dx, out, rows.clone());
                 let y = rows_mut(&c.matrix(out), rows.clone());
                 product(c, gemm::gemm_nn, (n, width, rank), 1.0, (e, rank), (c.param(f.a), width), y, op.dx.is_some());
