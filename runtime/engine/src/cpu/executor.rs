@@ -15,14 +15,14 @@ use super::fusion::{self, Fusion};
 use super::isa::Isa;
 use super::kernels::{attention, linear};
 use super::kv::{KvCache, KvLayout};
-use super::{ops, ops_learn};
 use super::patch::{Correction, Patches};
 use super::pool::{Pool, Team};
+use super::{ops, ops_learn};
 use crate::quant::DType;
 use crate::system::Stopwatch;
 use crate::tape::{
-    Batch, Frequencies, Op, Part, Plan, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained, Value,
-    WeightId, Weights, decoder,
+    Batch, Frequencies, Op, Part, Plan, PlanLimits, Purpose, SoftTargets, Spec, Stage, Tape, Timing, Timings, Trained,
+    Value, WeightId, Weights, decoder,
 };
 use crate::{Error, Result};
 

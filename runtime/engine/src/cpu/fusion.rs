@@ -55,12 +55,8 @@ impl Fusion {
     pub fn new(tape: &Tape, plan: &Plan) -> Fusion {
         let n = tape.values.len();
         let place = |v: Value| plan.place(v).offset;
-        let mut fusion = Fusion {
-            forward: vec![None; n],
-            backward: vec![Vec::new(); n],
-            elsewhere: vec![false; n],
-            ranks: 0,
-        };
+        let mut fusion =
+            Fusion { forward: vec![None; n], backward: vec![Vec::new(); n], elsewhere: vec![false; n], ranks: 0 };
         for (at, op) in tape.ops.iter().enumerate() {
             match op {
                 Op::Linear(map) => {

@@ -6,8 +6,8 @@
 
 use std::ops::Range;
 
-use super::fusion;
 use super::executor::{Arithmetic, Context, Scratch, SequenceView, VOCAB_CHUNK};
+use super::fusion;
 use super::isa::Isa;
 use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
 use super::kv::PAGE;

@@ -10,11 +10,11 @@ use super::kernels::{activation, attention, dropout, linear, norm, rope, vector}
 use super::matrix::Matrix;
 use super::pool::Team;
 use super::{fusion, ops, ops_head, ops_loss, ops_weights};
+use crate::quant::DType;
 use crate::tape::{
     AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
     magnitude_ratio,
 };
-use crate::quant::DType;
 use crate::{quant, random};
 
 impl<'a> Context<'a> {

@@ -6,8 +6,8 @@
 //! | all | `[tokens / 16, rounded up][k / 32, rounded up]` tiles |
 //!
 //! A unit that sums over `k` reads one stretch of memory so, whatever the width. Values behind the last of a row are zero; rows
-//! behind the last token hold anything, and what is computed of them is dropped. Rounding is to nearest, ties to even: 2⁻⁹ of each
-//! value at most, where the 8 bits of [`Q8`](super::Q8) are off by up to 2⁻⁸ of the largest value of a group.
+//! behind the last token hold anything, and what is computed of them is dropped. Rounding is to nearest, ties to even: off by
+//! up to 2⁻⁸ of each value, where the 8 bits of [`Q8`](super::Q8) are off by up to 2⁻⁸ of the largest value of a group.
 
 use super::Scratch;
 use super::rounded::{RoundedBackwardTask, check_backward};
@@ -116,8 +116,8 @@ pub fn tile_columns(
 ) -> Result<()> {
     let n = columns.len();
     let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(n);
-    let whole = columns.start.is_multiple_of(TILE_VALUES)
-        && (columns.end.is_multiple_of(TILE_VALUES) || columns.end == dst.k);
+    let whole =
+        columns.start.is_multiple_of(TILE_VALUES) && (columns.end.is_multiple_of(TILE_VALUES) || columns.end == dst.k);
     if rows.end > dst.tokens || !enough || !whole || columns.end > dst.k {
         return Err(Error::argument(format!(
             "values {columns:?} of rows {rows:?} to be laid in tiles: the input has {} values at stride {stride}, the output {} rows of {}",
@@ -152,11 +152,7 @@ pub fn tile_columns(
 ///
 /// # Errors
 /// [`Error::Argument`] before anything is written, when a size does not fit, or where there is no matrix unit.
-pub fn linear_backward_tiled(
-    isa: Isa,
-    task: &RoundedBackwardTask<'_, Tiled<'_>>,
-    scratch: &mut Scratch,
-) -> Result<()> {
+pub fn linear_backward_tiled(isa: Isa, task: &RoundedBackwardTask<'_, Tiled<'_>>, scratch: &mut Scratch) -> Result<()> {
     check_backward(task, (task.dy.tokens, task.dy.k))?;
     #[cfg(target_arch = "x86_64")]
     if let Isa::Avx512(token) = isa

@@ -4,7 +4,7 @@
 //! One instruction multiplies 16 rows of 32 values by 32 × 16 weights in 16 cycles, eight times as much as `vpdpbusd` does of
 //! bytes. Integers would be twice as fast again, and are not: with a scale for every 32 values they have to leave the unit
 //! after each instruction, which takes longer than the instruction. In bfloat16 a weight is what it is, scale and all, a sum
-//! never leaves before its end, and both factors are rounded to 2⁻⁹ of themselves: closer than 8-bit groups are.
+//! never leaves before its end, and both factors are off by at most 2⁻⁸ of themselves: closer than 8-bit groups are.
 //!
 //! A panel is 32 columns of the output and up to [`DEPTH`] values of the sum, `[k / 32][2][16 pairs of k][16 columns][2]`; it is
 //! made once for all tokens and stays in the first cache, while tiles of activations stream by from the second. Two tile rows

@@ -12,7 +12,15 @@ impl Case {
         let mut y = vec![start; self.tokens * (self.rows + PAD)];
         let buffer = rounded::<i16>(isa, &self.x, self.k + PAD, self.tokens, self.k);
         let wide = Some(Rounded::new(bytemuck::cast_slice(&buffer), self.tokens, self.k).unwrap());
-        let x = Activations { f32s: &self.x, q8: None, tiled: None, wide, tokens: self.tokens, k: self.k, stride: self.k + PAD };
+        let x = Activations {
+            f32s: &self.x,
+            q8: None,
+            tiled: None,
+            wide,
+            tokens: self.tokens,
+            k: self.k,
+            stride: self.k + PAD,
+        };
         // SAFETY: `y` outlives the calls.
         let out = unsafe { OutMut::new(y.as_mut_ptr(), self.rows + PAD, y.len()) };
         for rows in ranges {
