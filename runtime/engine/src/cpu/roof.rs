@@ -88,10 +88,17 @@ fn together<T: Sync, R>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Duration 
     start.elapsed()
 }
 
-/// Sums in 32 independent lanes, so that the additions never wait for each other and the loads are the bound.
+/// Sums in 32 independent lanes, so that the additions never wait for each other and the loads are the bound; asks ahead where
+/// kernels do.
 fn sum(values: &[u64]) -> u64 {
     let mut lanes = [0u64; 32];
+    #[cfg(target_arch = "x86_64")]
+    let asks = super::kernels::asks_ahead();
     for chunk in values.chunks_exact(32) {
+        #[cfg(target_arch = "x86_64")]
+        if asks {
+            super::kernels::ask_ahead(chunk.as_ptr().cast(), size_of_val(chunk));
+        }
         for (lane, value) in lanes.iter_mut().zip(chunk) {
             *lane = lane.wrapping_add(*value);
         }

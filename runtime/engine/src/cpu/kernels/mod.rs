@@ -14,6 +14,34 @@ pub mod norm;
 pub mod rope;
 pub mod vector;
 
+/// Asks for what follows `bytes` bytes of a stream that are read at `p`: far ahead for the second cache, and a little ahead for the
+/// first.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(in crate::cpu) fn ask_ahead(p: *const u8, bytes: usize) {
+    const FAR: usize = 4096;
+    const NEAR: usize = 1024;
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for at in (0..bytes).step_by(64) {
+        prefetch(p.wrapping_add(FAR + at));
+        // SAFETY: a hint, which does nothing where the address is none.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(NEAR + at).cast()) };
+    }
+}
+
+/// Whether kernels that read a stream gain by [`ask_ahead`]: on Intel's processors, whose own requests fall short where there is
+/// something to compute for every line. AMD's keep up, and lose by it.
+#[cfg(target_arch = "x86_64")]
+pub(in crate::cpu) fn asks_ahead() -> bool {
+    use std::arch::x86_64::__cpuid;
+    use std::sync::LazyLock;
+    static ASKS: LazyLock<bool> = LazyLock::new(|| {
+        let of = __cpuid(0);
+        [of.ebx, of.edx, of.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+    });
+    *ASKS
+}
+
 /// Asks for the line at `p`, which may be any address.
 #[inline(always)]
 fn prefetch(p: *const u8) {

@@ -4,13 +4,14 @@
 //! stored; then eight times 32 bytes are unpacked, multiplied with the tokens' bytes, and added under their scale. Rows
 //! lie one after the other and are computed one after the other, so a thread's share is one stream. Two rows at a time would
 //! share the loads of the activations, but long rows then come from memory at half the rate: the hardware prefetches one
-//! stream of whole pages better than two that jump, and better than software does.
+//! stream of whole pages better than two that jump.
 
 // Registers are numbered: `for t in 0..T` says what happens better than zipped iterators do.
 #![allow(clippy::needless_range_loop)]
 
 use super::super::tile::XRow;
 use super::unpack::Block;
+use crate::cpu::kernels::{ask_ahead, asks_ahead};
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
@@ -48,17 +49,24 @@ pub(crate) unsafe fn matvec<B: Block, D: Dot, const T: usize>(
 ) {
     // A count the compiler cannot see keeps it from unrolling `unit` into more values than there are registers.
     let steps = std::hint::black_box(8 / B::STEP);
+    let asks = asks_ahead();
     for row in rows {
         // SAFETY: the row lies in the matrix; units and their tail stay within it.
         unsafe {
             let mut p = weight.add(row * row_bytes);
             let mut sums = [[_mm256_setzero_ps(); PARTS]; T];
             for u in 0..k / 256 {
+                if asks {
+                    ask_ahead(p, B::BYTES);
+                }
                 unit::<B, D, T>(p, u, 8, steps, &x, &mut sums);
                 p = p.add(B::BYTES);
             }
             if !k.is_multiple_of(256) {
                 let groups = k % 256 / 32;
+                if asks {
+                    ask_ahead(p, groups * B::BYTES / 8);
+                }
                 unit::<B, D, T>(p, k / 256, groups, groups / B::STEP, &x, &mut sums);
             }
             for (t, [a, b]) in sums.iter().enumerate() {

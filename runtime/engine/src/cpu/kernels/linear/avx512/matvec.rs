@@ -7,6 +7,7 @@ use super::super::avx2::unpack::{self, Block, Sixteen};
 use super::super::tile::XRow;
 use super::super::{LinearTask, Q8};
 use crate::cpu::isa::Avx512;
+use crate::cpu::kernels::{ask_ahead, asks_ahead};
 use std::arch::x86_64::*;
 
 /// A format's bytes, 64 at a time.
@@ -154,12 +155,19 @@ unsafe fn matvec<B: Pair, const T: usize>(task: &LinearTask<'_>, x: &Q8<'_>, t0:
     // SAFETY: rows and tokens in range, `linear` checked; units and their tail stay within the row.
     unsafe {
         let x: [XRow; T] = std::array::from_fn(|i| XRow::new(x, t0 + i, 0));
+        let asks = asks_ahead();
         for row in task.rows.clone() {
             let mut p = task.weight.as_ptr().add(row * row_bytes);
             let mut sums = [[_mm512_setzero_ps(); 2]; T];
             for u in 0..task.k / 256 {
+                if asks {
+                    ask_ahead(p, B::BYTES);
+                }
                 unit::<B, T>(p, u, 8, &x, &mut sums);
                 p = p.add(B::BYTES);
+            }
+            if asks {
+                ask_ahead(p, task.k % 256 / 32 * B::BYTES / 8);
             }
             // Known numbers make shorter code of the widths that small models have.
             match task.k % 256 / 32 {
