@@ -55,7 +55,7 @@ struct Args {
     #[arg(long)]
     memory: Option<u64>,
     /// Arithmetic of the frozen maps.
-    #[arg(long, value_enum, default_value_t = Choice::Wide)]
+    #[arg(long, value_enum, default_value_t = Choice::Narrow)]
     arithmetic: Choice,
     /// Where gradients are computed: cpu, gpu or gpu:N.
     #[arg(long, default_value = "cpu")]

@@ -103,6 +103,15 @@ struct Roofs {
     /// 8-bit operations a second, and the instruction for them.
     int8: f64,
     instruction: &'static str,
+    /// The same of a matrix unit in bf16, where there is one: prompts run on it then.
+    unit: Option<(f64, &'static str)>,
+}
+
+impl Roofs {
+    /// What bounds a prompt: its name, and operations a second.
+    fn prompt(&self) -> (&'static str, f64) {
+        self.unit.map_or(("int8", self.int8), |(unit, _)| ("bf16", unit))
+    }
 }
 
 /// Where a model runs.
@@ -140,7 +149,8 @@ impl Place {
         let _ = (engine, arguments);
         eprintln!("measuring the roofs of this machine");
         let (int8, instruction) = roof::int8(threads);
-        let roofs = Roofs { memory: roof::memory(threads, 512 << 20, 4), int8, instruction };
+        let roofs =
+            Roofs { memory: roof::memory(threads, 512 << 20, 4), int8, instruction, unit: roof::matrix_unit(threads) };
         let (traffic, kernels) = (String::new(), Vec::new());
         Ok(Place { name: Isa::detect().name().to_string(), roofs: Some(roofs), traffic, kernels })
     }
@@ -237,9 +247,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             let read = test.decode.then(|| mean * per_token as f64 / test.sequences as f64);
             let share = roofs.as_ref().map(|roofs| match read {
                 Some(read) => read / roofs.memory,
-                None => mean * ops as f64 / roofs.int8,
+                None => mean * ops as f64 / roofs.prompt().1,
             });
-            let roof = roofs.as_ref().map(|_| if test.decode { "memory" } else { "int8" });
+            let roof = roofs.as_ref().map(|roofs| if test.decode { "memory" } else { roofs.prompt().0 });
             let (tokens, sequences) = (test.tokens, test.sequences);
             rows.push(Row { test: name, tokens, sequences, mean, deviation, samples, share, roof, read });
         }
@@ -256,6 +266,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             "kv_type": engine.options().kv_type.name(),
             "roofs": roofs.as_ref().map(|r| json!({
                 "memory_bytes_per_second": r.memory, "int8_operations_per_second": r.int8, "int8_instruction": r.instruction,
+                "bf16_operations_per_second": r.unit.map(|u| u.0), "bf16_instruction": r.unit.map(|u| u.1),
             })),
             "tests": rows,
             "kernels": kernels,
@@ -277,11 +288,12 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
         ]);
     }
     let roofs = roofs.map_or(String::new(), |r| {
-        let Roofs { memory, int8, instruction } = r;
+        let Roofs { memory, int8, instruction, unit } = r;
         format!(
-            "Roofs of this machine with {threads} threads: memory {:.1} GB/s; int8 {:.0} Gop/s ({instruction}).\n",
+            "Roofs of this machine with {threads} threads: memory {:.1} GB/s; int8 {:.0} Gop/s ({instruction}){}.\n",
             memory / 1e9,
-            int8 / 1e9
+            int8 / 1e9,
+            unit.map_or(String::new(), |(rate, name)| format!("; bf16 {:.0} Gop/s ({name})", rate / 1e9)),
         )
     });
     Ok(output::text(&format!(

@@ -51,8 +51,25 @@ pub fn int16(threads: usize) -> (f64, &'static str) {
     rate(threads, plain, 64 * 2, "portable code")
 }
 
-/// Operations per second of bf16 dot products, likewise; none where the CPU has no such instruction.
+/// Operations per second of bf16 products in a matrix unit, which prompts and training run on where there is one; else none.
+pub fn matrix_unit(threads: usize) -> Option<(f64, &'static str)> {
+    #[cfg(target_arch = "x86_64")]
+    if let Isa::Avx512(token) = Isa::detect()
+        && token.amx
+    {
+        use super::kernels::linear::{SPIN_OPS, spin};
+        return Some(rate_of(threads, |rounds| spin(token, rounds), SPIN_OPS, 200_000, "tdpbf16ps, 16 × 16 × 32"));
+    }
+    let _ = threads;
+    None
+}
+
+/// Operations per second of bf16 dot products, likewise; none where the CPU has no such instruction. Where there is a matrix unit,
+/// that of the unit.
 pub fn bf16(threads: usize) -> Option<(f64, &'static str)> {
+    if let Some(unit) = matrix_unit(threads) {
+        return Some(unit);
+    }
     #[cfg(target_arch = "x86_64")]
     if let Isa::Avx512(token) = Isa::detect()
         && token.bf16
@@ -65,12 +82,21 @@ pub fn bf16(threads: usize) -> Option<(f64, &'static str)> {
 
 /// The best rate of a few passes of `kernel`, which does `ops` operations per round.
 fn rate<R>(threads: usize, kernel: fn(usize) -> R, ops: usize, name: &'static str) -> (f64, &'static str) {
+    rate_of(threads, kernel, ops, 2_000_000, name)
+}
+
+/// The same of so many rounds: milliseconds, beside which the start of the threads is nothing.
+fn rate_of<R>(
+    threads: usize,
+    kernel: impl Fn(usize) -> R + Sync,
+    ops: usize,
+    rounds: usize,
+    name: &'static str,
+) -> (f64, &'static str) {
     const PASSES: usize = 5;
-    // Milliseconds, beside which the start of the threads is nothing.
-    const ROUNDS: usize = 2_000_000;
     let jobs = vec![(); threads.max(1)];
-    let ops = (jobs.len() * ROUNDS * ops) as f64;
-    let best = (0..PASSES).map(|_| ops / together(&jobs, |()| black_box(kernel(ROUNDS))).as_secs_f64());
+    let ops = (jobs.len() * rounds * ops) as f64;
+    let best = (0..PASSES).map(|_| ops / together(&jobs, |()| black_box(kernel(rounds))).as_secs_f64());
     (best.fold(0.0, f64::max), name)
 }
 

@@ -3,7 +3,7 @@
 use crate::args::{Global, positive};
 use crate::output::{self, Table};
 use clap::Args;
-use kinglet_engine::cpu::kernels::linear::Shape;
+use kinglet_engine::cpu::kernels::linear::{Form, Shape};
 use kinglet_engine::cpu::measure::{self, Case, Weights};
 use kinglet_engine::cpu::{isa::Isa, roof};
 use kinglet_engine::quant::DType;
@@ -65,6 +65,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     eprintln!("measuring the roofs of this machine");
     let memory = roof::memory(threads, 512 << 20, 4);
     let ((int8, int8_name), (f32, f32_name)) = (roof::int8(threads), roof::f32(threads));
+    let unit = roof::matrix_unit(threads);
     let all = measure::kernels(tokens);
     let mut types: Vec<DType> = all.iter().map(|(k, _)| k.dtype).collect();
     types.dedup();
@@ -87,6 +88,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             let seconds = measure::time(kernel, &weights, &case)?.as_secs_f64();
             let (work, (roof, top)) = match kernel.shape {
                 Shape::Matvec => (height * row_bytes, ("memory", memory)),
+                Shape::Tile if kernel.reads == Form::Tiled => {
+                    (2 * height * k * tokens, ("bf16", unit.map_or(f64::NAN, |(rate, _)| rate)))
+                }
                 Shape::Tile if dtype.is_quantized() => (2 * height * k * tokens, ("int8", int8)),
                 Shape::Tile => (2 * height * k * tokens, ("f32", f32)),
             };
@@ -110,7 +114,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             "threads": threads,
             "isa": Isa::detect().name(),
             "width": k,
-            "roofs": { "memory_bytes_per_second": memory, "int8_operations_per_second": int8, "f32_operations_per_second": f32 },
+            "roofs": { "memory_bytes_per_second": memory, "int8_operations_per_second": int8, "f32_operations_per_second": f32, "bf16_operations_per_second": unit.map(|u| u.0) },
             "kernels": rows,
         }));
     }
@@ -128,10 +132,11 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
     }
     Ok(output::text(&format!(
         "{}\nRows of {k} values, {threads} threads. Roofs: memory {:.1} GB/s; int8 {:.0} Gop/s ({int8_name}); f32 {:.0} \
-         Gop/s ({f32_name}).\n",
+         Gop/s ({f32_name}){}.\n",
         table.markdown(),
         memory / 1e9,
         int8 / 1e9,
         f32 / 1e9,
+        unit.map_or(String::new(), |(rate, name)| format!("; bf16 {:.0} Gop/s ({name})", rate / 1e9)),
     ))?)
 }

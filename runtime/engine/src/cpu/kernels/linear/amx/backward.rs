@@ -85,8 +85,8 @@ unsafe fn fill<S: Source>(
         // SAFETY: as above.
         unsafe {
             let to = panels.add(r / TILE_VALUES * 2 * TILE_BYTES + r % TILE_VALUES / 2 * 64);
-            for slab in 0..slabs {
-                let [low, high] = [0, 1].map(|i| _mm512_loadu_ps(pair[i][slab].as_ptr()));
+            for (slab, (low, high)) in pair[0].iter().zip(&pair[1]).enumerate().take(slabs) {
+                let (low, high) = (_mm512_loadu_ps(low.as_ptr()), _mm512_loadu_ps(high.as_ptr()));
                 let at = to.add(slab / 2 * steps * 2 * TILE_BYTES + slab % 2 * TILE_BYTES);
                 _mm512_store_si512(at.cast(), pairs(low, high));
             }

@@ -22,6 +22,7 @@ pub(super) use forward::run as run_tile;
 
 use super::OutMut;
 use super::tiled::{TILE_BYTES, TILE_ROWS, Tiled};
+use crate::cpu::isa::Avx512;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -211,5 +212,32 @@ unsafe fn pairs(low: __m512, high: __m512) -> __m512i {
         let high = _mm512_add_epi32(_mm512_castps_si512(high), half);
         // Bits of `high` where the mask has ones, else of `low`.
         _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi32(0xffff_0000_u32 as i32), high, low)
+    }
+}
+
+/// Operations (a multiplication and an addition are two) of a round of [`spin`].
+pub const SPIN_OPS: usize = 4 * 2 * 16 * 16 * 32;
+
+/// The products of [`Unit::block`] without their loads, `rounds` times: what the unit can do at best.
+pub fn spin(proof: Avx512, rounds: usize) {
+    if !proof.amx || rounds == 0 {
+        return;
+    }
+    // SAFETY: the token says that there is AMX; registers alone are touched.
+    unsafe {
+        let _unit = Unit::open();
+        asm!(
+            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+            "2:",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "dec {n}",
+            "jnz 2b",
+            n = inout(reg) rounds => _,
+            options(nostack, nomem),
+        );
     }
 }
