@@ -7,7 +7,6 @@
 //!
 //! * [`contender`]: what is measured, and how: `pp` (prefill) and `tg` (decode), as llama.cpp's own benchmark does.
 //! * [`kinglet`] and [`peer`]: the two engines.
-//! * [`roof`]: the speed at which this machine can stream memory, the bound of decoding.
 //! * [`stats`]: medians and spreads.
 //! * [`model`]: from a name to a file.
 //! * [`memory`]: the peak memory of a process.
@@ -18,5 +17,4 @@ pub mod memory;
 pub mod model;
 #[cfg(feature = "llama-cpp")]
 pub mod peer;
-pub mod roof;
 pub mod stats;

@@ -22,9 +22,11 @@ use kinglet_benches::memory::Memory;
 use kinglet_benches::model;
 use kinglet_benches::stats::Samples;
 use kinglet_engine::cpu::roof;
+use kinglet_engine::quant::DType;
 use kinglet_engine::session::{Arithmetic, Device, LearnBatch, Learner, LearnerOptions, Model};
 use kinglet_engine::tape::{LoraSpec, Timing};
 use kinglet_engine::text::EncodeOptions;
+use kinglet_models::tiny::{TinyConfig, write_tiny};
 use kinglet_train::init::golden_init;
 use kinglet_train::optimizer::{AdamW, Options, Parameter};
 use serde_json::{Value, json};
@@ -34,8 +36,11 @@ use serde_json::{Value, json};
 #[command(version)]
 struct Args {
     /// The GGUF file, or the name of a known model in the cache.
-    #[arg(long, value_parser = model::file)]
-    model: PathBuf,
+    #[arg(long, value_parser = model::file, required_unless_present = "random")]
+    model: Option<PathBuf>,
+    /// Train on random weights of this type instead, 4 layers of 1024 × 3072, to compare types with.
+    #[arg(long, conflicts_with = "model")]
+    random: Option<DType>,
     /// Rank of the adapters.
     #[arg(long, default_value_t = 8)]
     rank: usize,
@@ -88,13 +93,41 @@ impl From<Choice> for Arithmetic {
     }
 }
 
+/// Writes a model whose rows are whole blocks of every type, but for a head of Q8_0 in all of them.
+fn random_model(dtype: DType) -> anyhow::Result<PathBuf> {
+    let path = std::env::temp_dir().join(format!("random-{dtype}-{}.gguf", std::process::id()));
+    let shape = TinyConfig {
+        layers: 4,
+        width: 1024,
+        heads: 16,
+        kv_heads: 4,
+        head_dim: 64,
+        ffn: 3072,
+        context: 4096,
+        dtype,
+        embedding: DType::Q8_0,
+        ..TinyConfig::new("llama").with_bpe()
+    };
+    write_tiny(&path, &shape)?;
+    Ok(path)
+}
+
 /// Endings of the maps that are adapted.
 const MAPS: [&str; 7] = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     anyhow::ensure!(args.batch > 0 && args.seq > 1 && args.steps > 0, "batch, steps and length must be positive");
-    let model = kinglet_models::open(&args.model)?;
+    let path = match (&args.model, args.random) {
+        (Some(path), _) => path.clone(),
+        (None, dtype) => random_model(dtype.unwrap_or(DType::Q8_0))?,
+    };
+    let opened = kinglet_models::open(&path);
+    if args.random.is_some() {
+        // The map keeps what it holds.
+        std::fs::remove_file(&path)?;
+    }
+    let model = opened?;
     let is_map = |name: &str| name.starts_with("blk.") && MAPS.iter().any(|m| name.ends_with(&format!(".{m}.weight")));
     let weights = model.weights().iter().map(|(_, w)| w.name.clone()).filter(|name| is_map(name)).collect();
     let options = LearnerOptions {
@@ -119,7 +152,7 @@ fn main() -> anyhow::Result<()> {
     let bf16_roof = roof::bf16(args.threads).filter(|_| !args.no_roof).map(|r| r.0 / 1e9);
     let estimate = learner.estimate();
     let report = json!({
-        "model": args.model.file_name().unwrap_or_default().to_string_lossy(),
+        "model": path.file_name().unwrap_or_default().to_string_lossy(),
         "rank": args.rank, "batch": args.batch, "seq": args.seq, "threads": args.threads,
         "arithmetic": format!("{:?}", args.arithmetic).to_lowercase(),
         "tokens_per_second": run.speeds.median(),

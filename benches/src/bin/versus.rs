@@ -22,7 +22,7 @@ use kinglet_benches::contender::{Contender, Shape, measure, settle};
 use kinglet_benches::memory::Memory;
 use kinglet_benches::peer::{Peer, Settings};
 use kinglet_benches::stats::{Samples, paired};
-use kinglet_benches::{kinglet, model, roof};
+use kinglet_benches::{kinglet, model};
 use serde_json::{Value, json};
 
 /// Compares Kinglet with llama.cpp on one model file.
@@ -82,7 +82,7 @@ fn main() -> anyhow::Result<()> {
     }
 
     eprintln!("memory roof …");
-    let roof = (1..=args.threads).map(|t| roof::streaming_read(t, 512 << 20, 4)).fold(0.0, f64::max);
+    let roof = (1..=args.threads).map(|t| kinglet_engine::cpu::roof::memory(t, 512 << 20, 4)).fold(0.0, f64::max);
     let with = |engine| args.only.is_none_or(|only| only == engine);
 
     let peer = if with(Engine::Llama) { Some(Peer::open(&args.model)?) } else { None };

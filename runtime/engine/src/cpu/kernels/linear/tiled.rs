@@ -29,6 +29,7 @@ pub const fn tiled_bytes(tokens: usize, k: usize) -> usize {
 
 /// Rows in tiles, laid out as the module describes.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no other kernel reads tiles"))]
 pub struct Tiled<'a> {
     tiles: &'a [u8],
     /// Rows.
@@ -54,11 +55,13 @@ impl<'a> Tiled<'a> {
     }
 
     /// Tiles that a row crosses.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn across(&self) -> usize {
         self.k.div_ceil(TILE_VALUES)
     }
 
     /// The first byte of tile `at` of tile row `row`, both in range or one behind.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn tile(&self, row: usize, at: usize) -> *const u8 {
         self.tiles.as_ptr().wrapping_add((row * self.across() + at) * TILE_BYTES)
     }

@@ -8,8 +8,8 @@
 //!
 //! A panel is 32 columns of the output and up to [`DEPTH`] values of the sum, `[k / 32][2][16 pairs of k][16 columns][2]`; it is
 //! made once for all tokens and stays in the first cache, while tiles of activations stream by from the second. Two tile rows
-//! meet two columns of tiles, so four sums share four loads. Chunks of the sum are the outer loop and small enough for the
-//! activations' share to stay in the second cache; their sums go on from what is in the output.
+//! meet two columns of tiles, so four sums share four loads. Where a sum has several panels it goes on from what is in the output,
+//! whose next lines are asked for meanwhile.
 //!
 //! The instructions have no intrinsics in stable Rust, so they stand here as assembly. The tile registers hold nothing between
 //! two calls of a kernel, and are given back at the end of each, so that switches of threads need not keep them.
@@ -30,6 +30,8 @@ use std::arch::x86_64::*;
 const COLUMNS: usize = 32;
 /// Values of the sum in a panel, at most.
 const DEPTH: usize = 512;
+/// Tokens of a block: two tile rows.
+const PAIR: usize = 2 * TILE_ROWS;
 /// Bytes of a panel.
 const PANEL_BYTES: usize = 2 * COLUMNS * DEPTH;
 
@@ -114,7 +116,6 @@ impl Unit {
     /// # Safety
     /// All sizes fit, and nobody else uses these columns of the output.
     unsafe fn multiply(&self, p: &Product<'_>, tokens: std::ops::Range<usize>) {
-        const PAIR: usize = 2 * TILE_ROWS;
         for t in tokens.clone().step_by(PAIR) {
             let rows = (tokens.end - t).min(PAIR);
             // A second tile row that is not there repeats the first.
@@ -124,7 +125,8 @@ impl Unit {
             unsafe {
                 let out = p.out.base.add(t * p.out.stride + p.column);
                 if rows == PAIR && p.columns == COLUMNS {
-                    self.block(a, p, out, p.out.stride, if t + PAIR < tokens.end { p.out.stride } else { 0 });
+                    let ahead = if t + PAIR < tokens.end { p.out.stride } else { 0 };
+                    self.block(a, p, out, p.out.stride, ahead);
                     continue;
                 }
                 let mut copy = [[0f32; COLUMNS]; PAIR];
@@ -141,10 +143,11 @@ impl Unit {
         }
     }
 
-    /// Two tile rows at `a` times the panel, 32 × 32 values at `to`.
+    /// Two tile rows at `a` times the panel, 32 × 32 values at `to`, in rows `stride` apart. Asks for the lines of the rows behind,
+    /// `ahead` apart; 0 asks for none.
     ///
     /// # Safety
-    /// `a` and the panel have the steps; `to` is good for 32 rows of 32 values.
+    /// `a` and the panel have the steps, at least one; `to` is good for 32 rows of 32 values.
     #[inline(always)]
     unsafe fn block(&self, a: [*const u8; 2], p: &Product<'_>, to: *mut f32, stride: usize, ahead: usize) {
         let (low, high, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
@@ -186,7 +189,7 @@ impl Unit {
                 w = inout(reg) p.panel => _,
                 n = inout(reg) p.steps => _,
                 s = in(reg) 64usize,
-                c = inout(reg) to.wrapping_add(32 * ahead) => _,
+                c = inout(reg) to.wrapping_add(PAIR * ahead) => _,
                 cs = in(reg) 4 * ahead,
                 tile = const TILE_BYTES,
                 options(nostack),
