@@ -2,9 +2,9 @@
 //!
 //! By itself an adapter reads its map's input and result from memory again and writes the result, which takes longer than its few
 //! products. So the op of the linear map computes `h = x·Aᵀ` for all adapters of its parts on the way and adds `h·Bᵀ` to the columns
-//! that a thread has just written; the adapters' own ops only put `h` where the tape wants it. And the op of the map's gradient adds
-//! `e·A`, all adapters' in turn, to the columns that it has just written; their own ops compute `e` and the gradients of `A` and `B`.
-//! The tape stays what it is.
+//! that a thread has just written; the adapters' own ops only put `h` where the tape wants it. And the op of the map's gradient begins
+//! its columns with `e·A`, all adapters' in turn, and adds to them; their own ops compute `e` and the gradients of `A` and `B`.
+//! The tape stays what it is, and so do the sums, term by term.
 
 use std::ops::Range;
 
@@ -165,14 +165,21 @@ pub(super) unsafe fn store_hidden(c: &Context<'_>, op: &Lora, team: &Team<'_>) {
     }
 }
 
-/// Adds `e·A` of all adapters of a map's gradient to some rows and columns of it.
+/// Begins some rows and columns of a map's gradient with `e·A` of all its adapters, added to what is there if `accumulate`. Gives
+/// whether something is there now, to which the map's own part is added: the order of the tape.
 ///
 /// # Safety
 /// This thread alone uses them.
-pub(super) unsafe fn add_backward(c: &Context<'_>, out: Value, rows: Range<usize>, columns: Range<usize>) {
+pub(super) unsafe fn begin_backward(
+    c: &Context<'_>,
+    out: Value,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    mut accumulate: bool,
+) -> bool {
     let y = c.matrix(out);
     if rows.is_empty() || columns.is_empty() {
-        return;
+        return accumulate;
     }
     for op in &c.fusion.backward[out.0 as usize] {
         let (e, (rank, width)) = (c.matrix(op.e), c.param_shape(op.forward.a));
@@ -182,7 +189,9 @@ pub(super) unsafe fn add_backward(c: &Context<'_>, out: Value, rows: Range<usize
             let to = OutMut::new(y.row_ptr(rows.start).add(at), y.width, rows.len() * y.width - at);
             let a = (&c.param(op.forward.a)[at..], width);
             let sizes = (rows.len(), columns.len(), rank);
-            product_to(c, gemm::gemm_nn, sizes, 1.0, (e.all(rows.clone()), rank), a, to, true);
+            product_to(c, gemm::gemm_nn, sizes, 1.0, (e.all(rows.clone()), rank), a, to, accumulate);
         }
+        accumulate = true;
     }
+    accumulate
 }

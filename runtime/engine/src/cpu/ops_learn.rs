@@ -105,16 +105,15 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 let dx = c.fusion.before(*dx, *out);
                 begin(c, dx, *out, rows.clone());
                 if c.arithmetic != Arithmetic::Exact {
-                    linear_backward_rounded(c, parts, &y, dx.is_some(), team, scratch);
-                    fusion::add_backward(c, *out, 0..y.rows, team.share(y.width, ops::ROW_UNIT));
+                    linear_backward_rounded(c, parts, *out, dx.is_some(), team, scratch);
                     return;
                 }
+                let begun = fusion::begin_backward(c, *out, rows.clone(), 0..y.width, dx.is_some());
                 for (i, (dy, weight)) in parts.iter().enumerate() {
                     let dy = c.matrix(*dy);
                     let all = 0..c.weights.get(*weight).rows;
-                    linear_backward(c, *weight, all, &dy, rows.clone(), &y, i > 0 || dx.is_some(), scratch);
+                    linear_backward(c, *weight, all, &dy, rows.clone(), &y, i > 0 || begun, scratch);
                 }
-                fusion::add_backward(c, *out, rows, 0..y.width);
             }
             Op::RmsNormBackward { x, weight, dy, dx, out } => {
                 let (x, dy, y) = (c.matrix(*x), c.matrix(*dy), c.matrix(*out));
@@ -270,11 +269,12 @@ pub(super) unsafe fn round(
 unsafe fn linear_backward_rounded(
     c: &Context<'_>,
     parts: &[(Value, WeightId)],
-    out: &Matrix,
+    to: Value,
     accumulate: bool,
     team: &Team<'_>,
     scratch: &mut Scratch,
 ) {
+    let out = &c.matrix(to);
     if out.rows == 0 {
         return;
     }
@@ -289,6 +289,8 @@ unsafe fn linear_backward_rounded(
     }
     team.wait();
     let columns = team.share(out.width, ops::ROW_UNIT);
+    // SAFETY: this thread's columns.
+    let accumulate = unsafe { fusion::begin_backward(c, to, 0..out.rows, columns.clone(), accumulate) };
     for (i, (dy, weight, place)) in inputs.into_iter().enumerate() {
         let rounded = (dy.rows, dy.width, place);
         // SAFETY: complete behind the barrier; this thread's columns.
