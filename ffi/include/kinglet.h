@@ -16,6 +16,8 @@
  *    that is in the call; those of kinglet_set_log and of kinglet_model_open_memory may run on any. A callback may
  *    not unwind (no C++ exception, no longjmp).
  * 4. Work happens in calls. When a call has returned, nothing goes on behind it; the threads it used are parked.
+ *    One thing is the process's from then on: where a processor has AMX, the first session or trainer asks Linux for
+ *    its use, and a signal stack that is set up later has to have the size that getauxval(AT_MINSIGSTKSZ) tells.
  * 5. Errors. A function returns a kinglet_status: 0 or above is success, below 0 an error that says what to do about
  *    it. The last argument, which may be NULL, is your own kinglet_error, whose message is for people. After an error
  *    an object is as it was before the call, unless the function says otherwise. After KINGLET_ERR_INTERNAL it can
