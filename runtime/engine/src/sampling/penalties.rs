@@ -105,6 +105,10 @@ impl Dry {
     pub fn apply(&mut self, history: &History, logits: &mut [f32]) {
         self.recent.clear();
         self.recent.extend(history.last(self.last_n).iter().rev());
+        // With the window, not when there is a first repetition to note: that may come at any token.
+        let window = self.recent.len();
+        self.repeats.reserve(window.saturating_sub(self.repeats.len()));
+        self.continues.reserve(window.saturating_sub(self.continues.len()));
         let limit = self.tokens_since_breaker();
         if limit < self.allowed_length {
             return;
