@@ -118,9 +118,9 @@ const MAPS: [&str; 7] = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate"
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     anyhow::ensure!(args.batch > 0 && args.seq > 1 && args.steps > 0, "batch, steps and length must be positive");
-    let path = match (&args.model, args.random) {
-        (Some(path), _) => path.clone(),
-        (None, dtype) => random_model(dtype.unwrap_or(DType::Q8_0))?,
+    let path = match args.random {
+        Some(dtype) => random_model(dtype)?,
+        None => args.model.clone().context("a model or a type is wanted: --model, --random")?,
     };
     let opened = kinglet_models::open(&path);
     if args.random.is_some() {

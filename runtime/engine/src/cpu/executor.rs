@@ -146,7 +146,7 @@ impl Program {
 
 /// Of each value with a quantized form whether only maps with quantized weights read it.
 fn quantized_only(tape: &Tape, plan: &Plan, weights: &Weights) -> Vec<bool> {
-    let mut only: Vec<bool> = plan.places().iter().map(|place| place.quantized.is_some()).collect();
+    let mut only: Vec<bool> = (0..tape.values.len()).map(|i| plan.place(Value(i as u32)).quantized.is_some()).collect();
     only[tape.result.0 as usize] = false;
     for op in &tape.ops {
         let quantized = |parts: &[Part]| parts.iter().all(|p| linear::needs_q8(weights.get(p.weight).dtype));

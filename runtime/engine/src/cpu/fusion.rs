@@ -17,14 +17,14 @@ use super::pool::Team;
 use crate::tape::{Linear, Lora, LoraBackward, Op, Plan, Tape, Value};
 
 /// Which adapters of a tape are computed by other ops.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Fusion {
     /// By the number of a map's result: its adapter, and the first of its columns among those of all adapters of the op.
     forward: Vec<Option<(Lora, usize)>>,
     /// By the number of the result of a map's gradient: its adapters, the first of the tape in front.
     backward: Vec<Vec<LoraBackward>>,
-    /// By the number of an adapter's result, or of its `e`: whether another op adds its second half.
-    elsewhere: Vec<bool>,
+    /// By the number of an adapter's `e`: whether it is one of them.
+    later: Vec<bool>,
     /// Most columns of `h` of an op.
     pub ranks: usize,
 }
@@ -56,7 +56,7 @@ impl Fusion {
         let n = tape.values.len();
         let place = |v: Value| plan.place(v).offset;
         let mut fusion =
-            Fusion { forward: vec![None; n], backward: vec![Vec::new(); n], elsewhere: vec![false; n], ranks: 0 };
+            Fusion { forward: vec![None; n], backward: vec![Vec::new(); n], later: vec![false; n], ranks: 0 };
         for (at, op) in tape.ops.iter().enumerate() {
             match op {
                 Op::Linear(map) => {
@@ -66,7 +66,6 @@ impl Fusion {
                         let of_map = op.x == map.x && map.parts.iter().any(|part| part.out == op.y);
                         if of_map && place(op.out) == place(op.y) {
                             fusion.forward[op.y.0 as usize] = Some((*op, ranks));
-                            fusion.elsewhere[op.out.0 as usize] = true;
                             ranks += tape.info(op.h).width;
                         }
                     }
@@ -77,7 +76,7 @@ impl Fusion {
                     let before = adapters.first().and_then(|op| op.dx);
                     let values = adapters.iter().filter_map(|op| op.out).chain(before);
                     if values.map(place).all(|p| p == place(*out)) {
-                        adapters.iter().for_each(|op| fusion.elsewhere[op.e.0 as usize] = true);
+                        adapters.iter().for_each(|op| fusion.later[op.e.0 as usize] = true);
                         fusion.backward[out.0 as usize] = adapters;
                     }
                 }
@@ -87,9 +86,9 @@ impl Fusion {
         fusion
     }
 
-    /// Whether another op adds what the adapter with this result, or this `e`, would add.
-    pub fn is_added_elsewhere(&self, value: Value) -> bool {
-        self.elsewhere[value.0 as usize]
+    /// Whether the op of the map's gradient adds what this adapter would add to it.
+    pub fn is_added_later(&self, op: &LoraBackward) -> bool {
+        self.later[op.e.0 as usize]
     }
 
     /// What is there already before the op of a map's gradient with this result: the gradient before its adapters.
@@ -151,18 +150,19 @@ pub(super) unsafe fn add(c: &Context<'_>, y: Value, columns: Range<usize>) {
     }
 }
 
-/// Puts `h`, which the op of the map has computed, where the tape wants it.
+/// Puts `h`, if the op of the map has computed it, where the tape wants it. Gives whether it has, and the adapter is done with that.
 ///
 /// # Safety
 /// All threads of the team come here.
-pub(super) unsafe fn store_hidden(c: &Context<'_>, op: &Lora, team: &Team<'_>) {
-    let Some((_, at)) = &c.fusion.forward[op.y.0 as usize] else { return };
+pub(super) unsafe fn store_hidden(c: &Context<'_>, op: &Lora, team: &Team<'_>) -> bool {
+    let Some((_, at)) = &c.fusion.forward[op.y.0 as usize] else { return false };
     let (from, to) = (hidden(c, op, *at), c.matrix(op.h));
     let rows = team.share(to.rows, 1);
     if !rows.is_empty() {
         // SAFETY: this thread's rows.
         unsafe { rows_mut(&to, rows.clone()).copy_from_slice(from.all(rows)) };
     }
+    true
 }
 
 /// Begins some rows and columns of a map's gradient with `e·A` of all its adapters, added to what is there if `accumulate`. Gives

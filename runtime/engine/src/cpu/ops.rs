@@ -61,14 +61,13 @@ impl<'a> Context<'a> {
         unsafe { Matrix::new(self.arena.add(offset).cast(), self.rows(value), self.tape.info(value).width) }
     }
 
-    /// Whether quantized maps read a value of so many rows in tiles.
-    fn in_tiles(&self, rows: usize) -> bool {
-        !self.alone && linear::needs_tiles(self.isa, rows)
-    }
-
-    /// Whether they, or corrections beside them, read it in 8 bits.
-    fn in_8_bits(&self, rows: usize) -> bool {
-        !self.in_tiles(rows) || self.patches.is_some()
+    /// Where a value's quantized forms lie that are read in this run: the one in 8 bits, and behind it the one in tiles. Where there
+    /// are tiles, only corrections read 8 bits.
+    fn quantized(&self, value: Value) -> (Option<usize>, Option<usize>) {
+        let (rows, place) = (self.rows(value), self.plan.place(value).quantized);
+        let tiles = !self.alone && linear::needs_tiles(self.isa, rows);
+        let behind = |at| at + linear::activation_bytes(rows, self.tape.info(value).width);
+        (place.filter(|_| !tiles || self.patches.is_some()), place.filter(|_| tiles).map(behind))
     }
 
     /// What a linear kernel reads of a value.
@@ -77,12 +76,12 @@ impl<'a> Context<'a> {
     /// No thread may be writing to the value.
     pub(super) unsafe fn activations(&self, value: Value) -> linear::Activations<'_> {
         let matrix = self.matrix(value);
-        let (rows, k, place) = (matrix.rows, matrix.width, self.plan.place(value).quantized);
+        let (rows, k) = (matrix.rows, matrix.width);
+        let (q8, tiled) = self.quantized(value);
         // SAFETY: reserved by the plan, written before the last barrier.
         let reserved = |at: usize, bytes: usize| unsafe { std::slice::from_raw_parts(self.arena.add(at), bytes) };
-        let q8 = place.filter(|_| self.in_8_bits(rows)).map(|at| reserved(at, linear::activation_bytes(rows, k)));
-        let tiled = place.filter(|_| self.in_tiles(rows));
-        let tiled = tiled.map(|at| reserved(at + linear::activation_bytes(rows, k), linear::tiled_bytes(rows, k)));
+        let q8 = q8.map(|at| reserved(at, linear::activation_bytes(rows, k)));
+        let tiled = tiled.map(|at| reserved(at, linear::tiled_bytes(rows, k)));
         linear::Activations {
             // SAFETY: by the caller's promise.
             f32s: unsafe { matrix.all(0..rows) },
@@ -115,17 +114,16 @@ impl<'a> Context<'a> {
     /// # Safety
     /// This thread is the only one to quantize them.
     unsafe fn quantize_from(&self, value: Value, x: &[f32], stride: usize, rows: Range<usize>, columns: Range<usize>) {
-        let Some(at) = self.plan.place(value).quantized else { return };
+        let (q8, tiled) = self.quantized(value);
         let (all, k) = (self.rows(value), self.tape.info(value).width);
         // SAFETY: by the caller's promise; the plan reserved the bytes of both for at least as many rows.
         unsafe {
-            if self.in_tiles(all) {
-                let at = self.arena.add(at + linear::activation_bytes(all, k));
-                let to = linear::TiledMut::new(at, all, k);
+            if let Some(at) = tiled {
+                let to = linear::TiledMut::new(self.arena.add(at), all, k);
                 let done = linear::tile_columns(self.isa, x, stride, rows.clone(), columns.clone(), &to);
                 debug_assert!(done.is_ok());
             }
-            if self.in_8_bits(all) {
+            if let Some(at) = q8 {
                 let to = linear::Q8Mut::new(self.arena.add(at), all, k);
                 let done = linear::quantize_columns(self.isa, x, stride, rows, columns, &to);
                 debug_assert!(done.is_ok());

@@ -6,11 +6,11 @@
 
 use super::executor::{Arithmetic, Context, Scratch};
 use super::kernels::gemm::{self, Gemm};
+use super::kernels::linear::RoundedBackwardTask;
 use super::kernels::{activation, attention, dropout, linear, norm, rope, vector};
 use super::matrix::Matrix;
 use super::pool::Team;
 use super::{fusion, ops, ops_head, ops_loss, ops_weights};
-use crate::quant::DType;
 use crate::tape::{
     AttentionBackward, Dropout, Lora, LoraBackward, Op, ParamId, Rescale, Rope, Rows, Value, WeightId, adapted_norm,
     magnitude_ratio,
@@ -318,28 +318,30 @@ pub(super) unsafe fn rounded_columns(
     scratch: &mut Scratch,
 ) {
     let info = c.weights.get(weight);
-    let (dtype, bytes) = c.weight_rows(weight, part);
+    let (dtype, weight_rows) = c.weight_rows(weight, part);
     let (tokens, width, place) = dy;
-    let (isa, dx, scratch) = (c.isa, out.out(), &mut scratch.linear);
+    let (isa, k, dx, scratch) = (c.isa, info.width, out.out(), &mut scratch.linear);
     // SAFETY: by the caller's promise.
     let done = unsafe {
-        match Rounding::of(c, weight) {
+        let rounding = Rounding::of(c, weight);
+        let weight = weight_rows;
+        match rounding {
             Rounding::Tiles => {
                 let tiles = linear::tiled_bytes(tokens, width);
                 let tiles = std::slice::from_raw_parts(c.arena.add(place).cast_const(), tiles);
                 linear::Tiled::new(tiles, tokens, width).and_then(|dy| {
-                    let task = task(dtype, bytes, info.width, columns, &dy, dx, accumulate);
+                    let task = RoundedBackwardTask { dtype, weight, k, columns, dy: &dy, dx, accumulate };
                     linear::linear_backward_tiled(isa, &task, scratch)
                 })
             }
             Rounding::Bytes => {
                 let dy = &c.rounded::<u8>(tokens, width, place);
-                let task = task(dtype, bytes, info.width, columns, dy, dx, accumulate);
+                let task = RoundedBackwardTask { dtype, weight, k, columns, dy, dx, accumulate };
                 linear::linear_backward_rounded(isa, &task, scratch)
             }
             Rounding::Words => {
                 let dy = &c.rounded::<i16>(tokens, width, place);
-                let task = task(dtype, bytes, info.width, columns, dy, dx, accumulate);
+                let task = RoundedBackwardTask { dtype, weight, k, columns, dy, dx, accumulate };
                 linear::linear_backward_rounded(isa, &task, scratch)
             }
         }
@@ -348,19 +350,6 @@ pub(super) unsafe fn rounded_columns(
     if let Err(e) = done {
         unreachable!("{}: {e}", info.name);
     }
-}
-
-/// A task by its parts.
-fn task<'a, D>(
-    dtype: DType,
-    weight: &'a [u8],
-    k: usize,
-    columns: std::ops::Range<usize>,
-    dy: &'a D,
-    dx: linear::OutMut,
-    accumulate: bool,
-) -> linear::RoundedBackwardTask<'a, D> {
-    linear::RoundedBackwardTask { dtype, weight, k, columns, dy, dx, accumulate }
 }
 
 /// `c (+)= α·a·b` in one of the three forms of [`gemm`]; `(m, n, k)` are its sizes, strides go with the slices.
@@ -403,9 +392,9 @@ pub(super) fn product_to(
 }
 
 unsafe fn lora(c: &Context<'_>, op: &Lora, team: &Team<'_>) {
-    if c.fusion.is_added_elsewhere(op.out) {
-        // SAFETY: all threads are in this op.
-        return unsafe { fusion::store_hidden(c, op, team) };
+    // SAFETY: all threads are in this op.
+    if unsafe { fusion::store_hidden(c, op, team) } {
+        return;
     }
     let [x, h, out] = [op.x, op.h, op.out].map(|v| c.matrix(v));
     let (rank, width) = c.param_shape(op.a);
@@ -444,7 +433,7 @@ unsafe fn lora_backward(c: &Context<'_>, op: &LoraBackward, team: &Team<'_>) {
                 e,
                 false,
             );
-            if let Some(out) = op.out.filter(|_| !c.fusion.is_added_elsewhere(op.e)) {
+            if let Some(out) = op.out.filter(|_| !c.fusion.is_added_later(op)) {
                 begin(c, op.dx, out, rows.clone());
                 let y = rows_mut(&c.matrix(out), rows.clone());
                 product(c, gemm::gemm_nn, (n, width, rank), 1.0, (e, rank), (c.param(f.a), width), y, op.dx.is_some());

@@ -107,11 +107,6 @@ impl Plan {
         Plan { limits, places, arena_bytes }
     }
 
-    /// Where all values lie.
-    pub fn places(&self) -> &[Place] {
-        &self.places
-    }
-
     /// Where a value lies.
     pub fn place(&self, value: Value) -> Place {
         self.places[value.0 as usize]

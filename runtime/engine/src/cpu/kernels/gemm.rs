@@ -83,7 +83,7 @@ enum Form {
 }
 
 /// Whether `rows` rows of `width` values, `stride` apart, lie within `len` values.
-fn fits(rows: usize, width: usize, stride: usize, len: usize) -> bool {
+pub(super) fn fits(rows: usize, width: usize, stride: usize, len: usize) -> bool {
     rows == 0 || (rows - 1).checked_mul(stride).and_then(|n| n.checked_add(width)).is_some_and(|n| n <= len)
 }
 

@@ -20,6 +20,7 @@
 use super::rounded::Rounded;
 use super::tiled::Tiled;
 use crate::cpu::isa::Isa;
+use crate::cpu::kernels::gemm::fits;
 use crate::{Error, Result};
 use std::ops::Range;
 
@@ -215,7 +216,7 @@ pub fn quantize_columns(
     dst: &Q8Mut,
 ) -> Result<()> {
     let n = columns.len();
-    let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(n);
+    let enough = rows.is_empty() || fits(rows.end, n, stride, x.len());
     let whole = columns.start.is_multiple_of(GROUP) && columns.end.is_multiple_of(GROUP);
     if rows.end > dst.layout.tokens || !enough || !whole || columns.end > dst.layout.k {
         return Err(Error::argument(format!(

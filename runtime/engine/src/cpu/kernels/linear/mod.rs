@@ -137,6 +137,8 @@ pub struct LinearTask<'a> {
     pub accumulate: bool,
 }
 
+/// Values of a unit: a whole number of blocks of every format.
+const UNIT: usize = 256;
 /// Rows of a tile, at most (AVX-512: 32, AVX2: 16, NEON: 8).
 const TILE_ROWS_MAX: usize = 32;
 /// Values of a row that are unpacked at a time; a multiple of 256.

@@ -56,8 +56,9 @@ use blocks::Kernels;
 use neon as native;
 
 use super::activations::SMALLEST;
-use super::{LinearTask, OutMut, Scratch, check_sizes, matrix_fault};
+use super::{LinearTask, OutMut, Scratch, UNIT, check_sizes, matrix_fault};
 use crate::cpu::isa::Isa;
+use crate::cpu::kernels::gemm;
 use crate::quant::{DType, dequantize};
 use crate::{Error, Result};
 use std::ops::Range;
@@ -113,8 +114,6 @@ const fn fits<Q: Level>() -> bool {
     GROUP as f64 * Q::MOST as f64 * Q::MOST_WEIGHT as f64 <= i32::MAX as f64
 }
 const _: () = assert!(fits::<i16>() && fits::<u8>() && BACKWARD_ROWS.is_multiple_of(GROUP));
-/// Columns of a block: a unit of every format.
-const UNIT: usize = 256;
 /// Threads divide the columns of a matrix at multiples of this.
 const COLUMNS: usize = 32;
 /// Rows of a block of the backward pass, a multiple of [`GROUP`].
@@ -211,7 +210,7 @@ impl RoundedMut {
 /// [`Error::Argument`] before anything is written, when a size does not fit.
 pub fn round_rows<Q: Level>(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst: &RoundedMut) -> Result<()> {
     let k = dst.k;
-    let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(k);
+    let enough = rows.is_empty() || gemm::fits(rows.end, k, stride, x.len());
     if rows.end > dst.tokens || !enough {
         return Err(Error::argument(format!(
             "rows {rows:?} of {k} values to be rounded: the input has {} values at stride {stride}, the output {} rows",

@@ -6,6 +6,7 @@
 //! forward map. Quantized types are read as each instruction set unpacks them (`avx2/source.rs`, `neon/source.rs`), dense ones
 //! in lanes. Everything is inlined into functions that have the instructions.
 
+use super::UNIT;
 #[cfg(target_arch = "x86_64")]
 use super::avx2::{source as native, unpack::Block};
 use super::dense::Dense;
@@ -14,9 +15,6 @@ use super::neon::{source as native, unpack::Block};
 use crate::cpu::kernels::lanes::{F32x8, load, store, transpose, zero};
 use std::marker::PhantomData;
 use std::ops::Range;
-
-/// Values of a unit.
-const UNIT: usize = 256;
 
 /// Values of one row of a type as f32.
 pub(crate) trait Source {

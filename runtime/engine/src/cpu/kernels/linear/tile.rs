@@ -151,6 +151,19 @@ impl<'a> Ahead<'a> {
     }
 }
 
+/// What lies `offset` bytes from the beginning of rows `r0` and on; rows past the task's end repeat the last one, and their results are
+/// dropped.
+#[inline(always)]
+pub(super) fn pointers(
+    task: &LinearTask<'_>,
+    row_bytes: usize,
+    r0: usize,
+    offset: usize,
+) -> [*const u8; TILE_ROWS_MAX] {
+    let row = |i: usize| (r0 + i).min(task.rows.end - 1);
+    std::array::from_fn(|i| task.weight.as_ptr().wrapping_add(row(i) * row_bytes + offset))
+}
+
 /// Runs a task.
 ///
 /// # Safety
@@ -162,11 +175,7 @@ pub(super) unsafe fn run<K: Tile>(task: &LinearTask<'_>, scratch: &mut Scratch) 
     let units = task.k.div_ceil(256);
     // Chunks of equal size, as near as whole units allow.
     let chunk = units.div_ceil(units.div_ceil(TILE_CHUNK / 256));
-    let pointers = |r0: usize, u0: usize| -> [*const u8; super::TILE_ROWS_MAX] {
-        // Rows past the end repeat the last one; their results are dropped.
-        let row = |i: usize| (r0 + i.min(K::ROWS - 1)).min(task.rows.end - 1);
-        std::array::from_fn(|i| task.weight.as_ptr().wrapping_add(row(i) * row_bytes + u0 * K::UNIT_BYTES))
-    };
+    let pointers = |r0: usize, u0: usize| pointers(task, row_bytes, r0, u0 * K::UNIT_BYTES);
     for t0 in (0..task.x.tokens).step_by(TILE_TOKENS) {
         let tokens = (task.x.tokens - t0).min(TILE_TOKENS);
         for r0 in task.rows.clone().step_by(K::ROWS) {

@@ -12,6 +12,7 @@
 use super::Scratch;
 use super::rounded::{RoundedBackwardTask, check_backward};
 use crate::cpu::isa::Isa;
+use crate::cpu::kernels::gemm::fits;
 use crate::{Error, Result};
 use std::ops::Range;
 
@@ -118,7 +119,7 @@ pub fn tile_columns(
     dst: &TiledMut,
 ) -> Result<()> {
     let n = columns.len();
-    let enough = rows.is_empty() || x.len() >= (rows.end - 1).saturating_mul(stride).saturating_add(n);
+    let enough = rows.is_empty() || fits(rows.end, n, stride, x.len());
     let whole =
         columns.start.is_multiple_of(TILE_VALUES) && (columns.end.is_multiple_of(TILE_VALUES) || columns.end == dst.k);
     if rows.end > dst.tokens || !enough || !whole || columns.end > dst.k {

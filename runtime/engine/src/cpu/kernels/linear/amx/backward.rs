@@ -3,13 +3,11 @@
 use super::super::rounded::RoundedBackwardTask;
 use super::super::source::{Source, by_type};
 use super::super::tiled::{TILE_BYTES, TILE_VALUES};
-use super::super::{Scratch, Tiled};
+use super::super::{Scratch, Tiled, UNIT};
 use super::{COLUMNS, Product, Unit, pairs};
 use crate::quant::DType;
 use std::arch::x86_64::*;
 
-/// Values of a unit.
-const UNIT: usize = 256;
 /// Rows of a block, which is unpacked for a unit's columns at once, so that scales are read once.
 const ROWS: usize = 384;
 /// Bytes of a block's panels.

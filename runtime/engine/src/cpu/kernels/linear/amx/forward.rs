@@ -1,15 +1,14 @@
 //! Prompts: panels of 32 rows of a matrix, unpacked as the AVX-512 tile is and then widened.
 
 use super::super::avx512::{Turn, unpack};
-use super::super::tile::{Ahead, TileMemory};
+use super::super::tile::{Ahead, TileMemory, pointers};
 use super::super::tiled::{TILE_BYTES, TILE_ROWS};
-use super::super::{LinearTask, Scratch};
+use super::super::{LinearTask, Scratch, TILE_ROWS_MAX, UNIT};
 use super::{COLUMNS, DEPTH, PANEL_BYTES, Product, Unit, pairs};
 use crate::cpu::isa::Avx512;
 use std::arch::x86_64::*;
 
-/// Values of a unit, and groups of 32 in it.
-const UNIT: usize = 256;
+/// Groups of 32 in a unit.
 const UNIT_GROUPS: usize = UNIT / 32;
 /// Bytes of activations that stay in the second cache beside a panel's columns of the output.
 const CACHED_BYTES: usize = 1 << 20;
@@ -37,17 +36,11 @@ unsafe fn by_panels<B: Turn>(task: &LinearTask<'_>, scratch: &mut Scratch) {
     let tile = scratch.tile();
     // The running sums of other tile kernels are not needed here: they are in the unit, or in the output.
     let panel: *mut u8 = tile.sums.cast();
-    const { assert!(PANEL_BYTES <= 4 * super::super::TILE_ROWS_MAX * super::super::TILE_TOKENS) };
+    const { assert!(PANEL_BYTES <= 4 * TILE_ROWS_MAX * super::super::TILE_TOKENS && COLUMNS == TILE_ROWS_MAX) };
     let units = task.k.div_ceil(UNIT);
     // Chunks of equal size, as near as whole units allow.
     let chunk = units.div_ceil(units.div_ceil(DEPTH / UNIT));
-    let pointers = |r0: usize, unit: usize| -> [*const u8; COLUMNS] {
-        // Rows past the end repeat the last one; their results are dropped.
-        std::array::from_fn(|i| {
-            let row = (r0 + i).min(task.rows.end - 1);
-            task.weight.as_ptr().wrapping_add(row * row_bytes + unit * B::BYTES)
-        })
-    };
+    let pointers = |r0: usize, unit: usize| pointers(task, row_bytes, r0, unit * B::BYTES);
     // All of the sum goes by for one panel's columns where its activations stay in the second cache, and so do the columns' sums;
     // else a chunk of it goes by for all columns.
     let whole = 2 * task.k * CACHED_TOKENS <= CACHED_BYTES;
@@ -56,16 +49,19 @@ unsafe fn by_panels<B: Turn>(task: &LinearTask<'_>, scratch: &mut Scratch) {
     // SAFETY: by the contract.
     let matrix_unit = unsafe { Unit::open() };
     let (panels, chunks) = (task.rows.len().div_ceil(COLUMNS), units.div_ceil(chunk));
+    // The first row and unit of a panel, in the order in which they are made.
+    let place = |i: usize| {
+        let (panel, at) = if whole { (i / chunks, i % chunks) } else { (i % panels, i / panels) };
+        (task.rows.start + COLUMNS * panel, chunk * at)
+    };
     for t0 in (0..task.x.tokens).step_by(tokens) {
         for i in 0..panels * chunks {
-            let (panel_at, chunk_at) = if whole { (i / chunks, i % chunks) } else { (i % panels, i / panels) };
-            let (r0, u0) = (task.rows.start + COLUMNS * panel_at, chunk * chunk_at);
+            let (r0, u0) = place(i);
             let groups = (task.k / 32 - UNIT_GROUPS * u0).min(UNIT_GROUPS * chunk);
             for unit in 0..groups.div_ceil(UNIT_GROUPS) {
                 let n = (groups - UNIT_GROUPS * unit).min(UNIT_GROUPS);
-                // What comes next of these rows, or of the next ones.
-                let next = if unit * UNIT_GROUPS + n < groups { (r0, u0 + unit + 1) } else { (r0 + COLUMNS, u0) };
-                let upcoming = pointers(next.0.min(task.rows.end - 1), next.1);
+                let next = if unit * UNIT_GROUPS + n < groups { (r0, u0 + unit + 1) } else { place(i + 1) };
+                let upcoming = pointers(next.0, next.1);
                 let mut ahead = Ahead::new(&upcoming, n * B::BYTES / UNIT_GROUPS, 4 * n);
                 // SAFETY: pointers at a unit of rows within the matrix, `n` groups of which are there; the panel has
                 // `DEPTH` values.
