@@ -170,7 +170,7 @@ impl<'a> Context<'a> {
 
     /// Whether a map is multiplied with its input in 16 bits.
     fn in_16_bits(&self, weight: WeightId) -> bool {
-        self.arithmetic.reads_16_bits(self.learns, self.weights.get(weight).dtype)
+        self.in_16_bits[weight.0 as usize]
     }
 
     /// Rounds the first `k` values of some rows of `x`, into `place` of the arena.

@@ -128,6 +128,13 @@ pub struct LayerSpec {
     pub window: Option<usize>,
 }
 
+impl LayerSpec {
+    /// Its linear maps, in the order in which they are computed.
+    pub fn maps(&self) -> [&LinearSpec; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+}
+
 /// A whole model. See the module's text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
