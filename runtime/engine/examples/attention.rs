@@ -8,13 +8,13 @@ use kinglet_engine::quant::DType;
 use std::time::Instant;
 
 /// Query rows per task, as a thread team would cut them.
-const TASK_ROWS: usize = 32;
+const TASK_ROWS: usize = 64;
 
 fn main() {
     let tokens = std::env::args().nth(1).and_then(|s| s.parse().ok()).unwrap_or(512);
     println!(
-        "{:<22} {:<6} {:<5} {:>16} {:>16} {:>16} {:>14}",
-        "shape", "isa", "type", "prefill GFLOP/s", "in integers", "decode GB/s", "decode µs"
+        "{:<22} {:<6} {:<5} {:>16} {:>16} {:>16} {:>16} {:>14}",
+        "shape", "isa", "type", "prefill GFLOP/s", "in integers", "split", "decode GB/s", "decode µs"
     );
     for (name, heads, kv_heads, dim) in [
         ("smollm2 9/3×64", 9, 3, 64),
@@ -24,9 +24,9 @@ fn main() {
     ] {
         for dtype in [DType::F32, DType::F16, DType::Q8_0] {
             for isa in Isa::available() {
-                let ([f32s, integers], gbs, us) = measure(isa, heads, kv_heads, dim, dtype, tokens);
+                let ([f32s, integers, split], gbs, us) = measure(isa, heads, kv_heads, dim, dtype, tokens);
                 println!(
-                    "{name:<22} {:<6} {:<5} {f32s:>16.1} {integers:>16.1} {gbs:>16.1} {us:>14.1}",
+                    "{name:<22} {:<6} {:<5} {f32s:>16.1} {integers:>16.1} {split:>16.1} {gbs:>16.1} {us:>14.1}",
                     isa.name(),
                     dtype.name()
                 );
@@ -35,7 +35,7 @@ fn main() {
     }
 }
 
-fn measure(isa: Isa, heads: usize, kv_heads: usize, dim: usize, dtype: DType, tokens: usize) -> ([f64; 2], f64, f64) {
+fn measure(isa: Isa, heads: usize, kv_heads: usize, dim: usize, dtype: DType, tokens: usize) -> ([f64; 3], f64, f64) {
     let row = kv_row_bytes(dtype, dim).expect("a cache type");
     let page_len = 128;
     let page = 2 * kv_heads * page_len * row;
@@ -91,7 +91,7 @@ fn measure(isa: Isa, heads: usize, kv_heads: usize, dim: usize, dtype: DType, to
             .fold(f64::INFINITY, f64::min)
     };
     let repeats = if isa == Isa::Scalar { 2 } else { 20 };
-    let prefill = [Path::Block, Path::Integer].map(|path| -> f64 {
+    let prefill = [Path::Block, Path::Integer, Path::Split].map(|path| -> f64 {
         (0..tokens)
             .step_by(TASK_ROWS)
             .map(|r| time(&AttentionTask { path, rows: (r, tokens.min(r + TASK_ROWS)), ..task }, repeats))

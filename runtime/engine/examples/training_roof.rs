@@ -36,8 +36,10 @@ fn main() -> Result<()> {
     for rank in [8, 16] {
         adapter(isa, rank, 512, 576, 1536)?;
     }
-    attention_pass(isa, 9, 3, 64, 256);
-    attention_pass(isa, 4, 1, 256, 256);
+    for exact in [true, false] {
+        attention_pass(isa, exact, 9, 3, 64, 256);
+        attention_pass(isa, exact, 4, 1, 256, 256);
+    }
     Ok(())
 }
 
@@ -172,13 +174,13 @@ fn adapter(isa: Isa, r: usize, tokens: usize, k: usize, n: usize) -> Result<()> 
 }
 
 /// One head of keys and values of one sequence; operations that the causal mask saves are not counted.
-fn attention_pass(isa: Isa, heads: usize, kv_heads: usize, dim: usize, rows: usize) {
+fn attention_pass(isa: Isa, exact: bool, heads: usize, kv_heads: usize, dim: usize, rows: usize) {
     let (group, width) = (heads / kv_heads, heads * dim);
     let (q, k, v, d_out) =
         (values(rows * width), values(rows * dim * kv_heads), values(rows * dim * kv_heads), values(rows * width));
     let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
     let lse = vec![5.0; rows * heads];
-    let mut scratch = vec![0.0; attention_backward_scratch_len(dim)];
+    let mut scratch = vec![0.0; attention_backward_scratch_len(isa, dim)];
     let task = AttentionBackwardTask {
         rows: (0, rows),
         kv_head: 0,
@@ -201,6 +203,7 @@ fn attention_pass(isa: Isa, heads: usize, kv_heads: usize, dim: usize, rows: usi
         scale: 1.0 / (dim as f32).sqrt(),
         softcap: None,
         alibi: None,
+        exact,
         dq: dq.as_mut_ptr(),
         dq_stride: width,
         dk: dk.as_mut_ptr(),
@@ -209,7 +212,8 @@ fn attention_pass(isa: Isa, heads: usize, kv_heads: usize, dim: usize, rows: usi
         dv_stride: kv_heads * dim,
     };
     let flops = 10 * group * dim * rows * (rows + 1) / 2;
-    report(&format!("attention backward, group {group} × {dim}, {rows} rows"), flops, || {
+    let kind = if exact { "exact" } else { "near" };
+    report(&format!("attention backward, {kind}, group {group} × {dim}, {rows} rows"), flops, || {
         // SAFETY: all buffers outlive the call and hold the rows and heads named.
         unsafe { attention_backward(isa, &task, &mut scratch) }
     });

@@ -126,7 +126,7 @@ impl Program {
             Purpose::Generate | Purpose::Embed => 0,
         };
         let backward = match purpose {
-            Purpose::Learn => attention::attention_backward_scratch_len(spec.head_dim),
+            Purpose::Learn => attention::attention_backward_scratch_len(isa, spec.head_dim),
             Purpose::Generate | Purpose::Embed | Purpose::Score => 0,
         };
         let strips = if options.trained.is_none() { 2 * limits.tokens * ops::STRIP } else { 0 };

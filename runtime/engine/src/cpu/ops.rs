@@ -772,9 +772,13 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
             KvSource::Rows(k, v) => c.in_run(k, v, s),
         };
         // Integers where more is rounded than they round: keys and values when they were stored, the result for a quantized map.
-        let exact = kv.dtype == DType::F32 || c.plan.place(op.out).quantized.is_none();
+        let accuracy = match c.arithmetic {
+            Arithmetic::Exact => attention::Accuracy::Exact,
+            _ if kv.dtype == DType::F32 || c.plan.place(op.out).quantized.is_none() => attention::Accuracy::Near,
+            _ => attention::Accuracy::Rounded,
+        };
         let task = attention::AttentionTask {
-            path: attention::Path::for_rows(if c.alone { 1 } else { s.rows }, exact),
+            path: attention::Path::for_rows(c.isa, if c.alone { 1 } else { s.rows }, accuracy),
             q: q.row_ptr(s.first_row).cast_const(),
             q_stride: q.width,
             heads: (head, head + heads),

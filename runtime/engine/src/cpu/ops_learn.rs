@@ -616,6 +616,7 @@ unsafe fn attention_backward(
             scale: spec.attention_scale,
             softcap: spec.attention_softcap,
             alibi: spec.alibi.as_deref(),
+            exact: c.arithmetic == Arithmetic::Exact,
         };
         // SAFETY: all rows of the sequence lie in the arena; each piece writes its own heads.
         unsafe { attention::attention_backward(c.isa, &task, scratch.floats()) };

@@ -57,7 +57,7 @@ pub fn matrix_unit(threads: usize) -> Option<(f64, &'static str)> {
     if let Isa::Avx512(token) = Isa::detect()
         && token.amx
     {
-        use super::kernels::linear::{SPIN_OPS, spin};
+        use super::kernels::amx::{SPIN_OPS, spin};
         return Some(rate_of(threads, |rounds| spin(token, rounds), SPIN_OPS, 200_000, "tdpbf16ps, 16 × 16 × 32"));
     }
     let _ = threads;

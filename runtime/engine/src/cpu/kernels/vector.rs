@@ -246,6 +246,23 @@ pub(crate) mod avx512 {
     #[target_feature(enable = "avx512f")]
     #[inline]
     pub fn exp2(x: __m512) -> __m512 {
+        let (p, r, power) = exp2_parts(x);
+        _mm512_mul_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0)), power)
+    }
+
+    /// [`tanh_of_exp2`](crate::cpu::kernels::lanes::tanh_of_exp2) of sixteen.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub fn tanh_of_exp2(x: __m512) -> __m512 {
+        let (p, r, power) = exp2_parts(_mm512_min_ps(_mm512_set1_ps(64.0), x));
+        let t = _mm512_fmadd_ps(_mm512_mul_ps(p, r), power, _mm512_sub_ps(power, _mm512_set1_ps(1.0)));
+        _mm512_div_ps(t, _mm512_add_ps(t, _mm512_set1_ps(2.0)))
+    }
+
+    /// (P(r), r, 2ⁿ) with x = n + r and the polynomial P of [`EXP2`](super::EXP2).
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn exp2_parts(x: __m512) -> (__m512, __m512, __m512) {
         let round = _mm512_set1_ps(12_582_912.0 + 127.0);
         let x = _mm512_max_ps(_mm512_set1_ps(-127.0), x);
         let shifted = _mm512_add_ps(x, round);
@@ -254,8 +271,7 @@ pub(crate) mod avx512 {
         for c in &super::EXP2[1..] {
             p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
         }
-        let power = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(shifted)));
-        _mm512_mul_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0)), power)
+        (p, r, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(shifted))))
     }
 }
 

@@ -48,8 +48,6 @@ mod transpose;
 mod tests;
 
 pub use activations::{Activations, GROUP, Q8, Q8Layout, Q8Mut, activation_bytes, quantize_columns, quantize_rows};
-#[cfg(target_arch = "x86_64")]
-pub use amx::{SPIN_OPS, spin};
 pub use rounded::{
     Level, Rounded, RoundedBackwardTask, RoundedMut, has_backward, linear_backward_rounded, linear_wide, round_rows,
     rounded_bytes,

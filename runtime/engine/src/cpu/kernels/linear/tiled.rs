@@ -12,16 +12,10 @@
 use super::Scratch;
 use super::rounded::{RoundedBackwardTask, check_backward};
 use crate::cpu::isa::Isa;
+use crate::cpu::kernels::amx::{TILE_BYTES, TILE_ROWS, TILE_VALUES};
 use crate::cpu::kernels::gemm::fits;
 use crate::{Error, Result};
 use std::ops::Range;
-
-/// Rows of a tile.
-pub(super) const TILE_ROWS: usize = 16;
-/// Values of a tile's row.
-pub(super) const TILE_VALUES: usize = 32;
-/// Bytes of a tile.
-pub(super) const TILE_BYTES: usize = 2 * TILE_ROWS * TILE_VALUES;
 
 /// Bytes of the buffer that [`tile_rows`] fills for `tokens` rows of `k` values: what a planner reserves.
 pub const fn tiled_bytes(tokens: usize, k: usize) -> usize {

@@ -2,9 +2,9 @@
 
 use super::super::rounded::RoundedBackwardTask;
 use super::super::source::{Source, by_type};
-use super::super::tiled::{TILE_BYTES, TILE_VALUES};
 use super::super::{Scratch, Tiled, UNIT};
-use super::{COLUMNS, Product, Unit, pairs};
+use super::{COLUMNS, Product};
+use crate::cpu::kernels::amx::{TILE_BYTES, TILE_VALUES, Unit, pairs};
 use crate::quant::DType;
 use std::arch::x86_64::*;
 

@@ -2,10 +2,10 @@
 
 use super::super::avx512::{Turn, unpack};
 use super::super::tile::{Ahead, TileMemory, pointers};
-use super::super::tiled::{TILE_BYTES, TILE_ROWS};
 use super::super::{LinearTask, Scratch, TILE_ROWS_MAX, UNIT};
-use super::{COLUMNS, DEPTH, PANEL_BYTES, Product, Unit, pairs};
+use super::{COLUMNS, DEPTH, PANEL_BYTES, Product};
 use crate::cpu::isa::Avx512;
+use crate::cpu::kernels::amx::{TILE_BYTES, TILE_ROWS, Unit, pairs};
 use std::arch::x86_64::*;
 
 /// Groups of 32 in a unit.

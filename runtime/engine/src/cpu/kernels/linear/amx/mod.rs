@@ -1,8 +1,7 @@
 //! Linear kernels for a matrix unit (AMX), for many tokens: activations in tiles of bfloat16 ([`Tiled`](super::Tiled)) times
 //! panels of unpacked weights, summed in single precision within the unit.
 //!
-//! One instruction multiplies 16 rows of 32 values by 32 × 16 weights in 16 cycles, eight times as much as `vpdpbusd` does of
-//! bytes. Integers would be twice as fast again, and are not: with a scale for every 32 values they have to leave the unit
+//! Integers would be twice as fast again, and are not: with a scale for every 32 values they have to leave the unit
 //! after each instruction, which takes longer than the instruction. In bfloat16 a weight is what it is, scale and all, a sum
 //! never leaves before its end, and both factors are off by at most 2⁻⁸ of themselves: closer than 8-bit groups are.
 //!
@@ -10,9 +9,6 @@
 //! made once for all tokens and stays in the first cache, while tiles of activations stream by from the second. Two tile rows
 //! meet two columns of tiles, so four sums share four loads. Where a sum has several panels it goes on from what is in the output,
 //! whose next lines are asked for meanwhile.
-//!
-//! The instructions have no intrinsics in stable Rust, so they stand here as assembly. The tile registers hold nothing between
-//! two calls of a kernel, and are given back at the end of each, so that switches of threads need not keep them.
 
 mod backward;
 mod forward;
@@ -21,10 +17,9 @@ pub(super) use backward::backward_of;
 pub(super) use forward::run as run_tile;
 
 use super::OutMut;
-use super::tiled::{TILE_BYTES, TILE_ROWS, Tiled};
-use crate::cpu::isa::Avx512;
+use super::tiled::Tiled;
+use crate::cpu::kernels::amx::{TILE_BYTES, TILE_ROWS, Unit};
 use std::arch::asm;
-use std::arch::x86_64::*;
 
 /// Columns of a panel: two tiles of 16.
 const COLUMNS: usize = 32;
@@ -34,65 +29,6 @@ const DEPTH: usize = 512;
 const PAIR: usize = 2 * TILE_ROWS;
 /// Bytes of a panel.
 const PANEL_BYTES: usize = 2 * COLUMNS * DEPTH;
-
-/// The tile registers in use, all 16 rows of 64 bytes, and how they were set up before: other code of the process may count on
-/// that, although calls need not keep it.
-struct Unit {
-    before: Config,
-}
-
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct Config {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-impl Config {
-    /// Nothing: all registers are free.
-    const NONE: Config = Config { palette: 0, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-}
-
-/// Eight registers of 16 rows of 64 bytes.
-static ALL: Config = {
-    let mut config = Config { palette: 1, ..Config::NONE };
-    let mut i = 0;
-    while i < 8 {
-        (config.row_bytes[i], config.rows[i]) = (64, TILE_ROWS as u8);
-        i += 1;
-    }
-    config
-};
-
-impl Unit {
-    /// # Safety
-    /// The CPU has AMX, and the system lets the process use it.
-    unsafe fn open() -> Unit {
-        let mut before = Config::NONE;
-        // SAFETY: by the contract; a configuration is 64 bytes.
-        unsafe {
-            asm!("sttilecfg [{}]", in(reg) &raw mut before, options(nostack));
-            asm!("ldtilecfg [{}]", in(reg) &raw const ALL, options(nostack, readonly));
-        }
-        Unit { before }
-    }
-}
-
-impl Drop for Unit {
-    fn drop(&mut self) {
-        // SAFETY: `open` has found the instructions, and stored what is loaded.
-        unsafe {
-            if self.before.palette == 0 {
-                asm!("tilerelease", options(nostack, nomem));
-            } else {
-                asm!("ldtilecfg [{}]", in(reg) &raw const self.before, options(nostack, readonly));
-            }
-        }
-    }
-}
 
 /// A part of the sum of all tokens for the columns of a panel.
 struct Product<'a> {
@@ -202,45 +138,5 @@ impl Unit {
                 low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
             );
         }
-    }
-}
-
-/// Both as bfloat16, the first in the low half of each lane; halves are rounded up.
-#[inline(always)]
-unsafe fn pairs(low: __m512, high: __m512) -> __m512i {
-    // SAFETY: register arithmetic.
-    unsafe {
-        let half = _mm512_set1_epi32(0x8000);
-        let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(low), half));
-        let high = _mm512_add_epi32(_mm512_castps_si512(high), half);
-        // Bits of `high` where the mask has ones, else of `low`.
-        _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi32(0xffff_0000_u32 as i32), high, low)
-    }
-}
-
-/// Operations (a multiplication and an addition are two) of a round of [`spin`].
-pub const SPIN_OPS: usize = 4 * 2 * 16 * 16 * 32;
-
-/// The products of [`Unit::block`] without their loads, `rounds` times: what the unit can do at best.
-pub fn spin(proof: Avx512, rounds: usize) {
-    if !proof.amx || rounds == 0 {
-        return;
-    }
-    // SAFETY: the token says that there is AMX; registers alone are touched.
-    unsafe {
-        let _unit = Unit::open();
-        asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
-            "2:",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "dec {n}",
-            "jnz 2b",
-            n = inout(reg) rounds => _,
-            options(nostack, nomem),
-        );
     }
 }
