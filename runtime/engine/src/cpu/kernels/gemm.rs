@@ -108,6 +108,10 @@ fn run(isa: Isa, g: &Gemm<'_>, form: Form) {
     if g.m == 0 || g.n == 0 {
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if matches!(isa, Isa::Avx512(_)) && form == Form::Tn && g.n <= 8 && g.m >= 16 && g.k > 0 {
+        return by_columns(g);
+    }
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     if super::lanes::runs(isa) && g.k > 0 {
         // SAFETY: the token in `isa` proves the instructions; `check` has found everything in bounds.
@@ -116,6 +120,33 @@ fn run(isa: Isa, g: &Gemm<'_>, form: Form) {
     }
     let _ = isa;
     scalar(g, form);
+}
+
+/// [`gemm_tn`] for a few columns of C, as [`gemm_tn`] of the same with A and B exchanged, which has long rows then: the same sums, in
+/// vectors of 16 instead of 8.
+#[cfg(target_arch = "x86_64")]
+fn by_columns(g: &Gemm<'_>) {
+    const ROWS: usize = 128;
+    let mut turned = [0.0; 8 * ROWS];
+    for i in (0..g.m).step_by(ROWS) {
+        let rows = ROWS.min(g.m - i);
+        // SAFETY: `check` has found the rows in bounds; the caller of `OutMut::new` vouched for them being ours alone.
+        let c = |r: usize, j: usize| unsafe { g.c.base.add((i + r) * g.c.stride + j) };
+        for (j, column) in turned.chunks_exact_mut(ROWS).enumerate().take(g.n).filter(|_| g.accumulate) {
+            // SAFETY: as above.
+            column.iter_mut().enumerate().take(rows).for_each(|(r, value)| *value = unsafe { *c(r, j) });
+        }
+        // SAFETY: `turned` outlives the product, which alone uses it.
+        let out = unsafe { OutMut::new(turned.as_mut_ptr(), ROWS, turned.len()) };
+        let (a, b) = (g.b, &g.a[i..]);
+        let exchanged = Gemm { m: g.n, n: rows, a, a_stride: g.b_stride, b, b_stride: g.a_stride, c: out, ..*g };
+        // SAFETY: the caller has AVX-512; the sizes are those that were checked.
+        unsafe { lanes::gemm(&exchanged, Form::Tn, avx512::slab) };
+        for (j, column) in turned.chunks_exact(ROWS).enumerate().take(g.n) {
+            // SAFETY: as above.
+            column.iter().enumerate().take(rows).for_each(|(r, value)| unsafe { *c(r, j) = *value });
+        }
+    }
 }
 
 /// The best kernel for slabs of 16 columns, to be called with the instructions of `isa`, which has lanes.
@@ -160,6 +191,7 @@ pub(crate) mod lanes {
     //! The register tile, and the loops of a whole product around it.
     use super::super::lanes::{fma, load, load_some, splat, store, store_some, transpose, zero};
     use super::{Form, Gemm};
+    use std::mem::MaybeUninit;
 
     /// Terms of a sum that are added before the result goes to C.
     const DEPTH: usize = 256;
@@ -283,9 +315,9 @@ pub(crate) mod lanes {
     /// Rows of C that are done with one packing of B.
     const BLOCK_ROWS: usize = 192;
 
-    /// Sixteen columns of B, [DEPTH][16].
+    /// Sixteen columns of B, [DEPTH][16]; of what is not written, as columns that C does not have, nothing comes.
     #[repr(align(64))]
-    struct Packed([f32; 16 * DEPTH]);
+    struct Packed(#[expect(dead_code, reason = "written and read by pointer")] [f32; 16 * DEPTH]);
 
     /// A whole product.
     ///
@@ -293,7 +325,7 @@ pub(crate) mod lanes {
     /// The operands must have been checked.
     #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
     pub(super) unsafe fn gemm(g: &Gemm<'_>, form: Form, slab_of_16: SlabKernel) {
-        let mut packed = Packed([0.0; 16 * DEPTH]);
+        let mut packed = MaybeUninit::uninit();
         let depth = if form == Form::Tn { DEPTH_TN } else { DEPTH };
         let (row, step) = if form == Form::Tn { (1, g.a_stride) } else { (g.a_stride, 1) };
         for p in (0..g.k).step_by(depth) {
@@ -325,10 +357,10 @@ pub(crate) mod lanes {
         form: Form,
         terms: std::ops::Range<usize>,
         columns: std::ops::Range<usize>,
-        packed: &mut Packed,
+        packed: &mut MaybeUninit<Packed>,
     ) -> Slab {
         let (k, n) = (terms.len(), columns.len());
-        let to = packed.0.as_mut_ptr();
+        let to: *mut f32 = packed.as_mut_ptr().cast();
         // SAFETY: in bounds of B by the contract, and of the pack, which holds DEPTH terms of 16.
         unsafe {
             if form != Form::Nt {

@@ -1,7 +1,7 @@
 //! What the other kernels are made of: the exponential, sums by lanes, and the one-pass vector operations.
 //!
 //! Two ways of writing a kernel meet here. The simple, memory-bound ones are plain Rust, written in lanes, and
-//! [`by_isa!`] compiles the same body twice: for the baseline of the target (on ARM that is NEON) and again with AVX2 enabled. Nothing is
+//! [`by_isa!`] compiles the same body for the baseline of the target (on ARM that is NEON), for AVX2 and for AVX-512. Nothing is
 //! fused in those bodies (Rust never contracts `a * b + c`), so every instruction set gives the same bits. The hot ones
 //! (attention, small products) are written over [`lanes`](super::lanes).
 //!
@@ -16,7 +16,7 @@ pub(crate) fn has_avx2(isa: crate::cpu::isa::Isa) -> bool {
     matches!(isa, Isa::Avx2(_) | Isa::Avx512(_))
 }
 
-/// Defines a kernel whose one body is compiled for the baseline and for AVX2; `isa: Isa` becomes its first parameter.
+/// Defines a kernel whose one body is compiled for the baseline, for AVX2 and for AVX-512; `isa: Isa` becomes its first parameter.
 macro_rules! by_isa {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
@@ -25,6 +25,16 @@ macro_rules! by_isa {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
             fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            if matches!(isa, $crate::cpu::isa::Isa::Avx512(_)) {
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+                #[allow(clippy::too_many_arguments)]
+                fn with_avx512($($arg: $ty),*) $(-> $ret)? {
+                    body($($arg),*)
+                }
+                // SAFETY: as below.
+                return unsafe { with_avx512($($arg),*) };
+            }
             #[cfg(target_arch = "x86_64")]
             if $crate::cpu::kernels::vector::has_avx2(isa) {
                 #[target_feature(enable = "avx2,fma,f16c")]
@@ -174,19 +184,19 @@ by_isa! {
     pub fn exp_shifted(shift: f32, x: &mut [f32]) -> f64 {
         let mut sum = 0.0f64;
         for chunk in x.chunks_mut(1024) {
+            // By itself this loop takes registers of any length.
+            for x in chunk.iter_mut() {
+                *x = exp(*x - shift);
+            }
             let mut lanes = [0.0f32; LANES];
-            let (x8, tail) = chunk.as_chunks_mut::<LANES>();
+            let (x8, tail) = chunk.as_chunks::<LANES>();
             for x in x8 {
                 for i in 0..LANES {
-                    x[i] = exp(x[i] - shift);
                     lanes[i] += x[i];
                 }
             }
             sum += f64::from(sum_lanes(lanes));
-            for x in tail {
-                *x = exp(*x - shift);
-                sum += f64::from(*x);
-            }
+            sum = tail.iter().fold(sum, |sum, x| sum + f64::from(*x));
         }
         sum
     }

@@ -39,7 +39,7 @@ unsafe fn by_panels<B: Turn>(task: &LinearTask<'_>, scratch: &mut Scratch) {
     const { assert!(PANEL_BYTES <= 4 * TILE_ROWS_MAX * super::super::TILE_TOKENS && COLUMNS == TILE_ROWS_MAX) };
     let units = task.k.div_ceil(UNIT);
     // Chunks of equal size, as near as whole units allow.
-    let chunk = units.div_ceil(units.div_ceil(DEPTH / UNIT));
+    let chunk = if task.k <= DEPTH { units } else { units.div_ceil(units.div_ceil(DEPTH / UNIT)) };
     let pointers = |r0: usize, unit: usize| pointers(task, row_bytes, r0, unit * B::BYTES);
     // All of the sum goes by for one panel's columns where its activations stay in the second cache, and so do the columns' sums;
     // else a chunk of it goes by for all columns.

@@ -24,7 +24,7 @@ use std::arch::asm;
 /// Columns of a panel: two tiles of 16.
 const COLUMNS: usize = 32;
 /// Values of the sum in a panel, at most.
-const DEPTH: usize = 512;
+const DEPTH: usize = 640;
 /// Tokens of a block: two tile rows.
 const PAIR: usize = 2 * TILE_ROWS;
 /// Bytes of a panel.
