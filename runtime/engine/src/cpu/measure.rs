@@ -97,7 +97,7 @@ pub fn time(kernel: &KernelInfo, weights: &Weights, case: &Case) -> Result<Durat
     let dst = unsafe { TiledMut::new(tiles.as_mut_ptr().cast(), tokens, k) };
     tile_rows(isa, &f32s, k, 0..tokens, &dst)?;
     let tiled = Some(Tiled::new(bytemuck::cast_slice(&tiles), tokens, k)?);
-    let x = Activations { f32s: &f32s, q8: Some(q8), tiled, wide: None, tokens, k, stride: k };
+    let x = Activations { f32s: &f32s, q8: Some(q8), tiled, wide: None, low: None, tokens, k, stride: k };
     let mut y = vec![0f32; tokens * rows];
     // SAFETY: `y` outlives the tasks, which have disjoint rows.
     let out = unsafe { OutMut::new(y.as_mut_ptr(), rows, y.len()) };

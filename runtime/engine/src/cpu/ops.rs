@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::executor::{Arithmetic, Context, Scratch, SequenceView, VOCAB_CHUNK};
+use super::executor::{Arithmetic, Context, Input, Scratch, SequenceView, VOCAB_CHUNK};
 use super::fusion;
 use super::isa::Isa;
 use super::kernels::{activation, attention, embed, linear, lora, norm, rope, vector};
@@ -88,6 +88,7 @@ impl<'a> Context<'a> {
             q8: q8.and_then(|bytes| linear::Q8::new(bytes, rows, k).ok()),
             tiled: tiled.and_then(|bytes| linear::Tiled::new(bytes, rows, k).ok()),
             wide: None,
+            low: None,
             tokens: matrix.rows,
             k: matrix.width,
             stride: matrix.width,
@@ -143,34 +144,55 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// As [`Context::activations`], for an op whose threads all come here: where one of its matrices is multiplied in 16 bits
-    /// they round the value together first, and meet.
+    /// As [`Context::activations`], for an op whose threads all come here: where one of its matrices reads more of the value than
+    /// its own form they round it together first, and meet.
     ///
     /// # Safety
     /// As for [`Context::activations`]; nobody reads what the last op has rounded.
     pub(super) unsafe fn linear_input(
         &self,
         value: Value,
-        mut matrices: impl Iterator<Item = WeightId>,
+        matrices: impl Iterator<Item = WeightId>,
         team: &Team<'_>,
     ) -> linear::Activations<'_> {
         // SAFETY: by the caller's promise.
         let mut x = unsafe { self.activations(value) };
-        if matrices.any(|id| self.in_16_bits(id)) {
-            let (matrix, place) = (self.matrix(value), self.tables.rounded[0]);
-            // SAFETY: the place was reserved for the value; shares are disjoint, and complete behind the barrier.
-            x.wide = unsafe {
-                self.round::<i16>(&matrix, matrix.width, team.share(matrix.rows, 1), place);
+        let (matrix, place) = (self.matrix(value), self.tables.rounded[0]);
+        let (rows, k) = (matrix.rows, matrix.width);
+        // There is one place: who cannot do without comes first.
+        let input = matrices.map(|id| self.input(id, rows)).fold(Input::Own, |all, one| match (all, one) {
+            (Input::Words, _) | (_, Input::Words) => Input::Words,
+            (Input::Rests, _) | (_, Input::Rests) => Input::Rests,
+            _ => Input::Own,
+        });
+        if input == Input::Own {
+            return x;
+        }
+        // SAFETY: the place was reserved for the value; shares are disjoint, and complete behind the barrier.
+        unsafe {
+            let mine = team.share(rows, 1);
+            if input == Input::Words {
+                self.round::<i16>(&matrix, k, mine, place);
                 team.wait();
-                Some(self.rounded(matrix.rows, matrix.width, place))
-            };
+                x.wide = Some(self.rounded(rows, k, place));
+            } else {
+                let to = linear::TiledMut::new(self.arena.add(place), rows, k);
+                let done = linear::tile_rests(self.isa, matrix.all(0..mine.end), k, mine, &to);
+                debug_assert!(done.is_ok());
+                team.wait();
+                let bytes = std::slice::from_raw_parts(self.arena.add(place), linear::tiled_bytes(rows, k));
+                x.low = linear::Tiled::new(bytes, rows, k).ok();
+            }
         }
         x
     }
 
-    /// Whether a map is multiplied with its input in 16 bits.
-    fn in_16_bits(&self, weight: WeightId) -> bool {
-        self.in_16_bits[weight.0 as usize]
+    /// What a map reads of an input of `rows` rows.
+    fn input(&self, weight: WeightId, rows: usize) -> Input {
+        match self.inputs[weight.0 as usize] {
+            Input::Rests if self.alone || !linear::needs_tiles(self.isa, rows) => Input::Words,
+            input => input,
+        }
     }
 
     /// Rounds the first `k` values of some rows of `x`, into `place` of the arena.
@@ -223,7 +245,7 @@ impl<'a> Context<'a> {
         let task = linear::LinearTask { dtype, weight: bytes, k: info.width, rows, x, out: out.out(), accumulate };
         let kernel = match self.arithmetic {
             Arithmetic::Exact => linear::linear_exact,
-            _ if self.in_16_bits(weight) => linear::linear_wide,
+            _ if self.input(weight, x.tokens) == Input::Words => linear::linear_wide,
             Arithmetic::Narrow if self.alone => linear_alone,
             Arithmetic::Wide | Arithmetic::Narrow => linear::linear,
         };

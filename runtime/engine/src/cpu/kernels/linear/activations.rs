@@ -38,6 +38,8 @@ pub struct Activations<'a> {
     pub wide: Option<Rounded<'a, i16>>,
     /// The same rows in tiles of bfloat16; read by kernels whose [`KernelInfo::reads`](super::KernelInfo::reads) says so.
     pub tiled: Option<Tiled<'a>>,
+    /// What rounding has taken from [`Activations::tiled`], likewise: kernels that read tiles multiply both, where it is there.
+    pub low: Option<Tiled<'a>>,
     /// Rows.
     pub tokens: usize,
     /// Values in a row.

@@ -53,7 +53,7 @@ pub use rounded::{
     rounded_bytes,
 };
 pub use table::{KERNELS, KernelInfo, Shape, pick};
-pub use tiled::{Tiled, TiledMut, linear_backward_tiled, tile_columns, tile_rows, tiled_bytes};
+pub use tiled::{Tiled, TiledMut, linear_backward_tiled, tile_columns, tile_rests, tile_rows, tiled_bytes};
 pub use transpose::{LinearBackwardTask, linear_backward, linear_exact};
 
 use crate::cpu::isa::Isa;

@@ -107,7 +107,16 @@ impl Input {
     fn activations(&self) -> Activations<'_> {
         let q8 = self.k.is_multiple_of(GROUP).then(|| self.q8());
         let tiled = Tiled::new(bytemuck::cast_slice(&self.tiles), self.tokens, self.k).ok();
-        Activations { f32s: &self.f32s, q8, tiled, wide: None, tokens: self.tokens, k: self.k, stride: self.stride }
+        Activations {
+            f32s: &self.f32s,
+            q8,
+            tiled,
+            wide: None,
+            low: None,
+            tokens: self.tokens,
+            k: self.k,
+            stride: self.stride,
+        }
     }
 
     /// What a kernel that reads `form` multiplies with: row `t` as f64.
@@ -390,6 +399,46 @@ fn tiles_hold_the_rounded_values_and_zeros_behind_them() {
     for (rows, columns, x) in [(0..3, 0..64, 200), (0..2, 0..64, 100), (0..2, 16..64, 200), (0..2, 0..96, 200)] {
         assert!(tile_columns(Isa::detect(), &vec![0.0; x], 64, rows, columns, &nowhere).is_err());
         assert!(Tiled::new(&[0; 64], 2, 64).is_err());
+    }
+}
+
+/// What rounding to bfloat16 leaves is multiplied, too: with weights that are whole in bfloat16 little is missing then.
+#[test]
+fn tiles_and_their_rests_agree_with_f64() {
+    let mut random = Random(41);
+    for isa in Isa::available().into_iter().filter(|isa| has_tiles(*isa)) {
+        for (k, rows, tokens) in [(64, 7, 16), (576, 70, 40), (1536, 33, 19), (2304, 40, 33)] {
+            let row_bytes = DType::Q8_0.row_bytes(k).unwrap();
+            let mut weight = random_weights(DType::Q8_0, rows * row_bytes, &mut random);
+            for block in weight.chunks_exact_mut(34) {
+                block[..2].copy_from_slice(&half::f16::from_f32(1.0 / 64.0).to_le_bytes());
+            }
+            let mut decoded = vec![0.0; rows * k];
+            dequantize(DType::Q8_0, &weight, &mut decoded).unwrap();
+            let input = Input::random(isa, tokens, k, &mut random);
+            let mut rests = vec![Line([f32::NAN; 16]); tiled_bytes(tokens, k) / 64];
+            // SAFETY: the buffer is large enough and this test's own.
+            let dst = unsafe { TiledMut::new(rests.as_mut_ptr().cast(), tokens, k) };
+            tile_rests(isa, &input.f32s, input.stride, 0..tokens, &dst).unwrap();
+            let low = Tiled::new(bytemuck::cast_slice(&rests), tokens, k).ok();
+            let x = Activations { low, ..input.activations() };
+            let mut y = vec![f32::NAN; tokens * rows];
+            // SAFETY: `y` outlives the call.
+            let out = unsafe { OutMut::new(y.as_mut_ptr(), rows, y.len()) };
+            let task =
+                LinearTask { dtype: DType::Q8_0, weight: &weight, k, rows: 0..rows, x: &x, out, accumulate: false };
+            linear(isa, &task, &mut Scratch::new()).unwrap();
+            for (at, got) in y.iter().enumerate() {
+                let (t, r) = (at / rows, at % rows);
+                let terms = input.f32s[t * input.stride..][..k].iter().zip(&decoded[r * k..]);
+                let terms = terms.map(|(x, w)| f64::from(*x) * f64::from(*w));
+                let (want, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                assert!(
+                    (f64::from(*got) - want).abs() < 1e-5 * size,
+                    "{k} × {rows} × {tokens} [{t}, {r}]: {got} {want}"
+                );
+            }
+        }
     }
 }
 

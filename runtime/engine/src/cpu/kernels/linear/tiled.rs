@@ -112,6 +112,26 @@ pub fn tile_columns(
     columns: Range<usize>,
     dst: &TiledMut,
 ) -> Result<()> {
+    lay(isa, x, stride, (rows, columns), dst, false)
+}
+
+/// Lays into `dst` what [`tile_rows`] has taken from the same values, rounded in turn: with both they are off by up to 2⁻¹⁶ of each.
+///
+/// # Errors
+/// [`Error::Argument`] before anything is written, when a size does not fit.
+pub fn tile_rests(isa: Isa, x: &[f32], stride: usize, rows: Range<usize>, dst: &TiledMut) -> Result<()> {
+    lay(isa, x, stride, (rows, 0..dst.k), dst, true)
+}
+
+/// Lays values down rounded, or what that leaves of them, which is exact before it is rounded in turn.
+fn lay(
+    isa: Isa,
+    x: &[f32],
+    stride: usize,
+    (rows, columns): (Range<usize>, Range<usize>),
+    dst: &TiledMut,
+    rests: bool,
+) -> Result<()> {
     let n = columns.len();
     let enough = rows.is_empty() || fits(rows.end, n, stride, x.len());
     let whole =
@@ -133,12 +153,15 @@ pub fn tile_columns(
                 && token.bf16
             {
                 // SAFETY: the token says that the CPU has the instructions; the place lies in the buffer, which is the caller's.
-                unsafe { x86::round(x, to) };
+                unsafe { if rests { x86::round_rests(x, to) } else { x86::round(x, to) } };
                 continue;
             }
             let _ = isa;
             let mut values = [0; TILE_VALUES];
-            values.iter_mut().zip(x).for_each(|(to, x)| *to = half::bf16::from_f32(*x).to_bits());
+            for (to, x) in values.iter_mut().zip(x) {
+                let rounded = half::bf16::from_f32(*x);
+                *to = if rests { half::bf16::from_f32(x - rounded.to_f32()) } else { rounded }.to_bits();
+            }
             // SAFETY: the place lies in the buffer, which is the caller's.
             unsafe { *to = values };
         }
@@ -180,6 +203,26 @@ mod x86 {
             let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
             let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
             _mm512_storeu_si512(to.cast(), both);
+        }
+    }
+
+    /// As [`round`], of what it leaves.
+    ///
+    /// # Safety
+    /// As there.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn round_rests(x: &[f32; TILE_VALUES], to: *mut [u16; TILE_VALUES]) {
+        let mut rests = [0.0; TILE_VALUES];
+        // SAFETY: 32 values in, 32 out.
+        unsafe {
+            for i in [0, 16] {
+                let x = _mm512_loadu_ps(x.as_ptr().add(i));
+                let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(x));
+                let rounded = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(rounded));
+                let rest = _mm512_sub_ps(x, _mm512_castsi512_ps(rounded));
+                _mm512_storeu_ps(rests.as_mut_ptr().add(i), rest);
+            }
+            round(&rests, to);
         }
     }
 }

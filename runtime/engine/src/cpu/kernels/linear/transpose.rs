@@ -325,6 +325,7 @@ mod tests {
                 q8: None,
                 tiled: None,
                 wide: None,
+                low: None,
                 tokens: self.tokens,
                 k: self.k,
                 stride: self.k + PAD,

@@ -41,6 +41,7 @@ unsafe fn backward<S: Source>(task: &RoundedBackwardTask<'_, Tiled<'_>>, scratch
             for (i, first) in within.clone().step_by(COLUMNS).enumerate() {
                 let product = Product {
                     x: dy,
+                    low: None,
                     first: r0 / TILE_VALUES,
                     steps,
                     panel: panels.wrapping_add(i * steps * 2 * TILE_BYTES),

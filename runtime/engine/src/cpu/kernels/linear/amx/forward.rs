@@ -72,6 +72,7 @@ unsafe fn by_panels<B: Turn>(task: &LinearTask<'_>, scratch: &mut Scratch) {
             }
             let product = Product {
                 x: &x,
+                low: task.x.low.as_ref(),
                 first: UNIT_GROUPS * u0,
                 steps: groups,
                 panel,

@@ -33,6 +33,8 @@ const PANEL_BYTES: usize = 2 * COLUMNS * DEPTH;
 /// A part of the sum of all tokens for the columns of a panel.
 struct Product<'a> {
     x: &'a Tiled<'a>,
+    /// What rounding has left of it, to be multiplied and added likewise.
+    low: Option<&'a Tiled<'a>>,
     /// The first tile of the sum in a row of `x`, and how many.
     first: usize,
     steps: usize,
@@ -56,7 +58,8 @@ impl Unit {
             let rows = (tokens.end - t).min(PAIR);
             // A second tile row that is not there repeats the first.
             let second = if rows > TILE_ROWS { t / TILE_ROWS + 1 } else { t / TILE_ROWS };
-            let a = [p.x.tile(t / TILE_ROWS, p.first), p.x.tile(second, p.first)];
+            let of = |x: &Tiled<'_>| [x.tile(t / TILE_ROWS, p.first), x.tile(second, p.first)];
+            let a = (of(p.x), p.low.map(of));
             // SAFETY: tile rows of `x`, places of the output; or of a copy where not all of the 32 × 32 are there.
             unsafe {
                 let out = p.out.base.add(t * p.out.stride + p.column);
@@ -79,63 +82,72 @@ impl Unit {
         }
     }
 
-    /// Two tile rows at `a` times the panel, 32 × 32 values at `to`, in rows `stride` apart. Asks for the lines of the rows behind,
-    /// `ahead` apart; 0 asks for none.
+    /// Two tile rows at `a`, and what is left of them, times the panel, 32 × 32 values at `to`, in rows `stride` apart. Asks for the
+    /// lines of the rows behind, `ahead` apart; 0 asks for none.
     ///
     /// # Safety
     /// `a` and the panel have the steps, at least one; `to` is good for 32 rows of 32 values.
     #[inline(always)]
-    unsafe fn block(&self, a: [*const u8; 2], p: &Product<'_>, to: *mut f32, stride: usize, ahead: usize) {
-        let (low, high, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
+    unsafe fn block(
+        &self,
+        (a, low): ([*const u8; 2], Option<[*const u8; 2]>),
+        p: &Product<'_>,
+        to: *mut f32,
+        stride: usize,
+        ahead: usize,
+    ) {
+        let (top, bottom, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
         // SAFETY: by the contract; what a register holds goes from one statement to the next, which keep their order.
         unsafe {
             if p.accumulate {
                 asm!(
-                    "tileloadd tmm0, [{low} + {s}*1]",
-                    "tileloadd tmm1, [{low} + {s}*1 + 64]",
-                    "tileloadd tmm2, [{high} + {s}*1]",
-                    "tileloadd tmm3, [{high} + {s}*1 + 64]",
-                    low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
+                    "tileloadd tmm0, [{top} + {s}*1]",
+                    "tileloadd tmm1, [{top} + {s}*1 + 64]",
+                    "tileloadd tmm2, [{bottom} + {s}*1]",
+                    "tileloadd tmm3, [{bottom} + {s}*1 + 64]",
+                    top = in(reg) top, bottom = in(reg) bottom, s = in(reg) stride, options(nostack),
                 );
             } else {
                 asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack));
             }
+            for a in [Some(a), low].into_iter().flatten() {
+                asm!(
+                    "2:",
+                    "tileloadd tmm4, [{a} + {s}*1]",
+                    "tileloadd tmm6, [{w} + {s}*1]",
+                    "tileloadd tmm7, [{w} + {s}*1 + {tile}]",
+                    "tileloadd tmm5, [{b} + {s}*1]",
+                    "prefetchw [{c}]",
+                    "prefetchw [{c} + 64]",
+                    "prefetchw [{c} + {cs}]",
+                    "prefetchw [{c} + {cs} + 64]",
+                    "lea {c}, [{c} + 2*{cs}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "add {a}, {tile}",
+                    "add {b}, {tile}",
+                    "add {w}, 2*{tile}",
+                    "dec {n}",
+                    "jnz 2b",
+                    a = inout(reg) a[0] => _,
+                    b = inout(reg) a[1] => _,
+                    w = inout(reg) p.panel => _,
+                    n = inout(reg) p.steps => _,
+                    s = in(reg) 64usize,
+                    c = inout(reg) to.wrapping_add(PAIR * ahead) => _,
+                    cs = in(reg) 4 * ahead,
+                    tile = const TILE_BYTES,
+                    options(nostack),
+                );
+            }
             asm!(
-                "2:",
-                "tileloadd tmm4, [{a} + {s}*1]",
-                "tileloadd tmm6, [{w} + {s}*1]",
-                "tileloadd tmm7, [{w} + {s}*1 + {tile}]",
-                "tileloadd tmm5, [{b} + {s}*1]",
-                "prefetchw [{c}]",
-                "prefetchw [{c} + 64]",
-                "prefetchw [{c} + {cs}]",
-                "prefetchw [{c} + {cs} + 64]",
-                "lea {c}, [{c} + 2*{cs}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a}, {tile}",
-                "add {b}, {tile}",
-                "add {w}, 2*{tile}",
-                "dec {n}",
-                "jnz 2b",
-                a = inout(reg) a[0] => _,
-                b = inout(reg) a[1] => _,
-                w = inout(reg) p.panel => _,
-                n = inout(reg) p.steps => _,
-                s = in(reg) 64usize,
-                c = inout(reg) to.wrapping_add(PAIR * ahead) => _,
-                cs = in(reg) 4 * ahead,
-                tile = const TILE_BYTES,
-                options(nostack),
-            );
-            asm!(
-                "tilestored [{low} + {s}*1], tmm0",
-                "tilestored [{low} + {s}*1 + 64], tmm1",
-                "tilestored [{high} + {s}*1], tmm2",
-                "tilestored [{high} + {s}*1 + 64], tmm3",
-                low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
+                "tilestored [{top} + {s}*1], tmm0",
+                "tilestored [{top} + {s}*1 + 64], tmm1",
+                "tilestored [{bottom} + {s}*1], tmm2",
+                "tilestored [{bottom} + {s}*1 + 64], tmm3",
+                top = in(reg) top, bottom = in(reg) bottom, s = in(reg) stride, options(nostack),
             );
         }
     }

@@ -16,6 +16,7 @@ impl Case {
             f32s: &self.x,
             q8: None,
             tiled: None,
+            low: None,
             wide,
             tokens: self.tokens,
             k: self.k,
@@ -329,7 +330,8 @@ fn sizes_that_do_not_fit_are_refused() {
     refused(RoundedBackwardTask { dx: short, ..good.clone() }, "dx");
     refused(RoundedBackwardTask { dx: narrow, ..good.clone() }, "dx");
     linear_backward_rounded(Isa::detect(), &good, &mut Scratch::new()).unwrap();
-    let x = Activations { f32s: &case.x, q8: None, tiled: None, wide: None, tokens: 2, k: 64, stride: 64 + PAD };
+    let x =
+        Activations { f32s: &case.x, q8: None, tiled: None, wide: None, low: None, tokens: 2, k: 64, stride: 64 + PAD };
     let task = LinearTask { dtype, weight, k, rows: 0..4, x: &x, out, accumulate };
     let message = linear_wide(Isa::detect(), &task, &mut Scratch::new()).unwrap_err().to_string();
     assert!(message.contains("16 bits"), "{message}");
