@@ -21,6 +21,7 @@ fn gelu_tanh(x: f32) -> f32 {
 }
 
 by_isa! {
+    wide;
     /// out ← act(gate) ⊙ up.
     pub fn gated(kind: Gate, gate: &[f32], up: &[f32], out: &mut [f32]) {
         debug_assert!(gate.len() == up.len() && gate.len() == out.len());
@@ -33,6 +34,7 @@ by_isa! {
 }
 
 by_isa! {
+    wide;
     /// gate ← act(gate) ⊙ up, in place.
     pub fn gated_inplace(kind: Gate, gate: &mut [f32], up: &[f32]) {
         debug_assert_eq!(gate.len(), up.len());
@@ -45,6 +47,7 @@ by_isa! {
 }
 
 by_isa! {
+    wide;
     /// The gradients of `out = act(gate) ⊙ up` for the incoming gradient `d_out`:
     /// d_gate ← d_out ⊙ up ⊙ act′(gate), d_up ← d_out ⊙ act(gate).
     pub fn gated_backward(
@@ -76,6 +79,7 @@ by_isa! {
 }
 
 by_isa! {
+    wide;
     /// x ← c · tanh(x / c), which keeps x within ±c.
     pub fn softcap(x: &mut [f32], c: f32) {
         let inverse = 1.0 / c;

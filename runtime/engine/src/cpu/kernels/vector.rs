@@ -1,7 +1,7 @@
 //! What the other kernels are made of: the exponential, sums by lanes, and the one-pass vector operations.
 //!
 //! Two ways of writing a kernel meet here. The simple, memory-bound ones are plain Rust, written in lanes, and
-//! [`by_isa!`] compiles the same body for the baseline of the target (on ARM that is NEON), for AVX2 and for AVX-512. Nothing is
+//! [`by_isa!`] compiles the same body for the baseline of the target (on ARM that is NEON) and for AVX2, some for AVX-512. Nothing is
 //! fused in those bodies (Rust never contracts `a * b + c`), so every instruction set gives the same bits. The hot ones
 //! (attention, small products) are written over [`lanes`](super::lanes).
 //!
@@ -16,8 +16,25 @@ pub(crate) fn has_avx2(isa: crate::cpu::isa::Isa) -> bool {
     matches!(isa, Isa::Avx2(_) | Isa::Avx512(_))
 }
 
-/// Defines a kernel whose one body is compiled for the baseline, for AVX2 and for AVX-512; `isa: Isa` becomes its first parameter.
+/// Defines a kernel whose one body is compiled for the baseline and for AVX2; `isa: Isa` becomes its first parameter. Behind `wide;`
+/// it is compiled for AVX-512, too, where it computes much for each element and each by itself.
 macro_rules! by_isa {
+    (wide; $(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name(isa: $crate::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            if matches!(isa, $crate::cpu::isa::Isa::Avx512(_)) {
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+                #[allow(clippy::too_many_arguments)]
+                fn with_avx512($($arg: $ty),*) $(-> $ret)? $body
+                // SAFETY: the token in `isa` proves that the CPU has these instructions.
+                return unsafe { with_avx512($($arg),*) };
+            }
+            $crate::cpu::kernels::vector::by_isa! { fn narrower($($arg: $ty),*) $(-> $ret)? $body }
+            narrower(isa, $($arg),*)
+        }
+    };
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments)]
@@ -25,16 +42,6 @@ macro_rules! by_isa {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
             fn body($($arg: $ty),*) $(-> $ret)? $body
-            #[cfg(target_arch = "x86_64")]
-            if matches!(isa, $crate::cpu::isa::Isa::Avx512(_)) {
-                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-                #[allow(clippy::too_many_arguments)]
-                fn with_avx512($($arg: $ty),*) $(-> $ret)? {
-                    body($($arg),*)
-                }
-                // SAFETY: as below.
-                return unsafe { with_avx512($($arg),*) };
-            }
             #[cfg(target_arch = "x86_64")]
             if $crate::cpu::kernels::vector::has_avx2(isa) {
                 #[target_feature(enable = "avx2,fma,f16c")]
@@ -180,6 +187,7 @@ by_isa! {
 }
 
 by_isa! {
+    wide;
     /// xᵢ ← e^(xᵢ − shift); returns their sum (eight f32 lanes, each chunk of 1,024 then added in f64).
     pub fn exp_shifted(shift: f32, x: &mut [f32]) -> f64 {
         let mut sum = 0.0f64;
