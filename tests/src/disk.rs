@@ -33,12 +33,19 @@ impl Disk {
         self.limit.is_none()
     }
 
-    /// Takes all room that is left, until the file that is returned is removed.
-    pub fn fill(&self) -> PathBuf {
+    /// Takes all room that is left, until [`Disk::clear`].
+    pub fn fill(&self) {
         let ballast = self.path("ballast");
         let mut file = std::fs::File::create(&ballast).expect("a name costs nothing");
         while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
-        ballast
+    }
+
+    /// Gives back what [`Disk::fill`] has taken, at once: a process that another test has just started may still have the file
+    /// open, so that removing it is not enough.
+    pub fn clear(&self) {
+        let ballast = self.path("ballast");
+        std::fs::File::create(&ballast).expect("the ballast is ours");
+        std::fs::remove_file(ballast).expect("the ballast is ours");
     }
 
     /// A path on it.

@@ -134,7 +134,7 @@ fn linear_map(isa: Isa, dtype: DType, rows: usize, k: usize, tokens: usize) -> R
     });
     failed?;
     let wide = Some(Rounded::new(bytemuck::cast_slice(&buffers[0]), tokens, k)?);
-    let x = Activations { f32s: &x, q8: None, tiled: None, wide, tokens, k, stride: k };
+    let x = Activations { f32s: &x, q8: None, tiled: None, wide, low: None, tokens, k, stride: k };
     let task = LinearTask { dtype, weight, k, rows: 0..rows, x: &x, out: y, accumulate };
     let mut failed = Ok(());
     report(&format!("exact    {dtype} {rows} × {k}, {tokens} tokens"), flops, || {

@@ -2,7 +2,7 @@
 //! all work on plain slices for one thread, and know nothing of tapes or threads.
 
 pub mod activation;
-pub mod amx;
+pub(in crate::cpu) mod amx;
 pub mod attention;
 pub mod dropout;
 pub mod embed;

@@ -17,8 +17,6 @@ use std::arch::x86_64::*;
 
 /// Bytes of a pair of tiles.
 pub const PAIR_BYTES: usize = 2 * TILE_BYTES;
-/// Floats that take as much room.
-pub const PAIR_FLOATS: usize = PAIR_BYTES / 4;
 
 /// Where a factor of a product of 32 × 32 lies.
 #[derive(Clone, Copy, Debug)]

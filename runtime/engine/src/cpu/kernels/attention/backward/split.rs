@@ -367,7 +367,7 @@ unsafe fn score_gradients(shape: &Shape<'_>, at: &Scratch, block: usize, row: us
             for i in 0..16 {
                 // Rows of keys 16 apart, each with two times 16 queries.
                 let mut ds = [[_mm512_setzero_ps(); 2]; 2];
-                for other in 0..2 {
+                for (other, ds) in ds.iter_mut().enumerate() {
                     let j = half * HALF + 16 * other + i;
                     let mut p = [_mm512_setzero_ps(); 2];
                     for c in 0..2 {
@@ -388,21 +388,22 @@ unsafe fn score_gradients(shape: &Shape<'_>, at: &Scratch, block: usize, row: us
                         let e = exp2(_mm512_sub_ps(x, lse));
                         let d = _mm512_sub_ps(_mm512_loadu_ps(at.dp.add(place)), delta);
                         let d = _mm512_mul_ps(_mm512_mul_ps(e, d), factor);
-                        (p[c], ds[other][c]) = (e, d);
+                        (p[c], ds[c]) = (e, d);
                         if !whole {
                             let (from, to) = ranges[c];
                             let j = _mm512_set1_epi32((block + j) as i32);
                             let visible = _mm512_cmple_epi32_mask(from, j) & _mm512_cmplt_epi32_mask(j, to);
                             p[c] = _mm512_maskz_mov_ps(visible, e);
-                            ds[other][c] = _mm512_maskz_mov_ps(visible, d);
+                            ds[c] = _mm512_maskz_mov_ps(visible, d);
                         }
                     }
                     let place = ((2 * half + other) * tiles + m) * PAIR_BYTES + 64 * i;
                     put(p[0], p[1], at.p_sum.add(place));
-                    put(ds[other][0], ds[other][1], at.ds_sum.add(place));
+                    put(ds[0], ds[1], at.ds_sum.add(place));
                 }
-                for c in 0..2 {
-                    put(ds[0][c], ds[1][c], at.ds.add((2 * half + c) * PAIR_BYTES + 64 * i));
+                let [low, high] = ds;
+                for (c, (low, high)) in low.into_iter().zip(high).enumerate() {
+                    put(low, high, at.ds.add((2 * half + c) * PAIR_BYTES + 64 * i));
                 }
             }
         }
