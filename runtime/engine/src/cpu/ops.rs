@@ -793,10 +793,11 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
             KvSource::Cache(layer) => c.cached(layer, s),
             KvSource::Rows(k, v) => c.in_run(k, v, s),
         };
-        // Integers where more is rounded than they round: keys and values when they were stored, the result for a quantized map.
+        // Rounded where more is rounded than that: keys and values when they were stored, the result for a quantized map.
         let accuracy = match c.arithmetic {
             Arithmetic::Exact => attention::Accuracy::Exact,
-            _ if kv.dtype == DType::F32 || c.plan.place(op.out).quantized.is_none() => attention::Accuracy::Near,
+            _ if c.learns => attention::Accuracy::Near,
+            _ if kv.dtype == DType::F32 || c.plan.place(op.out).quantized.is_none() => attention::Accuracy::Exact,
             _ => attention::Accuracy::Rounded,
         };
         let task = attention::AttentionTask {

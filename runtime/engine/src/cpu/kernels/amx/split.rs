@@ -161,6 +161,36 @@ pub unsafe fn across(from: *const f32, stride: usize, to: *mut u8) {
     }
 }
 
+/// Writes up to sixteen columns of `width` values, which lie at `from` in rows `stride` floats apart, as vectors: the first `count`,
+/// times their factors, to where `to` says.
+///
+/// # Safety
+/// All rows of sixteen, up to the next multiple of 16, can be read; vectors can be written; the caller has AVX-512 F.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub unsafe fn write_columns(
+    from: *const f32,
+    stride: usize,
+    width: usize,
+    count: usize,
+    factors: __m512,
+    to: impl Fn(usize) -> *mut f32,
+) {
+    for d in (0..width).step_by(16) {
+        let there = 0xffff_u16 >> (16 - (width - d).min(16));
+        let mut rows = [_mm512_setzero_si512(); 16];
+        // SAFETY: by the contract; masked lanes are not touched.
+        unsafe {
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(from.add((d + i) * stride)), factors));
+            }
+            for (i, x) in transpose(rows).into_iter().enumerate().take(count) {
+                _mm512_mask_storeu_ps(to(i).add(d), there, _mm512_castsi512_ps(x));
+            }
+        }
+    }
+}
+
 /// Turns a pair of tiles: rows become columns, dword by dword.
 ///
 /// # Safety
@@ -185,7 +215,7 @@ pub unsafe fn turn(at: *mut u8) {
 /// Rows become columns.
 #[target_feature(enable = "avx512f")]
 #[inline]
-pub fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
     let mut by_two = rows;
     for i in (0..16).step_by(2) {
         by_two[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);

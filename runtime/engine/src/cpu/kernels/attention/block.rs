@@ -17,7 +17,7 @@ use super::super::lanes::{
     transpose, zero,
 };
 use super::kv::unpack_eights;
-use super::{AttentionTask, BLOCK, TILE, aligned};
+use super::{AttentionTask, BLOCK, Pieces, TILE, aligned};
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
@@ -46,27 +46,20 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// # Safety
-    /// `base` must have room for [`attention_scratch_len`](super::attention_scratch_len) floats less the alignment.
-    unsafe fn cut(base: *mut f32, dim: usize) -> Scratch {
+    /// From `base` on, where there must be room for what [`attention_scratch_len`](super::attention_scratch_len) counts for this path.
+    fn cut(base: *mut f32, dim: usize) -> Scratch {
         let width = dim.next_multiple_of(16);
-        let mut next = base;
-        let mut take = |n: usize| {
-            let at = next;
-            // SAFETY: the lengths add up to what `attention_scratch_len` counts for this path.
-            next = unsafe { next.add(n) };
-            at
-        };
+        let mut pieces = Pieces(base);
         Scratch {
             dim,
             width,
-            q: take(TILE * dim),
-            o: take(TILE * width),
-            kt: take(BLOCK * width),
-            v: take(BLOCK * width),
-            s: take(TILE * BLOCK),
-            most: take(TILE),
-            sums: take(TILE * 8),
+            q: pieces.take(TILE * dim),
+            o: pieces.take(TILE * width),
+            kt: pieces.take(BLOCK * width),
+            v: pieces.take(BLOCK * width),
+            s: pieces.take(TILE * BLOCK),
+            most: pieces.take(TILE),
+            sums: pieces.take(TILE * 8),
         }
     }
 }
@@ -265,8 +258,7 @@ pub(super) unsafe fn finish(task: &AttentionTask<'_>, row: usize, head: usize, o
 /// See [`attention`](super::attention), whose promises are those of the caller here.
 #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
 pub(super) unsafe fn attention_lanes(task: &AttentionTask<'_>, scratch: &mut [f32]) {
-    // SAFETY: `attention` has checked the length.
-    let at = unsafe { Scratch::cut(aligned(scratch), task.head_dim) };
+    let at = Scratch::cut(aligned(scratch), task.head_dim);
     let bend = Bend::new(task);
     task.for_tiles(TILE, |kv_head, heads, rows| {
         // SAFETY: rows and heads are the task's; the CPU has the instructions, for this function runs.

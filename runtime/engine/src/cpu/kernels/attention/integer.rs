@@ -13,7 +13,7 @@ use super::super::lanes::transpose;
 use super::super::vector::avx512::exp2;
 use super::block::{Bend, Vectors, finish, mask_rows};
 use super::kv::unpack_eights;
-use super::{AttentionTask, BLOCK, aligned};
+use super::{AttentionTask, BLOCK, Pieces, aligned};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -82,33 +82,26 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// # Safety
-    /// `base` must have room for [`scratch_len`] floats.
-    unsafe fn cut(base: *mut f32, dim: usize) -> Scratch {
+    /// From `base` on, where there must be room for [`scratch_len`] floats: the lengths add up to it.
+    fn cut(base: *mut f32, dim: usize) -> Scratch {
         let width = dim.next_multiple_of(PANEL);
-        let mut next = base;
-        let mut take = |n: usize| {
-            let at = next;
-            // SAFETY: the lengths add up to `scratch_len`.
-            next = unsafe { next.add(n) };
-            at
-        };
+        let mut pieces = Pieces(base);
         Scratch {
             dim,
             width,
-            q: take(TILE * width / 2).cast(),
-            o: take(TILE * width),
-            k: take(BLOCK * width / 2).cast(),
-            v: take(BLOCK * width / 2).cast(),
-            s: take(ROWS * BLOCK),
-            p: take(ROWS * BLOCK / 2).cast(),
-            row: take(width),
-            words: take(ROWS * width / 2).cast(),
-            k_scale: take(BLOCK),
-            v_scale: take(BLOCK),
-            q_scale: take(TILE),
-            most: take(TILE),
-            sums: take(TILE * 8),
+            q: pieces.take(TILE * width / 2),
+            o: pieces.take(TILE * width),
+            k: pieces.take(BLOCK * width / 2),
+            v: pieces.take(BLOCK * width / 2),
+            s: pieces.take(ROWS * BLOCK),
+            p: pieces.take(ROWS * BLOCK / 2),
+            row: pieces.take(width),
+            words: pieces.take(ROWS * width / 2),
+            k_scale: pieces.take(BLOCK),
+            v_scale: pieces.take(BLOCK),
+            q_scale: pieces.take(TILE),
+            most: pieces.take(TILE),
+            sums: pieces.take(TILE * 8),
         }
     }
 }
@@ -116,8 +109,7 @@ impl Scratch {
 /// See [`attention`](super::attention), whose promises are those of the caller here.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn attention_avx512(task: &AttentionTask<'_>, scratch: &mut [f32]) {
-    // SAFETY: `attention` has checked the length.
-    let at = unsafe { Scratch::cut(aligned(scratch), task.head_dim) };
+    let at = Scratch::cut(aligned(scratch), task.head_dim);
     let bend = Bend::new(task);
     task.for_tiles(TILE, |kv_head, heads, rows| {
         // SAFETY: rows and heads are the task's; the CPU has AVX-512, for this function runs.

@@ -284,6 +284,20 @@ pub unsafe fn attention(isa: Isa, task: &AttentionTask<'_>, scratch: &mut [f32])
     unsafe { scalar::attention_scalar(task, scratch) }
 }
 
+/// What is left of a scratch whose pieces lie one behind the other.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+struct Pieces(*mut f32);
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+impl Pieces {
+    /// The next `floats` floats, which the scratch has room for, as what they are used for.
+    fn take<T>(&mut self, floats: usize) -> *mut T {
+        let at = self.0;
+        self.0 = at.wrapping_add(floats);
+        at.cast()
+    }
+}
+
 /// The part of `scratch` that starts at a cache line.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn aligned(scratch: &mut [f32]) -> *mut f32 {

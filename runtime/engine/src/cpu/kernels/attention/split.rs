@@ -10,12 +10,12 @@
 //! A query's column is computed by itself, in the order of positions, and masked positions add exact zeros: the split into tiles
 //! and tasks does not show in the result.
 
-use super::super::amx::split::{Factor, PAIR_BYTES, across, along, put, transpose, turn};
+use super::super::amx::split::{Factor, PAIR_BYTES, across, along, put, turn, write_columns};
 use super::super::amx::{TILE_ROWS, TILE_VALUES, Unit};
 use super::super::vector::avx512::{exp2, tanh_of_exp2};
 use super::block::{Bend, Vectors};
 use super::kv::unpack_eights;
-use super::{AttentionTask, BLOCK, aligned};
+use super::{AttentionTask, BLOCK, Pieces, aligned};
 use std::arch::x86_64::*;
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
@@ -65,32 +65,26 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// # Safety
-    /// `next` must have room for [`scratch_len`] floats.
-    unsafe fn cut(mut next: *mut f32, dim: usize) -> Scratch {
+    /// From `base` on, where there must be room for [`scratch_len`] floats: the lengths add up to it.
+    fn cut(base: *mut f32, dim: usize) -> Scratch {
         let width = dim.next_multiple_of(TILE_VALUES);
-        let mut take = |n: usize| {
-            let at = next;
-            // SAFETY: the lengths add up to `scratch_len`.
-            next = unsafe { next.add(n) };
-            at
-        };
+        let mut pieces = Pieces(base);
         Scratch {
             dim,
             width,
-            q: take(TILE * width).cast(),
-            o: take(TILE * width),
-            k: take(BLOCK * width).cast(),
-            v: take(BLOCK * width).cast(),
-            rows: take(BLOCK * width),
-            s: take(BLOCK * COLUMNS),
-            p: take(BLOCK * COLUMNS).cast(),
-            most: take(TILE),
-            sums: take(TILE),
-            from: take(TILE).cast(),
-            to: take(TILE).cast(),
-            position: take(TILE),
-            slope: take(TILE),
+            q: pieces.take(TILE * width),
+            o: pieces.take(TILE * width),
+            k: pieces.take(BLOCK * width),
+            v: pieces.take(BLOCK * width),
+            rows: pieces.take(BLOCK * width),
+            s: pieces.take(BLOCK * COLUMNS),
+            p: pieces.take(BLOCK * COLUMNS),
+            most: pieces.take(TILE),
+            sums: pieces.take(TILE),
+            from: pieces.take(TILE),
+            to: pieces.take(TILE),
+            position: pieces.take(TILE),
+            slope: pieces.take(TILE),
         }
     }
 
@@ -103,8 +97,7 @@ impl Scratch {
 /// See [`attention`](super::attention), whose promises are those of the caller here, which has AMX, too.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn attention_split(task: &AttentionTask<'_>, scratch: &mut [f32]) {
-    // SAFETY: `attention` has checked the length.
-    let at = unsafe { Scratch::cut(aligned(scratch), task.head_dim) };
+    let at = Scratch::cut(aligned(scratch), task.head_dim);
     // SAFETY: by the contract.
     let unit = unsafe { Unit::open() };
     let bend = Bend::new(task);
@@ -355,19 +348,10 @@ unsafe fn finish(task: &AttentionTask<'_>, at: &Scratch, vectors: Vectors, m: us
         let positive = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(sums, _mm512_setzero_ps());
         let inverse = _mm512_maskz_div_ps(positive, _mm512_set1_ps(1.0), sums);
         let o = at.o.add(m / COLUMNS * COLUMNS * at.width + m % COLUMNS);
-        for d in (0..at.dim).step_by(16) {
-            let mut rows = [_mm512_setzero_si512(); 16];
-            for (i, row) in rows.iter_mut().enumerate() {
-                let x = _mm512_loadu_ps(o.add((d + i) * COLUMNS));
-                *row = _mm512_castps_si512(_mm512_mul_ps(x, inverse));
-            }
-            let there = 0xffff_u16 >> (16 - (at.dim - d).min(16));
-            for (i, x) in transpose(rows).into_iter().enumerate().take(count) {
-                let (row, head) = vectors.owner(m + i);
-                let out = task.out.add(row * task.out_stride + head * at.dim + d);
-                _mm512_mask_storeu_ps(out, there, _mm512_castsi512_ps(x));
-            }
-        }
+        write_columns(o, COLUMNS, at.dim, count, inverse, |i| {
+            let (row, head) = vectors.owner(m + i);
+            task.out.add(row * task.out_stride + head * at.dim)
+        });
         if let Some(lse) = task.lse {
             for i in m..m + count {
                 let (row, head) = vectors.owner(i);

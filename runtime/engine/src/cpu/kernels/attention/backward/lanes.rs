@@ -1,5 +1,6 @@
 //! In lanes.
 use super::super::block::Bend;
+use super::super::{Pieces, aligned};
 use super::{AttentionBackwardTask, TILE, padded};
 use crate::cpu::kernels::gemm::lanes::{Left, Slab, SlabKernel, Target};
 use crate::cpu::kernels::lanes::{
@@ -36,32 +37,26 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// # Safety
-    /// `next` must have room for `attention_backward_scratch_len` floats less the alignment.
-    unsafe fn cut(mut next: *mut f32, dim: usize, slab: SlabKernel) -> Scratch {
+    /// From `base` on, where there must be room for what `attention_backward_scratch_len` counts for this form.
+    fn cut(base: *mut f32, dim: usize, slab: SlabKernel) -> Scratch {
         let (width, panel) = (padded(dim), TILE * dim.next_multiple_of(16));
-        let mut take = |n: usize| {
-            let at = next;
-            // SAFETY: the lengths add up to what `attention_backward_scratch_len` counts.
-            next = unsafe { next.add(n) };
-            at
-        };
+        let mut pieces = Pieces(base);
         Scratch {
             slab,
             dim,
             width,
-            q: take(TILE * width),
-            d_out: take(TILE * width),
-            k: take(TILE * width),
-            dq: take(TILE * width),
-            dk: take(TILE * width),
-            dv: take(TILE * width),
-            kt: take(panel),
-            vt: take(panel),
-            p: take(TILE * TILE),
-            ds: take(TILE * TILE),
-            lse: take(TILE),
-            delta: take(TILE),
+            q: pieces.take(TILE * width),
+            d_out: pieces.take(TILE * width),
+            k: pieces.take(TILE * width),
+            dq: pieces.take(TILE * width),
+            dk: pieces.take(TILE * width),
+            dv: pieces.take(TILE * width),
+            kt: pieces.take(panel),
+            vt: pieces.take(panel),
+            p: pieces.take(TILE * TILE),
+            ds: pieces.take(TILE * TILE),
+            lse: pieces.take(TILE),
+            delta: pieces.take(TILE),
         }
     }
 }
@@ -73,7 +68,7 @@ pub(super) unsafe fn backward(task: &AttentionBackwardTask<'_>, scratch: &mut [f
     let (first, last) = task.rows;
     // SAFETY: the scratch's length was checked; rows and heads are the task's; blocks are at most TILE long.
     unsafe {
-        let at = Scratch::cut(super::super::aligned(scratch), task.head_dim, slab);
+        let at = Scratch::cut(aligned(scratch), task.head_dim, slab);
         // What lies between a head's width and the next multiple of 16 is multiplied, though never read back.
         for block in [at.q, at.d_out, at.k] {
             block.write_bytes(0, TILE * at.width);

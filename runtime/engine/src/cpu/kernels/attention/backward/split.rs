@@ -7,11 +7,11 @@
 //!   2. P and dS from them, and dQ ← dQ + Kᵀ·dS, [width][32 queries];
 //!   3. behind the last queries, dV = P·dO and dK = dS·Q, [64 keys][width], each in one sum over all of them.
 
-use super::super::super::amx::split::{Factor, PAIR_BYTES, across, along, put, transpose, turn};
+use super::super::super::amx::split::{Factor, PAIR_BYTES, across, along, put, turn, write_columns};
 use super::super::super::amx::{TILE_ROWS, TILE_VALUES, Unit};
 use super::super::super::vector::avx512::{exp2, tanh_of_exp2};
-use super::super::aligned;
 use super::super::block::Bend;
+use super::super::{Pieces, aligned};
 use super::{AttentionBackwardTask, TILE};
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
@@ -77,41 +77,35 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// # Safety
-    /// `next` must have room for [`scratch_len`] floats.
-    unsafe fn cut(mut next: *mut f32, dim: usize) -> Scratch {
+    /// From `base` on, where there must be room for [`scratch_len`] floats: the lengths add up to it.
+    fn cut(base: *mut f32, dim: usize) -> Scratch {
         let width = dim.next_multiple_of(TILE_VALUES);
         let queries = queries_at_once(width);
-        let mut take = |n: usize| {
-            let at = next;
-            // SAFETY: the lengths add up to `scratch_len`.
-            next = unsafe { next.add(n) };
-            at
-        };
+        let mut pieces = Pieces(base);
         Scratch {
             dim,
             width,
             queries,
-            q: take(queries * width).cast(),
-            d_out: take(queries * width).cast(),
-            q_sum: take(queries * width).cast(),
-            d_out_sum: take(queries * width).cast(),
-            dq: take(queries * width),
-            k: take(TILE * width).cast(),
-            v: take(TILE * width).cast(),
-            k_sum: take(TILE * width).cast(),
-            dk: take(TILE * width),
-            dv: take(TILE * width),
-            rows: take(TILE * width),
-            s: take(TILE * COLUMNS),
-            dp: take(TILE * COLUMNS),
-            ds: take(TILE * COLUMNS).cast(),
-            p_sum: take(TILE * queries).cast(),
-            ds_sum: take(TILE * queries).cast(),
-            lse: take(queries),
-            delta: take(queries),
-            from: take(queries).cast(),
-            to: take(queries).cast(),
+            q: pieces.take(queries * width),
+            d_out: pieces.take(queries * width),
+            q_sum: pieces.take(queries * width),
+            d_out_sum: pieces.take(queries * width),
+            dq: pieces.take(queries * width),
+            k: pieces.take(TILE * width),
+            v: pieces.take(TILE * width),
+            k_sum: pieces.take(TILE * width),
+            dk: pieces.take(TILE * width),
+            dv: pieces.take(TILE * width),
+            rows: pieces.take(TILE * width),
+            s: pieces.take(TILE * COLUMNS),
+            dp: pieces.take(TILE * COLUMNS),
+            ds: pieces.take(TILE * COLUMNS),
+            p_sum: pieces.take(TILE * queries),
+            ds_sum: pieces.take(TILE * queries),
+            lse: pieces.take(queries),
+            delta: pieces.take(queries),
+            from: pieces.take(queries),
+            to: pieces.take(queries),
         }
     }
 
@@ -418,20 +412,12 @@ unsafe fn score_gradients(shape: &Shape<'_>, at: &Scratch, block: usize, row: us
 unsafe fn finish_queries(shape: &Shape<'_>, at: &Scratch, rows: Range<usize>) {
     let task = shape.task;
     for m in (0..rows.len()).step_by(16) {
-        for d in (0..at.dim).step_by(16) {
-            // SAFETY: columns of the scratch; rows and head are the task's own.
-            unsafe {
-                let from = at.dq.add(m / COLUMNS * COLUMNS * at.width + m % COLUMNS);
-                let mut columns = [_mm512_setzero_si512(); 16];
-                for (i, column) in columns.iter_mut().enumerate() {
-                    *column = _mm512_loadu_si512(from.add((d + i) * COLUMNS).cast());
-                }
-                let there = 0xffff_u16 >> (16 - (at.dim - d).min(16));
-                for (i, x) in transpose(columns).into_iter().enumerate().take(rows.len() - m) {
-                    let dq = task.dq.add((rows.start + m + i) * task.dq_stride + shape.head * at.dim + d);
-                    _mm512_mask_storeu_ps(dq, there, _mm512_castsi512_ps(x));
-                }
-            }
+        // SAFETY: columns of the scratch; rows and head are the task's own.
+        unsafe {
+            let from = at.dq.add(m / COLUMNS * COLUMNS * at.width + m % COLUMNS);
+            write_columns(from, COLUMNS, at.dim, rows.len() - m, _mm512_set1_ps(1.0), |i| {
+                task.dq.add((rows.start + m + i) * task.dq_stride + shape.head * at.dim)
+            });
         }
     }
 }
