@@ -1,4 +1,5 @@
-//! In lanes.
+//! In lanes: the vector form that the module describes.
+
 use super::super::block::Bend;
 use super::super::{Pieces, aligned};
 use super::{AttentionBackwardTask, TILE, padded};

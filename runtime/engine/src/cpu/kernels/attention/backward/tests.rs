@@ -1,3 +1,5 @@
+//! The gradient of attention against f64, whose formulas pass central differences, over shapes and instruction sets.
+
 use super::super::{AttentionTask, KvPages, Path, attention, attention_scratch_len};
 use super::*;
 use crate::quant::DType;
