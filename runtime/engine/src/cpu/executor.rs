@@ -137,15 +137,15 @@ impl Program {
     }
 }
 
-/// What a map reads of its input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a map reads of its input; of several maps the last has its way, for the others can do without what they would like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Input {
     /// The form that the value has.
     Own,
-    /// 16 bits.
-    Words,
     /// Tiles, and tiles of what their rounding has left; 16 bits where a run has too few rows for tiles.
     Rests,
+    /// 16 bits.
+    Words,
 }
 
 /// Of how many layers one is among the first ones whose maps read what rounding their inputs to bfloat16 leaves, too, while something
@@ -171,9 +171,7 @@ fn inputs(spec: &Spec, weights: &Weights, options: &ExecutorOptions, isa: Isa) -
         let careful = spec.layers.len().div_ceil(ONE_CAREFUL_OF);
         for map in spec.layers.iter().take(careful).flat_map(LayerSpec::maps) {
             let input = &mut inputs[weights.id(&map.weight).0 as usize];
-            if *input == Input::Own {
-                *input = Input::Rests;
-            }
+            *input = (*input).max(Input::Rests);
         }
     }
     inputs

@@ -159,12 +159,8 @@ impl<'a> Context<'a> {
         let mut x = unsafe { self.activations(value) };
         let (matrix, place) = (self.matrix(value), self.tables.rounded[0]);
         let (rows, k) = (matrix.rows, matrix.width);
-        // There is one place: who cannot do without comes first.
-        let input = matrices.map(|id| self.input(id, rows)).fold(Input::Own, |all, one| match (all, one) {
-            (Input::Words, _) | (_, Input::Words) => Input::Words,
-            (Input::Rests, _) | (_, Input::Rests) => Input::Rests,
-            _ => Input::Own,
-        });
+        // There is one place for all of them.
+        let input = matrices.map(|id| self.input(id, rows)).max().unwrap_or(Input::Own);
         if input == Input::Own {
             return x;
         }

@@ -44,20 +44,9 @@ impl Unit {
         stride: usize,
         accumulate: bool,
     ) {
-        let (low, high, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
         // SAFETY: by the contract; what a register holds goes from one statement to the next, which keep their order.
         unsafe {
-            if accumulate {
-                asm!(
-                    "tileloadd tmm0, [{low} + {s}*1]",
-                    "tileloadd tmm1, [{low} + {s}*1 + 64]",
-                    "tileloadd tmm2, [{high} + {s}*1]",
-                    "tileloadd tmm3, [{high} + {s}*1 + 64]",
-                    low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
-                );
-            } else {
-                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack));
-            }
+            self.begin_sums(to, stride, accumulate);
             asm!(
                 "2:",
                 "tileloadd tmm4, [{a} + {s}*1 + {tile}]",
@@ -97,13 +86,7 @@ impl Unit {
                 tile = const TILE_BYTES,
                 options(nostack),
             );
-            asm!(
-                "tilestored [{low} + {s}*1], tmm0",
-                "tilestored [{low} + {s}*1 + 64], tmm1",
-                "tilestored [{high} + {s}*1], tmm2",
-                "tilestored [{high} + {s}*1 + 64], tmm3",
-                low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
-            );
+            self.store_sums(to, stride);
         }
     }
 }

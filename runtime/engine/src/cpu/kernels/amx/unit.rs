@@ -52,6 +52,50 @@ impl Unit {
     }
 }
 
+impl Unit {
+    /// Takes the 32 × 32 sums at `to`, in rows `stride` floats apart, into the first four registers, or zeros.
+    ///
+    /// # Safety
+    /// `to` is good for 32 rows of 32 values.
+    #[inline(always)]
+    pub unsafe fn begin_sums(&self, to: *const f32, stride: usize, accumulate: bool) {
+        let (low, high, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
+        // SAFETY: by the contract; the registers are the unit's.
+        unsafe {
+            if accumulate {
+                asm!(
+                    "tileloadd tmm0, [{low} + {s}*1]",
+                    "tileloadd tmm1, [{low} + {s}*1 + 64]",
+                    "tileloadd tmm2, [{high} + {s}*1]",
+                    "tileloadd tmm3, [{high} + {s}*1 + 64]",
+                    low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
+                );
+            } else {
+                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack));
+            }
+        }
+    }
+
+    /// Puts them there.
+    ///
+    /// # Safety
+    /// As for [`Unit::begin_sums`].
+    #[inline(always)]
+    pub unsafe fn store_sums(&self, to: *mut f32, stride: usize) {
+        let (low, high, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
+        // SAFETY: as there.
+        unsafe {
+            asm!(
+                "tilestored [{low} + {s}*1], tmm0",
+                "tilestored [{low} + {s}*1 + 64], tmm1",
+                "tilestored [{high} + {s}*1], tmm2",
+                "tilestored [{high} + {s}*1 + 64], tmm3",
+                low = in(reg) low, high = in(reg) high, s = in(reg) stride, options(nostack),
+            );
+        }
+    }
+}
+
 impl Drop for Unit {
     fn drop(&mut self) {
         // SAFETY: `open` has found the instructions, and stored what is loaded.

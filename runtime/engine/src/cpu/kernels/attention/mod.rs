@@ -33,6 +33,7 @@ mod tests;
 pub use backward::{AttentionBackwardTask, attention_backward, attention_backward_scratch_len};
 pub use kv::{kv_row_bytes, store_kv};
 
+use super::linear::has_tiles;
 use crate::cpu::isa::Isa;
 use crate::quant::DType;
 use std::ops::Range;
@@ -85,11 +86,6 @@ pub enum Accuracy {
     Rounded,
 }
 
-/// Whether there is a matrix unit.
-fn has_unit(isa: Isa) -> bool {
-    matches!(isa, Isa::Avx512(token) if token.amx)
-}
-
 /// Rows from which on integers and the matrix unit pay: their form of a block costs more than unpacking it.
 const MANY_ROWS: usize = 16;
 
@@ -99,7 +95,7 @@ impl Path {
     pub fn for_rows(isa: Isa, rows: usize, accuracy: Accuracy) -> Path {
         match rows {
             ..=1 => Path::Stream,
-            MANY_ROWS.. if has_unit(isa) && accuracy != Accuracy::Exact => Path::Split,
+            MANY_ROWS.. if has_tiles(isa) && accuracy != Accuracy::Exact => Path::Split,
             MANY_ROWS.. if accuracy == Accuracy::Rounded => Path::Integer,
             _ => Path::Block,
         }
@@ -264,7 +260,7 @@ pub unsafe fn attention(isa: Isa, task: &AttentionTask<'_>, scratch: &mut [f32])
         return unsafe { integer::attention_avx512(task, scratch) };
     }
     #[cfg(target_arch = "x86_64")]
-    if has_unit(isa) && task.path == Path::Split {
+    if has_tiles(isa) && task.path == Path::Split {
         // SAFETY: as above.
         return unsafe { split::attention_split(task, scratch) };
     }

@@ -24,9 +24,9 @@ mod split;
 #[cfg(test)]
 mod tests;
 
-use super::super::vector::{dot_body, exp, tanh};
 #[cfg(target_arch = "x86_64")]
-use super::has_unit;
+use super::super::linear::has_tiles;
+use super::super::vector::{dot_body, exp, tanh};
 use crate::cpu::isa::Isa;
 use std::ops::Range;
 
@@ -132,7 +132,7 @@ pub fn attention_backward_scratch_len(isa: Isa, head_dim: usize) -> usize {
     // Row-major q, dO, k (or v before it is transposed), dq, dk, dv; transposed k and v; P and dS; lse and Δ.
     let lanes = 6 * TILE * padded(head_dim) + 2 * TILE * head_dim.next_multiple_of(16) + 2 * TILE * TILE + 2 * TILE;
     #[cfg(target_arch = "x86_64")]
-    let lanes = if has_unit(isa) { lanes.max(split::scratch_len(head_dim)) } else { lanes };
+    let lanes = if has_tiles(isa) { lanes.max(split::scratch_len(head_dim)) } else { lanes };
     let _ = isa;
     // The padding is for aligning the scratch to a cache line.
     lanes + 16
@@ -155,7 +155,7 @@ pub unsafe fn attention_backward(isa: Isa, task: &AttentionBackwardTask<'_>, scr
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    if has_unit(isa) && !task.exact {
+    if has_tiles(isa) && !task.exact {
         // SAFETY: there is the unit; the rest is the caller's promise.
         return unsafe { split::backward(task, scratch) };
     }

@@ -96,20 +96,9 @@ impl Unit {
         stride: usize,
         ahead: usize,
     ) {
-        let (top, bottom, stride) = (to, to.wrapping_add(TILE_ROWS * stride), 4 * stride);
         // SAFETY: by the contract; what a register holds goes from one statement to the next, which keep their order.
         unsafe {
-            if p.accumulate {
-                asm!(
-                    "tileloadd tmm0, [{top} + {s}*1]",
-                    "tileloadd tmm1, [{top} + {s}*1 + 64]",
-                    "tileloadd tmm2, [{bottom} + {s}*1]",
-                    "tileloadd tmm3, [{bottom} + {s}*1 + 64]",
-                    top = in(reg) top, bottom = in(reg) bottom, s = in(reg) stride, options(nostack),
-                );
-            } else {
-                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack));
-            }
+            self.begin_sums(to, stride, p.accumulate);
             for a in [Some(a), low].into_iter().flatten() {
                 asm!(
                     "2:",
@@ -142,13 +131,7 @@ impl Unit {
                     options(nostack),
                 );
             }
-            asm!(
-                "tilestored [{top} + {s}*1], tmm0",
-                "tilestored [{top} + {s}*1 + 64], tmm1",
-                "tilestored [{bottom} + {s}*1], tmm2",
-                "tilestored [{bottom} + {s}*1 + 64], tmm3",
-                top = in(reg) top, bottom = in(reg) bottom, s = in(reg) stride, options(nostack),
-            );
+            self.store_sums(to, stride);
         }
     }
 }
