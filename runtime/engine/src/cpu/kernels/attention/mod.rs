@@ -24,6 +24,8 @@ mod integer;
 mod kv;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
+mod seen;
+#[cfg(target_arch = "x86_64")]
 mod split;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod stream;

@@ -15,6 +15,7 @@ use super::super::amx::{TILE_ROWS, TILE_VALUES, Unit};
 use super::super::vector::avx512::{exp2, tanh_of_exp2};
 use super::block::{Bend, Vectors};
 use super::kv::unpack_eights;
+use super::seen::Seen;
 use super::{AttentionTask, BLOCK, Pieces, aligned};
 use std::arch::x86_64::*;
 use std::f32::consts::{LN_2, LOG2_E};
@@ -56,9 +57,9 @@ struct Scratch {
     most: *mut f32,
     /// Running sums [TILE].
     sums: *mut f32,
-    /// The first position that each query sees, the one behind the last, and its own [TILE].
-    from: *mut i32,
-    to: *mut i32,
+    /// The positions that each query sees [TILE].
+    seen: Seen,
+    /// Its own [TILE].
     position: *mut f32,
     /// Slopes in base 2 [TILE].
     slope: *mut f32,
@@ -81,8 +82,7 @@ impl Scratch {
             p: pieces.take(BLOCK * COLUMNS),
             most: pieces.take(TILE),
             sums: pieces.take(TILE),
-            from: pieces.take(TILE),
-            to: pieces.take(TILE),
+            seen: Seen { from: pieces.take(TILE), to: pieces.take(TILE) },
             position: pieces.take(TILE),
             slope: pieces.take(TILE),
         }
@@ -134,7 +134,8 @@ unsafe fn tile(task: &AttentionTask<'_>, at: &Scratch, unit: &Unit, bend: &Bend,
             values(task, at, kv_head, block, stored);
             for m in (0..count).step_by(COLUMNS) {
                 // Positions by 32, as many as are one step of the second product.
-                let sees = |half: usize| sees_any(at, m, block + half * TILE_VALUES);
+                let first = |half: usize| block + half * TILE_VALUES;
+                let sees = |half: usize| at.seen.any_of_32(m, first(half)..first(half + 1));
                 let halves = usize::from(!sees(0))..1 + usize::from(sees(1));
                 if halves.is_empty() {
                     continue;
@@ -193,7 +194,7 @@ unsafe fn queries(task: &AttentionTask<'_>, at: &Scratch, bend: &Bend, vectors: 
                 } else {
                     to.write_bytes(0, at.width);
                 }
-                (*at.from.add(m + i), *at.to.add(m + i)) = (seen.start as i32, seen.end as i32);
+                at.seen.set(m + i, seen);
             }
             for step in 0..at.steps() {
                 let to = at.q.add((m / TILE_ROWS * at.steps() + step) * PAIR_BYTES);
@@ -262,21 +263,6 @@ unsafe fn values(task: &AttentionTask<'_>, at: &Scratch, kv_head: usize, block: 
     }
 }
 
-/// Whether one of the 32 query vectors from `m` on sees one of the 32 positions from `first` on.
-///
-/// # Safety
-/// They have been laid down.
-#[target_feature(enable = "avx512f")]
-unsafe fn sees_any(at: &Scratch, m: usize, first: usize) -> bool {
-    let (first, end) = (_mm512_set1_epi32(first as i32), _mm512_set1_epi32((first + TILE_VALUES) as i32));
-    [m, m + 16].into_iter().any(|i| {
-        // SAFETY: by the contract.
-        let (from, to) =
-            unsafe { (_mm512_loadu_si512(at.from.add(i).cast()), _mm512_loadu_si512(at.to.add(i).cast())) };
-        _mm512_cmplt_epi32_mask(from, end) & _mm512_cmplt_epi32_mask(first, to) != 0
-    })
-}
-
 /// Scores of the sixteen query vectors from `m` on, in columns `column` and on, to probabilities 2^(s − most). Moves the running
 /// maxima and sums; gives the factors of what was summed before.
 ///
@@ -288,11 +274,8 @@ unsafe fn softmax(at: &Scratch, bend: &Bend, m: usize, column: usize, block: usi
     let rows = halves.start * TILE_VALUES..halves.end * TILE_VALUES;
     // SAFETY: rows of the scores, maxima and sums of the tile, the probabilities' places.
     unsafe {
-        let (from, to) = (_mm512_loadu_si512(at.from.add(m).cast()), _mm512_loadu_si512(at.to.add(m).cast()));
-        let (first, end) = ((block + rows.start) as i32, (block + rows.end) as i32);
-        let whole = _mm512_cmple_epi32_mask(from, _mm512_set1_epi32(first))
-            & _mm512_cmple_epi32_mask(_mm512_set1_epi32(end), to)
-            == u16::MAX;
+        let seen = at.seen.sixteen(m);
+        let whole = seen.all(block + rows.start..block + rows.end);
         let (slope, position) = (_mm512_loadu_ps(at.slope.add(m)), _mm512_loadu_ps(at.position.add(m)));
         let s = at.s.add(column);
         let old = _mm512_loadu_ps(at.most.add(m));
@@ -307,9 +290,7 @@ unsafe fn softmax(at: &Scratch, bend: &Bend, m: usize, column: usize, block: usi
                 if bend.alibi {
                     x = _mm512_fmadd_ps(slope, _mm512_sub_ps(_mm512_set1_ps((block + j) as f32), position), x);
                 }
-                let j = _mm512_set1_epi32((block + j) as i32);
-                let visible = _mm512_cmple_epi32_mask(from, j) & _mm512_cmplt_epi32_mask(j, to);
-                x = _mm512_mask_blend_ps(visible, _mm512_set1_ps(f32::NEG_INFINITY), x);
+                x = _mm512_mask_blend_ps(seen.of(block + j), _mm512_set1_ps(f32::NEG_INFINITY), x);
                 _mm512_storeu_ps(s, x);
             }
             most = _mm512_max_ps(most, x);

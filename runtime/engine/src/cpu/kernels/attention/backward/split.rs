@@ -11,6 +11,7 @@ use super::super::super::amx::split::{Factor, PAIR_BYTES, across, along, put, tu
 use super::super::super::amx::{TILE_ROWS, TILE_VALUES, Unit};
 use super::super::super::vector::avx512::{exp2, tanh_of_exp2};
 use super::super::block::Bend;
+use super::super::seen::Seen;
 use super::super::{Pieces, aligned};
 use super::{AttentionBackwardTask, TILE};
 use std::arch::x86_64::*;
@@ -71,9 +72,8 @@ struct Scratch {
     /// In base 2.
     lse: *mut f32,
     delta: *mut f32,
-    /// The first key that each query sees, and the one behind the last.
-    from: *mut i32,
-    to: *mut i32,
+    /// The keys that each query sees.
+    seen: Seen,
 }
 
 impl Scratch {
@@ -104,8 +104,7 @@ impl Scratch {
             ds_sum: pieces.take(TILE * queries),
             lse: pieces.take(queries),
             delta: pieces.take(queries),
-            from: pieces.take(queries),
-            to: pieces.take(queries),
+            seen: Seen { from: pieces.take(queries), to: pieces.take(queries) },
         }
     }
 
@@ -204,7 +203,7 @@ unsafe fn queries(shape: &Shape<'_>, at: &Scratch, rows: Range<usize>) {
                 }
                 *at.lse.add(i) = lse;
                 *at.delta.add(i) = delta;
-                (*at.from.add(i), *at.to.add(i)) = (seen.start as i32, seen.end as i32);
+                at.seen.set(i, seen);
             }
         }
     }
@@ -224,7 +223,7 @@ unsafe fn keys(shape: &Shape<'_>, at: &Scratch, unit: &Unit, block: usize, rows:
         for (half, seen) in seen.iter_mut().enumerate() {
             let first = block + half * HALF;
             // SAFETY: the queries have been laid down, by 32.
-            if unsafe { sees_any(at, m, first..first + HALF) } {
+            if unsafe { at.seen.any_of_32(m * COLUMNS, first..first + HALF) } {
                 *seen = (seen.0.min(m), m + 1);
             }
         }
@@ -298,21 +297,6 @@ unsafe fn keys(shape: &Shape<'_>, at: &Scratch, unit: &Unit, block: usize, rows:
     }
 }
 
-/// Whether one of the queries of group `m` sees one of `keys`.
-///
-/// # Safety
-/// They have been laid down.
-#[target_feature(enable = "avx512f")]
-unsafe fn sees_any(at: &Scratch, m: usize, keys: Range<usize>) -> bool {
-    let (first, end) = (_mm512_set1_epi32(keys.start as i32), _mm512_set1_epi32(keys.end as i32));
-    (m * COLUMNS..(m + 1) * COLUMNS).step_by(16).any(|i| {
-        // SAFETY: by the contract.
-        let (from, to) =
-            unsafe { (_mm512_loadu_si512(at.from.add(i).cast()), _mm512_loadu_si512(at.to.add(i).cast())) };
-        _mm512_cmplt_epi32_mask(from, end) & _mm512_cmplt_epi32_mask(first, to) != 0
-    })
-}
-
 /// 64 rows as left factors of sums over their values.
 ///
 /// # Safety
@@ -346,16 +330,13 @@ unsafe fn score_gradients(shape: &Shape<'_>, at: &Scratch, block: usize, row: us
     unsafe {
         let (q_scale, scale) = (_mm512_set1_ps(bend.q_scale), _mm512_set1_ps(task.scale));
         let ramp = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
-        let mut ranges = [(_mm512_setzero_si512(), _mm512_setzero_si512()); 2];
+        let seen = [at.seen.sixteen(m * COLUMNS), at.seen.sixteen(m * COLUMNS + 16)];
         let mut rows = [(_mm512_setzero_ps(), _mm512_setzero_ps()); 2];
         let mut whole = true;
         for c in 0..2 {
             let i = m * COLUMNS + 16 * c;
             rows[c] = (_mm512_loadu_ps(at.lse.add(i)), _mm512_loadu_ps(at.delta.add(i)));
-            let (from, to) = (_mm512_loadu_si512(at.from.add(i).cast()), _mm512_loadu_si512(at.to.add(i).cast()));
-            ranges[c] = (from, to);
-            let (first, last) = (_mm512_set1_epi32(block as i32), _mm512_set1_epi32((block + TILE) as i32));
-            whole &= _mm512_cmple_epi32_mask(from, first) & _mm512_cmple_epi32_mask(last, to) == u16::MAX;
+            whole &= seen[c].all(block..block + TILE);
         }
         for half in halves {
             for i in 0..16 {
@@ -384,9 +365,7 @@ unsafe fn score_gradients(shape: &Shape<'_>, at: &Scratch, block: usize, row: us
                         let d = _mm512_mul_ps(_mm512_mul_ps(e, d), factor);
                         (p[c], ds[c]) = (e, d);
                         if !whole {
-                            let (from, to) = ranges[c];
-                            let j = _mm512_set1_epi32((block + j) as i32);
-                            let visible = _mm512_cmple_epi32_mask(from, j) & _mm512_cmplt_epi32_mask(j, to);
+                            let visible = seen[c].of(block + j);
                             p[c] = _mm512_maskz_mov_ps(visible, e);
                             ds[c] = _mm512_maskz_mov_ps(visible, d);
                         }
