@@ -254,10 +254,12 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             rows.push(Row { test: name, tokens, sequences, mean, deviation, samples, share, roof, read });
         }
     }
+    let large_pages = model.gguf().large_page_bytes();
     if global.json {
         return output::json(&json!({
             "model": name,
             "file_bytes": model.gguf().file_bytes(),
+            "large_page_bytes": large_pages,
             "bytes_per_token": per_token,
             "operations_per_prompt_token": ops,
             "threads": threads,
@@ -296,8 +298,12 @@ pub fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<()> {
             unit.map_or(String::new(), |(rate, name)| format!("; bf16 {:.0} Gop/s ({name})", rate / 1e9)),
         )
     });
+    // Of a GPU this says nothing.
+    let pages = large_pages.filter(|_| traffic.is_empty()).map_or(String::new(), |bytes| {
+        format!(" ({:.0} % of the file in large pages)", 100.0 * bytes as f64 / model.gguf().file_bytes().max(1) as f64)
+    });
     Ok(output::text(&format!(
-        "{}\n{roofs}A generated token reads {}, a prompt token takes {:.2} Gop.{traffic}\n",
+        "{}\n{roofs}A generated token reads {}{pages}, a prompt token takes {:.2} Gop.{traffic}\n",
         table.markdown(),
         output::bytes(per_token),
         ops as f64 / 1e9

@@ -9,17 +9,26 @@ use std::hint::black_box;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::buffer::Buffer;
 use super::isa::Isa;
+use crate::Result;
 
-/// Streaming read speed in bytes per second: `threads` threads sum `bytes` of memory, which should be many times the
-/// caches; the best of `passes`.
+/// Streaming read speed in bytes per second: `threads` threads sum `bytes` of memory, in large pages where the system gives
+/// them, which should be many times the caches; the best of `passes`. 0 where there is not as much memory.
 pub fn memory(threads: usize, bytes: usize, passes: usize) -> f64 {
     let threads = threads.max(1);
-    let words = bytes / 8 / threads;
+    let each = bytes / 8 / threads * 8;
     // Written, not only reserved: untouched pages would all be one page of zeros.
-    let buffers: Vec<Vec<u64>> = (0..threads).map(|t| (0..words).map(|i| (i ^ t) as u64).collect()).collect();
-    let bytes = (words * threads * 8) as f64;
-    (0..passes).map(|_| bytes / together(&buffers, |buffer| black_box(sum(buffer))).as_secs_f64()).fold(0.0, f64::max)
+    let filled = |t: usize| -> Result<Buffer> {
+        let mut buffer = Buffer::new(each, "a measurement of memory")?;
+        let words = bytemuck::cast_slice_mut::<u8, u64>(buffer.bytes_mut());
+        words.iter_mut().enumerate().for_each(|(i, word)| *word = (i ^ t) as u64);
+        Ok(buffer)
+    };
+    let Ok(buffers) = (0..threads).map(filled).collect::<Result<Vec<_>>>() else { return 0.0 };
+    let bytes = (each * threads) as f64;
+    let pass = |buffer: &Buffer| black_box(sum(bytemuck::cast_slice(buffer.bytes())));
+    (0..passes).map(|_| bytes / together(&buffers, pass).as_secs_f64()).fold(0.0, f64::max)
 }
 
 /// Operations per second (a multiplication and an addition are two) of 8-bit integer dot products, with `threads` threads

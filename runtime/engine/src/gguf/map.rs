@@ -1,7 +1,7 @@
 //! Where a model's bytes are: a read-only map of a file, a private copy of it, or memory of the caller's.
 //!
-//! All three look like one `&[u8]` that never changes and never moves. This is the only file under `gguf/` that needs
-//! `unsafe`, and it needs it once: the system cannot promise that nobody rewrites a file that is mapped. Models are
+//! All three look like one `&[u8]` that never changes and never moves. `unsafe` is needed here once: the system cannot
+//! promise that nobody rewrites a file that is mapped. Models are
 //! replaced by renaming a complete file over the old name (as [`Writer`](super::Writer) does), which leaves maps of the
 //! old one intact; whoever cannot rely on that opens with `copy`.
 //!
@@ -34,6 +34,10 @@ impl Mapping {
         let pages = unsafe { MmapOptions::new().offset(offset).len(length).map(file) }.map_err(Error::io(name))?;
         #[cfg(unix)]
         advise(|advice| pages.advise(advice), read_ahead);
+        #[cfg(target_os = "linux")]
+        if read_ahead {
+            super::pages::renew(file, offset, &pages);
+        }
         #[cfg(not(unix))]
         let _ = read_ahead;
         Ok(Mapping::Pages(pages))
@@ -65,6 +69,15 @@ impl Mapping {
             Mapping::Pages(pages) => Some(pages),
             Mapping::Shared(_) => None,
         }
+    }
+
+    /// How many bytes are mapped in large pages; `None` where the system does not tell.
+    pub(super) fn large_pages(&self) -> Option<usize> {
+        #[cfg(target_os = "linux")]
+        if let Mapping::Pages(pages) = self {
+            return super::pages::large(pages);
+        }
+        None
     }
 
     /// All bytes.
@@ -139,20 +152,23 @@ fn anonymous(length: usize) -> Result<MmapMut> {
 }
 
 /// The one place that tells the system how the weights will be used: all of them, soon, again and again. `give` passes
-/// one advice on. Advice may be refused (huge pages of files need a kernel option), which changes the speed and nothing
-/// else.
+/// one advice on. Advice may be refused, which changes the speed and nothing else.
 #[cfg(unix)]
 fn advise(give: impl Fn(memmap2::Advice) -> std::io::Result<()>, read_ahead: bool) {
     use memmap2::Advice;
-    // Huge pages first: pages that have been read into small ones stay there.
-    let advice = [
-        #[cfg(target_os = "linux")]
-        (Advice::HugePage, true),
-        (Advice::WillNeed, read_ahead),
-    ];
-    for (advice, wanted) in advice {
-        if wanted && let Err(e) = give(advice) {
+    let given = |advice| match give(advice) {
+        Ok(()) => true,
+        Err(e) => {
             log::debug!("madvise {advice:?}: {e}");
+            false
         }
+    };
+    // Who touches one of these has it read whole, and the next; what is read before, by the other advice, are small pages.
+    #[cfg(target_os = "linux")]
+    let large = given(Advice::HugePage);
+    #[cfg(not(target_os = "linux"))]
+    let large = false;
+    if read_ahead && !large {
+        given(Advice::WillNeed);
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! | file | what is in it |
 //! | --- | --- |
-//! | `map` | where the bytes are: the map of a file, a copy, the caller's memory; the only `unsafe` here |
+//! | `map` | where the bytes are: the map of a file, a copy, the caller's memory |
+//! | `pages` | large pages of a map; here and in `map` only is there `unsafe` |
 //! | `limits` | how much of everything a header may ask for |
 //! | `value`, `metadata` | typed values and the ordered table of them |
 //! | `tensor` | the tensor table's entries |
@@ -38,6 +39,8 @@ pub mod limits;
 mod map;
 mod metadata;
 mod model;
+#[cfg(target_os = "linux")]
+mod pages;
 mod reader;
 mod split;
 mod tensor;
