@@ -24,6 +24,8 @@ pub struct Avx2(());
 pub struct Avx512 {
     /// Whether it also has AVX-512 BF16 (`vdpbf16ps`).
     pub bf16: bool,
+    /// Whether it also permutes bytes and multiplies bits by matrices (VBMI and GFNI): all but the first with VNNI do.
+    pub bytes: bool,
     /// Whether it also has AMX with bf16 (`tdpbf16ps`), besides AVX-512 BF16, and the system lets this process use it.
     pub amx: bool,
     _proof: (),
@@ -66,7 +68,8 @@ impl Avx512 {
             && std::is_x86_feature_detected!("avx512vnni")
         {
             let bf16 = std::is_x86_feature_detected!("avx512bf16");
-            return Some(Avx512 { bf16, amx: bf16 && amx(), _proof: () });
+            let bytes = std::is_x86_feature_detected!("avx512vbmi") && std::is_x86_feature_detected!("gfni");
+            return Some(Avx512 { bf16, bytes, amx: bf16 && amx(), _proof: () });
         }
         None
     }
@@ -78,7 +81,8 @@ impl Avx512 {
 
     /// The tokens for less than this CPU has, up to all of it.
     fn levels(self) -> Vec<Avx512> {
-        let mut levels = vec![Avx512 { amx: false, ..self }, self];
+        let vectors = Avx512 { amx: false, ..self };
+        let mut levels = vec![Avx512 { bytes: false, ..vectors }, vectors, self];
         levels.dedup();
         levels
     }

@@ -118,7 +118,9 @@ mod x86 {
             },
             KernelInfo {
                 name: concat!("matvec_", $name, "_avx512"), dtype: DType::$dtype, isa: "avx512", shape: Shape::Matvec, reads: Form::Q8,
-                run: |isa, task, _| if let Isa::Avx512(token) = isa { avx512::run_matvec::<unpack::$block>(token, task) },
+                run: |isa, task, scratch| if let Isa::Avx512(token) = isa {
+                    avx512::run_matvec::<unpack::$block>(token, task, scratch)
+                },
             },
             KernelInfo {
                 name: concat!("tile_", $name, "_avx512"), dtype: DType::$dtype, isa: "avx512", shape: Shape::Tile, reads: Form::Q8,

@@ -287,15 +287,17 @@ fn a_row_does_not_depend_on_the_split() {
 fn processors_of_one_instruction_set_give_the_same_bits() {
     let mut random = Random(17);
     for kernel in KERNELS.iter().copied().flatten() {
-        let weight = random_weights(kernel.dtype, 19 * kernel.dtype.row_bytes(768).unwrap(), &mut random);
-        for tokens in [1, 3, 4, 7] {
-            let input = Input::random(Isa::Scalar, tokens, 768, &mut random);
+        // Rows of whole units, and such with little and much behind them.
+        let widths = [768, 576, 896, 1504].into_iter().filter_map(|k| Some((k, kernel.dtype.row_bytes(k)?)));
+        for ((k, bytes), tokens) in widths.flat_map(|width| [1, 3, 4, 7].map(|tokens| (width, tokens))) {
+            let weight = random_weights(kernel.dtype, 19 * bytes, &mut random);
+            let input = Input::random(Isa::Scalar, tokens, k, &mut random);
             let mut first = None;
-            // NEON is there with and without what it may have; the others are there once.
+            // NEON and AVX-512 are there with and without what they may have; the others are there once.
             for isa in Isa::available().into_iter().filter(|isa| isa.name() == kernel.isa) {
                 let y = run(kernel, isa, &weight, &[0..19], &input, 19, false);
                 let bits: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
-                assert_eq!(first.get_or_insert(bits.clone()), &bits, "{} tokens={tokens} {isa:?}", kernel.name);
+                assert_eq!(first.get_or_insert(bits.clone()), &bits, "{} k={k} tokens={tokens} {isa:?}", kernel.name);
             }
         }
     }

@@ -55,28 +55,6 @@ unsafe fn six_bit(p: *const u8) -> (Sixteen, Sixteen) {
     }
 }
 
-/// Twice 16 bytes, `STEP` apart, to 64 nibbles: the low ones of 16 bytes, then the high ones.
-#[inline(always)]
-unsafe fn nibbles<const STEP: usize>(p: *const u8) -> __m512i {
-    // SAFETY: the callers' blocks hold 16 bytes at `p` and at `p + STEP`.
-    unsafe {
-        let first = _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()));
-        let both = _mm512_mask_broadcast_i32x4(first, 0xff00, _mm_loadu_si128(p.add(STEP).cast()));
-        let shift = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
-        _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15))
-    }
-}
-
-/// Adds 16 where the words at `p` and `p + STEP` have a bit.
-#[inline(always)]
-unsafe fn fifth<const STEP: usize>(q: __m512i, p: *const u8) -> __m512i {
-    // SAFETY: the callers' blocks hold 4 bytes at `p` and at `p + STEP`.
-    unsafe {
-        let word = |p: *const u8| u64::from(p.cast::<u32>().read_unaligned());
-        _mm512_mask_add_epi8(q, word(p) | (word(p.add(STEP)) << 32), q, _mm512_set1_epi8(16))
-    }
-}
-
 macro_rules! pair {
     ($($name:ident),*; $($own:ident $(pair |$p:ident, $j:ident| $pair:expr)? $(, pick |$q:ident| $pick:expr)?;)*) => {
         $(impl Pair for unpack::$name {})*
@@ -97,10 +75,6 @@ macro_rules! pair {
 
 pair!(
     Q8_0, Iq4Nl, Mxfp4, Q2K, Q3K, Q8K, Iq4Xs;
-    Q4_0 pair |p, j| nibbles::<18>(p.add(36 * j + 2));
-    Q4_1 pair |p, j| nibbles::<20>(p.add(40 * j + 4));
-    Q5_0 pair |p, j| fifth::<22>(nibbles::<22>(p.add(44 * j + 6)), p.add(44 * j + 2));
-    Q5_1 pair |p, j| fifth::<24>(nibbles::<24>(p.add(48 * j + 8)), p.add(48 * j + 4));
     Q4K pair |p, j| {
         // 32 bytes: the low nibbles are one group, the high ones the next.
         let both = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(16 + 32 * j).cast()));
