@@ -25,6 +25,18 @@ pub(super) struct XRow {
 }
 
 impl XRow {
+    /// Tokens `t0 .. t0 + T`; where `x` has fewer, the last one again: three are computed as four, for code of their own is worth
+    /// less than its size. Whoever writes the results leaves those out.
+    ///
+    /// # Safety
+    /// `t0` is in range.
+    #[inline(always)]
+    pub unsafe fn some<const T: usize>(x: &Q8<'_>, t0: usize) -> [XRow; T] {
+        let last = x.layout.tokens - 1;
+        // SAFETY: in range by the contract.
+        unsafe { std::array::from_fn(|i| XRow::new(x, (t0 + i).min(last), 0)) }
+    }
+
     /// Token `t` of `x` from group `group` on (a multiple of 8).
     ///
     /// # Safety

@@ -111,7 +111,6 @@ pub(in super::super) fn run<B: Pair>(_proof: Avx512, task: &LinearTask<'_>) {
                 match task.x.tokens - t {
                     1 => matvec::<B, 1>(task, &x, t),
                     2 => matvec::<B, 2>(task, &x, t),
-                    3 => matvec::<B, 3>(task, &x, t),
                     _ => matvec::<B, 4>(task, &x, t),
                 }
             }
@@ -128,7 +127,7 @@ unsafe fn matvec<B: Pair, const T: usize>(task: &LinearTask<'_>, x: &Q8<'_>, t0:
     let Some(row_bytes) = task.dtype.row_bytes(task.k) else { return };
     // SAFETY: rows and tokens in range, `linear` checked; units and their tail stay within the row.
     unsafe {
-        let x: [XRow; T] = std::array::from_fn(|i| XRow::new(x, t0 + i, 0));
+        let x = XRow::some::<T>(x, t0);
         let asks = asks_ahead();
         for row in task.rows.clone() {
             let mut p = task.weight.as_ptr().add(row * row_bytes);
@@ -150,7 +149,7 @@ unsafe fn matvec<B: Pair, const T: usize>(task: &LinearTask<'_>, x: &Q8<'_>, t0:
                 4 => unit::<B, T>(p, task.k / 256, 4, &x, &mut sums),
                 groups => unit::<B, T>(p, task.k / 256, groups, &x, &mut sums),
             }
-            for (t, [a, b]) in sums.iter().enumerate() {
+            for (t, [a, b]) in sums.iter().enumerate().take(task.x.tokens - t0) {
                 task.out.write(t0 + t, row, _mm512_reduce_add_ps(_mm512_add_ps(*a, *b)), task.accumulate);
             }
         }

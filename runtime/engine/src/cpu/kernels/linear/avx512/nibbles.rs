@@ -150,7 +150,7 @@ pub(in super::super) fn run<B: Nibbled>(proof: Avx512, task: &LinearTask<'_>, sc
                 match (task.x.tokens - t).min(room) {
                     1 => some::<B, 1, true>(task, x, t, to),
                     2 => some::<B, 2, true>(task, x, t, to),
-                    3 => some::<B, 3, true>(task, x, t, to),
+                    3 if room == 3 => some::<B, 2, true>(task, x, t, to),
                     _ => some::<B, 4, true>(task, x, t, to),
                 }
             };
@@ -193,8 +193,8 @@ unsafe fn some<B: Nibbled, const T: usize, const BYTES: bool>(
     let x_bytes = task.k.div_ceil(256) * X_BYTES;
     // SAFETY: rows and tokens in range, `linear` checked; units and their tail stay within the row.
     unsafe {
-        for t in 0..T {
-            arrange::<B>(XRow::new(x, t0 + t, 0), task.k / 32, to.add(t * x_bytes));
+        for (t, x) in XRow::some::<T>(x, t0).into_iter().enumerate() {
+            arrange::<B>(x, task.k / 32, to.add(t * x_bytes));
         }
         let asks = asks_ahead();
         let mut first = task.rows.start;
@@ -233,7 +233,7 @@ unsafe fn some<B: Nibbled, const T: usize, const BYTES: bool>(
                     all[t][r] = _mm512_mask_add_ps(products, 0xff00, products, minima);
                 }
             }
-            for t in 0..T {
+            for t in 0..T.min(task.x.tokens - t0) {
                 let mut four = [0f32; 4];
                 _mm_storeu_ps(four.as_mut_ptr(), add_up(&all[t]));
                 for r in 0..rows {

@@ -42,7 +42,6 @@ unsafe fn by_tokens<B: Block, D: Dot>(task: &LinearTask<'_>) {
             match task.x.tokens - t {
                 1 => some::<B, D, 1>(task, &x, t),
                 2 => some::<B, D, 2>(task, &x, t),
-                3 => some::<B, D, 3>(task, &x, t),
                 _ => some::<B, D, 4>(task, &x, t),
             }
         }
@@ -55,9 +54,11 @@ unsafe fn some<B: Block, D: Dot, const T: usize>(task: &LinearTask<'_>, x: &Q8<'
     let Some(row_bytes) = task.dtype.row_bytes(task.k) else { return };
     // SAFETY: by `by_tokens`' contract.
     unsafe {
-        let x: [XRow; T] = std::array::from_fn(|i| XRow::new(x, t0 + i, 0));
+        let x = XRow::some::<T>(x, t0);
         matvec::<B, D, T>(task.weight.as_ptr(), row_bytes, task.k, task.rows.clone(), x, |t, row, value| {
-            task.out.write(t0 + t, row, value, task.accumulate)
+            if t0 + t < task.x.tokens {
+                task.out.write(t0 + t, row, value, task.accumulate);
+            }
         });
     }
 }
