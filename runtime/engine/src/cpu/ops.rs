@@ -132,6 +132,27 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// Whether threads may quantize what they have written of `value` by themselves, with [`Context::quantize_own`], where that is
+    /// columns `at · unit ..` of a row: whole groups, and no tiles, which take sixteen rows together.
+    fn quantizes_own(&self, value: Value, unit: usize) -> bool {
+        unit.is_multiple_of(linear::GROUP) && self.quantized(value).1.is_none()
+    }
+
+    /// Quantizes columns of a row that this thread has just written, so that threads need not meet for it.
+    ///
+    /// # Safety
+    /// This thread alone uses those columns.
+    unsafe fn quantize_own(&self, value: Value, row: usize, columns: Range<usize>) {
+        if columns.is_empty() {
+            return;
+        }
+        // SAFETY: by the caller's promise. There is one row, so its distance from the next does not matter.
+        unsafe {
+            let own = self.matrix(value).columns_mut(row, columns.clone());
+            self.quantize_from(value, own, 0, row..row + 1, columns);
+        }
+    }
+
     /// Waits for all threads to finish `value`, then quantizes it together.
     ///
     /// # Safety
@@ -413,7 +434,6 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
             Op::Rope(op) => rope_op(c, op, team),
             Op::Attention(op) => {
                 attention_op(c, op, team, scratch, round);
-                c.quantize_together(op.out, team);
             }
             Op::GatherOutputs { x, out } => {
                 let (x, y) = (c.matrix(*x), c.matrix(*out));
@@ -427,22 +447,26 @@ pub(super) unsafe fn run(c: &Context<'_>, op: &Op, team: &Team<'_>, scratch: &mu
                 if y.rows == 0 {
                     return;
                 }
-                let columns = team.share(y.width, ROW_UNIT);
                 let x = c.activations(*x);
                 let patch = c.patch(*weight);
-                let h = patch.map(|patch| c.patch_first_half(patch, &x, team, &mut scratch.linear));
-                c.linear_rows(*weight, 0, columns.clone(), &x, &y, false, &mut scratch.linear);
-                if let (Some(patch), Some(h)) = (patch, h) {
+                let h = patch.map(|patch| {
+                    let h = c.patch_first_half(patch, &x, team, &mut scratch.linear);
                     c.patch_wait(patch, y.rows, team);
-                    if let Some(part) = &patch.parts[0] {
-                        correct(c, part, &h, columns.clone(), &y, columns.start, false);
+                    (patch, h)
+                });
+                team.balance(round, y.width, ROW_UNIT, |columns| {
+                    c.linear_rows(*weight, 0, columns.clone(), &x, &y, false, &mut scratch.linear);
+                    if let Some((patch, h)) = &h
+                        && let Some(part) = &patch.parts[0]
+                    {
+                        correct(c, part, h, columns.clone(), &y, columns.start, false);
                     }
-                }
-                if let Some(cap) = c.tape.spec.logit_softcap {
-                    for row in 0..y.rows {
-                        activation::softcap(c.isa, y.columns_mut(row, columns.clone()), cap);
+                    if let Some(cap) = c.tape.spec.logit_softcap {
+                        for row in 0..y.rows {
+                            activation::softcap(c.isa, y.columns_mut(row, columns.clone()), cap);
+                        }
                     }
-                }
+                });
             }
             Op::CrossEntropy { x, weight, out, lora } => {
                 cross_entropy(c, *x, *weight, *out, lora.as_ref(), team, scratch, round)
@@ -518,11 +542,7 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
     }
     // SAFETY: the input was finished before the last barrier.
     let x = unsafe { c.linear_input(op.x, op.parts.iter().map(|part| part.weight), team) };
-    let share = |index: usize| match op.epilogue {
-        // Both halves of a gated pair in the same thread, which then joins them.
-        Epilogue::Gated(..) => team.share(c.tape.info(op.parts[index].out).width, ROW_UNIT),
-        _ => share_by_bytes(c, &op.parts, index, team),
-    };
+    let share = |index: usize| share_of(c, op, index, team);
     let patch = op.parts.first().and_then(|p| c.patch(p.weight));
     let h = patch.map(|patch| {
         let h = c.patch_first_half(patch, &x, team, &mut scratch.linear);
@@ -600,15 +620,21 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
         Epilogue::Gated(kind, out) => {
             let (gate, up, y) = (c.matrix(op.parts[0].out), c.matrix(op.parts[1].out), c.matrix(out));
             let columns = share(0);
+            let own = c.quantizes_own(out, ROW_UNIT);
             for row in 0..rows {
                 // SAFETY: columns this thread has just written, and the same of the output.
                 unsafe {
                     let (gate, up) = (gate.columns_mut(row, columns.clone()), up.columns_mut(row, columns.clone()));
                     activation::gated(c.isa, kind, gate, up, y.columns_mut(row, columns.clone()));
+                    if own {
+                        c.quantize_own(out, row, columns.clone());
+                    }
                 }
             }
-            // SAFETY: all threads are in this op.
-            unsafe { c.quantize_together(out, team) };
+            if !own {
+                // SAFETY: all threads are in this op.
+                unsafe { c.quantize_together(out, team) };
+            }
         }
         Epilogue::Add(_) | Epilogue::None => {
             for part in &op.parts {
@@ -694,6 +720,15 @@ fn share_by_bytes(c: &Context<'_>, parts: &[Part], index: usize, team: &Team<'_>
     cut(team.index)..cut(team.index + 1)
 }
 
+/// This thread's columns of part `index`.
+fn share_of(c: &Context<'_>, op: &Linear, index: usize, team: &Team<'_>) -> Range<usize> {
+    match op.epilogue {
+        // Both halves of a gated pair in the same thread, which then joins them.
+        Epilogue::Gated(..) => team.share(c.tape.info(op.parts[index].out).width, ROW_UNIT),
+        _ => share_by_bytes(c, &op.parts, index, team),
+    }
+}
+
 unsafe fn rope_op(c: &Context<'_>, op: &Rope, team: &Team<'_>) {
     let spec = &c.tape.spec;
     let (q, k, v) = (c.matrix(op.q), c.matrix(op.k), c.matrix(op.v));
@@ -773,6 +808,7 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
     let heads_of = |s: &SequenceView| if s.rows == 1 { single } else { group };
     let pieces_of = |s: &SequenceView| (spec.heads / heads_of(s)) * s.rows.div_ceil(QUERY_ROWS);
     let total: usize = c.sequences.iter().map(pieces_of).sum();
+    let own = c.quantizes_own(op.out, spec.head_dim);
     team.claim(round, total, |piece| {
         let mut piece = piece;
         let mut at = 0;
@@ -817,8 +853,19 @@ unsafe fn attention_op(c: &Context<'_>, op: &Attention, team: &Team<'_>, scratch
             lse_stride: spec.heads,
         };
         // SAFETY: the pages hold every position up to the last row's; each piece writes its own rows and heads.
-        unsafe { attention::attention(c.isa, &task, scratch.floats()) };
+        unsafe {
+            attention::attention(c.isa, &task, scratch.floats());
+            if own {
+                for row in task.rows.0..task.rows.1 {
+                    c.quantize_own(op.out, s.first_row + row, head * spec.head_dim..(head + heads) * spec.head_dim);
+                }
+            }
+        };
     });
+    if !own {
+        // SAFETY: all threads are in this op.
+        unsafe { c.quantize_together(op.out, team) };
+    }
 }
 
 /// Sums `exp(z − max)` chunk by chunk of the vocabulary: chunks are fixed, so the result does not depend on who

@@ -89,9 +89,40 @@ impl Team<'_> {
 
     /// This thread's contiguous share of `n` things, in multiples of `unit` (but for the last).
     pub fn share(&self, n: usize, unit: usize) -> Range<usize> {
+        self.share_of(self.index, n, unit)
+    }
+
+    /// The share of `thread`.
+    fn share_of(&self, thread: usize, n: usize, unit: usize) -> Range<usize> {
         let units = n.div_ceil(unit);
         let cut = |i: usize| (units * i / self.size * unit).min(n);
-        cut(self.index)..cut(self.index + 1)
+        cut(thread)..cut(thread + 1)
+    }
+
+    /// Runs `work` for all of `n` things: each thread for most of its share at once, and then for what is left of all shares, an
+    /// eighth, piece by piece, whoever is free. Memory does not serve all threads alike, and the last one decides. To be called as
+    /// [`Team::claim`] is.
+    pub fn balance(&self, round: usize, n: usize, unit: usize, mut work: impl FnMut(Range<usize>)) {
+        const PIECES: usize = 4;
+        if self.size == 1 {
+            return work(0..n);
+        }
+        let parts = |thread: usize| {
+            let all = self.share_of(thread, n, unit);
+            let left = all.start + all.len() / 8 * 7 / unit * unit;
+            (all.start..left, left..all.end)
+        };
+        let mut some = |part: Range<usize>| {
+            if !part.is_empty() {
+                work(part);
+            }
+        };
+        some(parts(self.index).0);
+        self.claim(round, self.size * PIECES, |piece| {
+            let left = parts(piece % self.size).1;
+            let cut = |i: usize| (left.start + left.len().div_ceil(unit) * i / PIECES * unit).min(left.end);
+            some(cut(piece / self.size)..cut(piece / self.size + 1));
+        });
     }
 
     /// Runs `work` for every index in `0..n`, each on whichever thread is free. All threads of the team must call it,
@@ -309,6 +340,27 @@ mod tests {
                 });
                 assert!(shared.iter().chain(&claimed).all(|c| c.load(Ordering::Relaxed) == 1));
             }
+        }
+    }
+
+    #[test]
+    fn balanced_work_is_done_once_in_whole_units() {
+        for (threads, n, unit) in [(1, 100, 32), (2, 100, 32), (3, 4096, 32), (4, 7, 1), (4, 49_152, 32), (3, 0, 32)] {
+            let mut pool = Pool::new(threads).unwrap();
+            let done: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+            for round in 0..3 {
+                pool.run(|team| {
+                    if team.index == 0 {
+                        team.reset_claims(round);
+                    }
+                    team.wait();
+                    team.balance(round, n, unit, |part| {
+                        assert!(part.start.is_multiple_of(unit) && !part.is_empty(), "{part:?}");
+                        done[part].iter().for_each(|d| _ = d.fetch_add(1, Ordering::Relaxed));
+                    });
+                });
+            }
+            assert!(done.iter().all(|d| d.load(Ordering::Relaxed) == 3), "{threads} threads, {n} in units of {unit}");
         }
     }
 

@@ -436,11 +436,16 @@ impl Op {
         }
     }
 
-    /// Whether its work comes in pieces of different sizes, which threads claim instead of sharing them evenly.
+    /// Whether its work comes in pieces, which threads claim instead of sharing them evenly: because pieces differ in size, or
+    /// because there are so many that some thread would be late.
     pub fn is_claimed(&self) -> bool {
         matches!(
             self,
-            Op::Attention(_) | Op::AttentionBackward(_) | Op::CrossEntropy { .. } | Op::CrossEntropyGrad { .. }
+            Op::Attention(_)
+                | Op::AttentionBackward(_)
+                | Op::CrossEntropy { .. }
+                | Op::CrossEntropyGrad { .. }
+                | Op::Head { .. }
         )
     }
 
