@@ -39,33 +39,66 @@ fn spin_until(mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Where the threads of a team meet. Sense-reversing: reusable at once.
+/// Alone in the lines that processors hand from core to core (two of 64 bytes at a time): whoever writes its neighbour would take it
+/// from those who read it.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Apart<T>(T);
+
+/// Where the threads of a team meet, in ⌈log₂ size⌉ rounds: in round `k` each tells the one `2ᵏ` further that it has come, and all that
+/// it has heard of with it, and waits to be told. So two threads are one message apart, where a counter that both add to and a flag
+/// that both look at were three. (Hensgen, Finkel, Manber: Two algorithms for barrier synchronization, 1988.)
 #[derive(Debug)]
 struct Barrier {
-    arrived: AtomicUsize,
-    round: AtomicU32,
+    threads: Box<[Apart<Place>]>,
     /// Set when a thread of the team panicked, so that the others do not wait for it.
-    broken: AtomicBool,
+    broken: Apart<AtomicBool>,
 }
+
+/// A thread's place at a barrier.
+#[derive(Debug, Default)]
+struct Place {
+    /// How often it has come; its own.
+    came: AtomicU32,
+    /// For each round the number of the meeting it was last told of.
+    told: [AtomicU32; ROUNDS],
+}
+
+/// Rounds that the largest team needs.
+const ROUNDS: usize = Pool::MAX_THREADS.ilog2() as usize;
 
 struct BrokenTeam;
 
 impl Barrier {
-    fn wait(&self, size: usize) {
-        if size == 1 {
-            return;
-        }
-        let round = self.round.load(Ordering::Acquire);
-        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == size {
-            self.arrived.store(0, Ordering::Relaxed);
-            self.round.store(round.wrapping_add(1), Ordering::Release);
-        } else {
+    fn new(size: usize) -> Barrier {
+        Barrier { threads: (0..size).map(|_| Apart::default()).collect(), broken: Apart::default() }
+    }
+
+    fn wait(&self, index: usize) {
+        let size = self.threads.len();
+        let Apart(own) = &self.threads[index];
+        let meeting = own.came.load(Ordering::Relaxed).wrapping_add(1);
+        own.came.store(meeting, Ordering::Relaxed);
+        let rounds = (0..ROUNDS).map(|round| (round, 1 << round)).take_while(|(_, distance)| *distance < size);
+        for (round, distance) in rounds {
+            self.threads[(index + distance) % size].0.told[round].store(meeting, Ordering::Release);
             spin_until(|| {
-                if self.broken.load(Ordering::Relaxed) {
+                if self.broken.0.load(Ordering::Relaxed) {
                     resume_unwind(Box::new(BrokenTeam));
                 }
-                self.round.load(Ordering::Acquire) != round
+                // Who tells may already be at the next meeting.
+                own.told[round].load(Ordering::Acquire).wrapping_sub(meeting) as i32 >= 0
             });
+        }
+    }
+
+    /// Makes it whole again, if a thread broke it; while no thread of the team uses it.
+    fn mend(&self) {
+        if self.broken.0.swap(false, Ordering::AcqRel) {
+            for Apart(place) in &self.threads {
+                place.came.store(0, Ordering::Relaxed);
+                place.told.iter().for_each(|told| told.store(0, Ordering::Relaxed));
+            }
         }
     }
 }
@@ -78,13 +111,13 @@ pub struct Team<'a> {
     /// Threads in the team.
     pub size: usize,
     barrier: &'a Barrier,
-    claims: &'a [AtomicUsize; 2],
+    claims: &'a [Apart<AtomicUsize>; 2],
 }
 
 impl Team<'_> {
     /// Waits until every thread of the team is here.
     pub fn wait(&self) {
-        self.barrier.wait(self.size);
+        self.barrier.wait(self.index);
     }
 
     /// This thread's contiguous share of `n` things, in multiples of `unit` (but for the last).
@@ -128,7 +161,7 @@ impl Team<'_> {
     /// Runs `work` for every index in `0..n`, each on whichever thread is free. All threads of the team must call it,
     /// with the same `round`, which alternates between consecutive uses with a [`Team::wait`] between them.
     pub fn claim(&self, round: usize, n: usize, mut work: impl FnMut(usize)) {
-        let counter = &self.claims[round & 1];
+        let Apart(counter) = &self.claims[round & 1];
         loop {
             let i = counter.fetch_add(1, Ordering::Relaxed);
             if i >= n {
@@ -140,7 +173,7 @@ impl Team<'_> {
 
     /// Makes the other round's counter ready; to be called by one thread while nobody claims from it.
     pub fn reset_claims(&self, round: usize) {
-        self.claims[round & 1].store(0, Ordering::Relaxed);
+        self.claims[round & 1].0.store(0, Ordering::Relaxed);
     }
 }
 
@@ -163,7 +196,7 @@ struct Shared {
     stopping: AtomicBool,
     finished: AtomicUsize,
     barrier: Barrier,
-    claims: [AtomicUsize; 2],
+    claims: [Apart<AtomicUsize>; 2],
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -198,8 +231,8 @@ impl Pool {
             number: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
             finished: AtomicUsize::new(0),
-            barrier: Barrier { arrived: AtomicUsize::new(0), round: AtomicU32::new(0), broken: AtomicBool::new(false) },
-            claims: [AtomicUsize::new(0), AtomicUsize::new(0)],
+            barrier: Barrier::new(threads),
+            claims: Default::default(),
             panic: Mutex::new(None),
         });
         let mut pool = Pool { shared: shared.clone(), workers: Vec::with_capacity(threads - 1) };
@@ -231,7 +264,7 @@ impl Pool {
     pub fn run(&mut self, job: impl Fn(&Team<'_>) + Sync) {
         let shared = &*self.shared;
         for claim in &shared.claims {
-            claim.store(0, Ordering::Relaxed);
+            claim.0.store(0, Ordering::Relaxed);
         }
         if shared.size > 1 {
             let job: &(dyn Fn(&Team<'_>) + Sync) = &job;
@@ -248,12 +281,10 @@ impl Pool {
         }
         let mine = catch_unwind(AssertUnwindSafe(|| job(&shared.team(0))));
         if mine.is_err() {
-            shared.barrier.broken.store(true, Ordering::Release);
+            shared.barrier.broken.0.store(true, Ordering::Release);
         }
         spin_until(|| shared.finished.load(Ordering::Acquire) == shared.size - 1 || shared.size == 1);
-        if shared.barrier.broken.swap(false, Ordering::AcqRel) {
-            shared.barrier.arrived.store(0, Ordering::Relaxed);
-        }
+        shared.barrier.mend();
         let theirs = lock(&shared.panic).take();
         match (mine, theirs) {
             (_, Some(payload)) => resume_unwind(payload),
@@ -309,7 +340,7 @@ fn worker(shared: &Shared, index: usize) {
         if let Some(job) = job
             && let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(&shared.team(index))))
         {
-            shared.barrier.broken.store(true, Ordering::Release);
+            shared.barrier.broken.0.store(true, Ordering::Release);
             if !payload.is::<BrokenTeam>() {
                 *lock(&shared.panic) = Some(payload);
             }
