@@ -42,6 +42,42 @@ impl Settings {
     }
 }
 
+/// Denies this process, its threads and its children the matrix unit (AMX), so that two engines are compared on AVX-512: whoever asks
+/// Linux for the unit, as both do, hears that it is not permitted. To be called before there are threads.
+///
+/// # Errors
+/// Where the system takes no filter for system calls.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub fn without_matrix_unit() -> std::io::Result<()> {
+    const ARCH_REQ_XCOMP_PERM: u32 = 0x1023;
+    let load = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    let equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    let give = (libc::BPF_RET | libc::BPF_K) as u16;
+    let step = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
+    // Of `struct seccomp_data`: the call's number at byte 0, its first argument at byte 16.
+    let mut filter = [
+        step(load, 0, 0, 0),
+        step(equal, libc::SYS_arch_prctl as u32, 0, 3),
+        step(load, 16, 0, 0),
+        step(equal, ARCH_REQ_XCOMP_PERM, 0, 1),
+        step(give, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32, 0, 0),
+        step(give, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the kernel copies the program, which lives until then.
+    let set = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) == 0
+    };
+    if set { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// There is none to deny.
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+pub fn without_matrix_unit() -> std::io::Result<()> {
+    Ok(())
+}
+
 impl Peer {
     /// Maps the model at `path`. One per process: llama.cpp has global state.
     pub fn open(path: &Path) -> anyhow::Result<Peer> {

@@ -20,7 +20,7 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use kinglet_benches::contender::{Contender, Shape, measure, settle};
 use kinglet_benches::memory::Memory;
-use kinglet_benches::peer::{Peer, Settings};
+use kinglet_benches::peer::{Peer, Settings, without_matrix_unit};
 use kinglet_benches::stats::{Samples, paired};
 use kinglet_benches::{kinglet, model};
 use serde_json::{Value, json};
@@ -44,6 +44,9 @@ struct Args {
     /// Rounds of A B B A.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// Deny both engines the matrix unit (AMX), to compare them on AVX-512.
+    #[arg(long)]
+    without_matrix_unit: bool,
     /// Measure one engine alone.
     #[arg(long, value_enum)]
     only: Option<Engine>,
@@ -73,6 +76,9 @@ impl Engine {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     anyhow::ensure!(args.prefill > 0 && args.decode > 0 && args.rounds > 0, "lengths and rounds must be positive");
+    if args.without_matrix_unit {
+        without_matrix_unit().context("denying the matrix unit")?;
+    }
     if let Some(engine) = args.memory_of {
         return print_memory(engine, &args);
     }
@@ -228,6 +234,7 @@ fn to_json(args: &Args, roof: f64, file: u64, read: u64, report: &[Comparison], 
         "file_bytes": file,
         "bytes_read_per_token": read,
         "threads": args.threads,
+        "without_matrix_unit": args.without_matrix_unit,
         "memory_roof_bytes_per_second": roof,
         "llama_cpp_features": Peer::features(),
         "llama_cpp_missing_features": Peer::missing_features(),
@@ -275,12 +282,13 @@ fn to_markdown(
     let _ = writeln!(
         text,
         "### {} ({:.1} MB, {:.1} MB read per decoded token), {} threads\n\n\
-         Memory roof {:.1} GB/s. llama.cpp built for: {}\n",
+         Memory roof {:.1} GB/s. {}llama.cpp built for: {}\n",
         file_name(&args.model),
         mega(file as f64),
         mega(read as f64),
         args.threads,
         roof / 1e9,
+        if args.without_matrix_unit { "Neither may use the matrix unit. " } else { "" },
         Peer::features(),
     );
     let _ = writeln!(text, "| run | Kinglet tokens/s | llama.cpp tokens/s (its best) | ratio | share of roof |");
