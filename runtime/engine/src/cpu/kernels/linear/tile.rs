@@ -150,9 +150,8 @@ impl<'a> Ahead<'a> {
         }
     }
 
-    /// Goes on with the next stretch, if there is one.
-    #[cold]
-    #[inline(never)]
+    /// Goes on with the next stretch, if there is one. Inlined, for around a call no vector stays in its register.
+    #[inline(always)]
     fn next(&mut self) -> bool {
         let Some(&at) = self.stretches.next() else {
             self.lines = 0;
