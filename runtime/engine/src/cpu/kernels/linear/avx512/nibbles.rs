@@ -24,33 +24,28 @@ pub(in super::super) trait Nibbled: Block {
     const BLOCK: usize = Self::BYTES / 8;
     /// `m: f16` follows `d`. Else weights lie around zero: the minimum is `CENTRE · d`.
     const MINIMUM: bool;
-    /// Times `d`, the minimum of a format that has none of its own.
-    const CENTRE: f32 = 1.0;
+    /// Times `d`, the minimum of a format that has none of its own; 1 for the others.
+    const CENTRE: f32;
     /// `qh: u32` is before the nibbles.
     const FIFTH: bool;
 }
 
-impl Nibbled for unpack::Q4_0 {
-    const MINIMUM: bool = false;
-    const CENTRE: f32 = -8.0;
-    const FIFTH: bool = false;
+macro_rules! nibbled {
+    ($($name:ident: minimum $minimum:expr, centre $centre:expr, fifth bits $fifth:expr;)*) => {
+        $(impl Nibbled for unpack::$name {
+            const MINIMUM: bool = $minimum;
+            const CENTRE: f32 = $centre;
+            const FIFTH: bool = $fifth;
+        })*
+    };
 }
 
-impl Nibbled for unpack::Q4_1 {
-    const MINIMUM: bool = true;
-    const FIFTH: bool = false;
-}
-
-impl Nibbled for unpack::Q5_0 {
-    const MINIMUM: bool = false;
-    const CENTRE: f32 = -16.0;
-    const FIFTH: bool = true;
-}
-
-impl Nibbled for unpack::Q5_1 {
-    const MINIMUM: bool = true;
-    const FIFTH: bool = true;
-}
+nibbled!(
+    Q4_0: minimum false, centre -8.0, fifth bits false;
+    Q4_1: minimum true, centre 1.0, fifth bits false;
+    Q5_0: minimum false, centre -16.0, fifth bits true;
+    Q5_1: minimum true, centre 1.0, fifth bits true;
+);
 
 /// Which bytes the permutations take.
 struct Places<B>(PhantomData<B>);
