@@ -542,7 +542,11 @@ unsafe fn linear_op(c: &Context<'_>, op: &Linear, team: &Team<'_>, scratch: &mut
     }
     // SAFETY: the input was finished before the last barrier.
     let x = unsafe { c.linear_input(op.x, op.parts.iter().map(|part| part.weight), team) };
-    let share = |index: usize| share_of(c, op, index, team);
+    let share = |index: usize| match op.epilogue {
+        // Both halves of a gated pair in the same thread, which then joins them.
+        Epilogue::Gated(..) => team.share(c.tape.info(op.parts[index].out).width, ROW_UNIT),
+        _ => share_by_bytes(c, &op.parts, index, team),
+    };
     let patch = op.parts.first().and_then(|p| c.patch(p.weight));
     let h = patch.map(|patch| {
         let h = c.patch_first_half(patch, &x, team, &mut scratch.linear);
@@ -718,15 +722,6 @@ fn share_by_bytes(c: &Context<'_>, parts: &[Part], index: usize, team: &Team<'_>
         if row >= rows { rows } else { row / ROW_UNIT * ROW_UNIT }
     };
     cut(team.index)..cut(team.index + 1)
-}
-
-/// This thread's columns of part `index`.
-fn share_of(c: &Context<'_>, op: &Linear, index: usize, team: &Team<'_>) -> Range<usize> {
-    match op.epilogue {
-        // Both halves of a gated pair in the same thread, which then joins them.
-        Epilogue::Gated(..) => team.share(c.tape.info(op.parts[index].out).width, ROW_UNIT),
-        _ => share_by_bytes(c, &op.parts, index, team),
-    }
 }
 
 unsafe fn rope_op(c: &Context<'_>, op: &Rope, team: &Team<'_>) {

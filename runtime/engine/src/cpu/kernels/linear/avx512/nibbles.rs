@@ -338,11 +338,14 @@ unsafe fn nibbles<B: Nibbled, const BYTES: bool, const WHOLE: bool>(p: *const u8
     }
 }
 
-/// The heads of eight blocks at `p` together, those from `blocks` on zero.
+/// The heads of eight blocks at `p` together, those from `blocks` on zero; without VBMI nothing, for each is read where it is used.
 #[inline(always)]
-unsafe fn heads<B: Nibbled, const WHOLE: bool>(p: *const u8, blocks: usize) -> __m512i {
+unsafe fn heads<B: Nibbled, const BYTES: bool, const WHOLE: bool>(p: *const u8, blocks: usize) -> __m512i {
     // SAFETY: the blocks are there.
     unsafe {
+        if !BYTES {
+            return _mm512_setzero_si512();
+        }
         let places = _mm512_loadu_si512(Places::<B>::HEADS.as_ptr().cast());
         let mut heads = _mm512_setzero_si512();
         for w in 0..Places::<B>::WINDOWS {
@@ -424,6 +427,18 @@ unsafe fn dots(w: [__m512i; 2], x: *const u8) -> __m512i {
     }
 }
 
+/// Adds products, whose lanes are those of the blocks in `order`, under their scales `d` and those of the activations at `x`; minima
+/// times sums go to the upper half of the second vector.
+#[inline(always)]
+unsafe fn add(sums: &mut [__m512; 2], dots: __m512i, order: __m512i, d: __m512, x: *const u8) {
+    // SAFETY: the unit's activations are there.
+    unsafe {
+        let scales = _mm512_mul_ps(d, _mm512_loadu_ps(x.add(256).cast()));
+        sums[1] = _mm512_add_ps(sums[1], scales);
+        sums[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), _mm512_permutexvar_ps(order, scales), sums[0]);
+    }
+}
+
 /// A unit of `groups` blocks at `p` (eight, if `WHOLE`), times the tokens at `x`.
 #[inline(always)]
 unsafe fn unit<B: Nibbled, const T: usize, const BYTES: bool, const WHOLE: bool>(
@@ -435,7 +450,7 @@ unsafe fn unit<B: Nibbled, const T: usize, const BYTES: bool, const WHOLE: bool>
 ) {
     // SAFETY: the row holds the groups, and the arranged activations whole units.
     unsafe {
-        let heads = if BYTES { heads::<B, WHOLE>(p, groups) } else { _mm512_setzero_si512() };
+        let heads = heads::<B, BYTES, WHOLE>(p, groups);
         let (d, rest) = (scales::<B, BYTES>(p, groups, heads), groups.saturating_sub(4));
         let first = weights::<B, BYTES, WHOLE, false>(p, groups, heads);
         let second = weights::<B, BYTES, WHOLE, true>(p.wrapping_add(4 * B::BLOCK), rest, heads);
@@ -443,12 +458,9 @@ unsafe fn unit<B: Nibbled, const T: usize, const BYTES: bool, const WHOLE: bool>
         let order = _mm512_setr_epi32(0, 0, 4, 4, 1, 1, 5, 5, 2, 2, 6, 6, 3, 3, 7, 7);
         for t in 0..T {
             let x = x.add(t * x_bytes);
-            let scales = _mm512_mul_ps(d, _mm512_loadu_ps(x.add(256).cast()));
-            sums[t][1] = _mm512_add_ps(sums[t][1], scales);
             // Eight products are 8 · 31 · 127 at most, which 16 bits hold.
             let words = _mm512_packs_epi32(dots(first, x), dots(second, x.add(128)));
-            let dots = _mm512_cvtepi32_ps(_mm512_madd_epi16(words, _mm512_set1_epi16(1)));
-            sums[t][0] = _mm512_fmadd_ps(dots, _mm512_permutexvar_ps(order, scales), sums[t][0]);
+            add(&mut sums[t], _mm512_madd_epi16(words, _mm512_set1_epi16(1)), order, d, x);
         }
     }
 }
@@ -464,16 +476,13 @@ unsafe fn half<B: Nibbled, const T: usize, const BYTES: bool>(
 ) {
     // SAFETY: as for `unit`.
     unsafe {
-        let heads = if BYTES { heads::<B, false>(p, groups) } else { _mm512_setzero_si512() };
+        let heads = heads::<B, BYTES, false>(p, groups);
         let d = scales::<B, BYTES>(p, groups, heads);
         let w = weights::<B, BYTES, false, false>(p, groups, heads);
         let order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
         for t in 0..T {
             let x = x.add(t * x_bytes);
-            let scales = _mm512_mul_ps(d, _mm512_loadu_ps(x.add(256).cast()));
-            sums[t][1] = _mm512_add_ps(sums[t][1], scales);
-            let dots = _mm512_cvtepi32_ps(dots(w, x));
-            sums[t][0] = _mm512_fmadd_ps(dots, _mm512_permutexvar_ps(order, scales), sums[t][0]);
+            add(&mut sums[t], dots(w, x), order, d, x);
         }
     }
 }
