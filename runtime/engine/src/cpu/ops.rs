@@ -22,7 +22,7 @@ use crate::tape::{Attention, Epilogue, Gate, HeadLora, KvSource, Linear, Op, Par
 /// Rows of weights that stay with one thread: whole tiles of every kernel, whole groups of 32 for the 8-bit form.
 pub(super) const ROW_UNIT: usize = 32;
 /// Columns of a gated pair that are computed at a time where there are many rows, and from how many on.
-pub(super) const STRIP: usize = 64;
+pub(super) const STRIP: usize = 128;
 const STRIP_ROWS: usize = 32;
 /// Query rows of a piece of attention.
 const QUERY_ROWS: usize = 64;

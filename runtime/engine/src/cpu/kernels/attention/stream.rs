@@ -7,6 +7,7 @@
 //! depend on the head's width alone, so heads may be grouped and split over tasks at will.
 
 use super::super::lanes::{F32x8, add, exp2, fma, load, load_f16, mul, splat, store, store_sums, sub, zero};
+use super::super::{asks_ahead, prefetch};
 use super::block::{Bend, base_of, exponentiate, finish, mask_and_max};
 use super::kv::unpack_eights;
 use super::{AttentionTask, BLOCK, MAX_GROUP, aligned};
@@ -78,6 +79,7 @@ unsafe fn group<E: Element, const IN_PLACE: bool>(
     let (dim, width, count) = (task.head_dim, task.head_dim.next_multiple_of(16), heads.1 - heads.0);
     let bend = Bend::new(task);
     let visible = task.visible(row);
+    let asks = asks_ahead();
     // SAFETY: the scratch is cut into q and o [MAX_GROUP][width], s [MAX_GROUP][64], maxima [MAX_GROUP], sums
     // [MAX_GROUP][8] and an unpacked block [64][width], as `attention_scratch_len` counts; pointers into the task are
     // those of its own row and heads and of visible positions.
@@ -114,6 +116,15 @@ unsafe fn group<E: Element, const IN_PLACE: bool>(
                 }
                 (unpacked.cast::<u8>().cast_const(), 4 * width)
             };
+            if asks {
+                // Values while keys are multiplied, and keys sooner than stretches of their length are foreseen.
+                for offset in [task.kv.k_offset, task.kv.v_offset] {
+                    let first = task.kv.at(offset, kv_head, block + from);
+                    for line in (0..(to - from) * task.kv.pos_stride).step_by(64) {
+                        prefetch(first.wrapping_add(line));
+                    }
+                }
+            }
             let (k, stride) = vectors(task.kv.k_offset);
             for i in (0..count).step_by(3) {
                 let (q, s) = (q.add(i * width), s.add(i * BLOCK));

@@ -5,6 +5,8 @@
 //! sums of its values, from which a kernel takes the share of a weight's zero point or minimum: `s = d·Σq` over the 32
 //! values, and the same over each half of 16 for the types whose scales are 16 wide. Quantizing weights' partners to
 //! 8 bits with a scale per 32 values costs about 0.4 % of the values' size; integer products are exact from there on.
+//! Where a kernel adds 128 to signed weights, which makes them the unsigned factors that processors want, `c = −128·Σq` is what its
+//! integer sums begin at.
 //!
 //! In memory (one buffer, every section starting on 64 bytes):
 //!
@@ -14,6 +16,8 @@
 //! | `d` | f32 | `[tokens][groups]`, `groups` = k / 32 rounded up to a multiple of 8, the padding zero |
 //! | `s` | f32 | `[tokens][groups]` |
 //! | `s16` | f32 | `[tokens][2 · groups]` |
+//! | `c` | i32 | `[tokens][groups]` |
+//! | `c16` | i32 | `[tokens][2 · groups]` |
 //!
 //! The padding lets a kernel load eight scales at once at the end of a row.
 
@@ -55,6 +59,8 @@ pub struct Q8<'a> {
     pub(super) d: &'a [f32],
     pub(super) s: &'a [f32],
     pub(super) s16: &'a [f32],
+    pub(super) c: &'a [i32],
+    pub(super) c16: &'a [i32],
     pub(super) layout: Q8Layout,
 }
 
@@ -67,12 +73,16 @@ pub struct Q8Layout {
     pub k: usize,
     /// Groups in a row with the padding: the row stride of `d` and `s`.
     pub groups: usize,
-    /// Byte offsets of `d`, `s` and `s16`; `qs` is at 0.
+    /// Byte offsets of `d`, `s`, `s16`, `c` and `c16`; `qs` is at 0.
     pub d: usize,
     /// See `d`.
     pub s: usize,
     /// See `d`.
     pub s16: usize,
+    /// See `d`.
+    pub c: usize,
+    /// See `d`.
+    pub c16: usize,
     /// Bytes of the whole buffer.
     pub bytes: usize,
 }
@@ -88,7 +98,9 @@ impl Q8Layout {
         let d = up64(tokens * k);
         let s = d + up64(tokens * groups * 4);
         let s16 = s + up64(tokens * groups * 4);
-        Q8Layout { tokens, k, groups, d, s, s16, bytes: s16 + up64(tokens * groups * 8) }
+        let c = s16 + up64(tokens * groups * 8);
+        let c16 = c + up64(tokens * groups * 4);
+        Q8Layout { tokens, k, groups, d, s, s16, c, c16, bytes: c16 + up64(tokens * groups * 8) }
     }
 }
 
@@ -111,11 +123,14 @@ impl<'a> Q8<'a> {
         };
         let part = |from: usize, n: usize| buffer.get(from..from + n).ok_or_else(misfit);
         let floats = |from: usize, n: usize| bytemuck::try_cast_slice(part(from, n * 4)?).map_err(|_| misfit());
+        let integers = |from: usize, n: usize| bytemuck::try_cast_slice(part(from, n * 4)?).map_err(|_| misfit());
         Ok(Q8 {
             qs: bytemuck::cast_slice(part(0, tokens * k)?),
             d: floats(layout.d, tokens * layout.groups)?,
             s: floats(layout.s, tokens * layout.groups)?,
             s16: floats(layout.s16, tokens * layout.groups * 2)?,
+            c: integers(layout.c, tokens * layout.groups)?,
+            c16: integers(layout.c16, tokens * layout.groups * 2)?,
             layout,
         })
     }
@@ -138,6 +153,12 @@ impl<'a> Q8<'a> {
     /// The sums `d·Σq` over 16 values, two for every scale.
     pub fn half_sums(&self) -> &'a [f32] {
         self.s16
+    }
+
+    /// What sums of products with weights that have had 128 added begin at, `−128·Σq`: over 32 values, shaped as the scales, and over
+    /// 16 values, two for every scale.
+    pub fn offsets(&self) -> [&'a [i32]; 2] {
+        [self.c, self.c16]
     }
 
     /// Row count, width and offsets.
@@ -169,9 +190,9 @@ impl Q8Mut {
         Q8Mut { base, layout: Q8Layout::new(tokens, k) }
     }
 
-    /// Values `columns` of row `t`, whole groups, with their scales, sums and half sums; behind the last values the padding.
+    /// Values `columns` of row `t`, whole groups, with what belongs to their groups; behind the last values the padding.
     pub(super) fn part(&self, t: usize, columns: Range<usize>) -> Row<'_> {
-        let Q8Layout { k, groups, d, s, s16, .. } = self.layout;
+        let Q8Layout { k, groups, d, s, s16, c, c16, .. } = self.layout;
         let inside = t < self.layout.tokens && columns.start <= columns.end && columns.end <= k;
         assert!(inside, "values {columns:?} of row {t} of {} quantized rows of {k}", self.layout.tokens);
         let (first, n) = (columns.start / GROUP, columns.len());
@@ -185,6 +206,8 @@ impl Q8Mut {
                 d: std::slice::from_raw_parts_mut(self.base.add(d).cast::<f32>().add(at), count),
                 s: std::slice::from_raw_parts_mut(self.base.add(s).cast::<f32>().add(at), count),
                 s16: std::slice::from_raw_parts_mut(self.base.add(s16).cast::<f32>().add(2 * at), 2 * count),
+                c: std::slice::from_raw_parts_mut(self.base.add(c).cast::<i32>().add(at), count),
+                c16: std::slice::from_raw_parts_mut(self.base.add(c16).cast::<i32>().add(2 * at), 2 * count),
             }
         }
     }
@@ -196,6 +219,31 @@ pub(super) struct Row<'a> {
     pub d: &'a mut [f32],
     pub s: &'a mut [f32],
     pub s16: &'a mut [f32],
+    pub c: &'a mut [i32],
+    pub c16: &'a mut [i32],
+}
+
+impl Row<'_> {
+    /// Writes the scale and all sums of group `g`, given those of its halves' values.
+    #[inline(always)]
+    pub fn group(&mut self, g: usize, scale: f32, [a, b]: [i32; 2]) {
+        self.d[g] = scale;
+        self.s[g] = scale * (a + b) as f32;
+        self.s16[2 * g] = scale * a as f32;
+        self.s16[2 * g + 1] = scale * b as f32;
+        self.c[g] = -128 * (a + b);
+        self.c16[2 * g] = -128 * a;
+        self.c16[2 * g + 1] = -128 * b;
+    }
+
+    /// Zeros for the groups from `n` on, the padding.
+    pub fn pad(self, n: usize) {
+        self.d[n..].fill(0.0);
+        self.s[n..].fill(0.0);
+        self.s16[2 * n..].fill(0.0);
+        self.c[n..].fill(0);
+        self.c16[2 * n..].fill(0);
+    }
 }
 
 /// Quantizes rows `rows` of `x` (row `t` is `x[t * stride ..][.. k]`) to 8 bits into `dst`, to nearest, ties to even.
@@ -234,6 +282,8 @@ pub fn quantize_columns(
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(token) => super::avx2::quantize_row(token, x, row),
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(token) if n >= super::avx512::QUANTIZES_FROM => super::avx512::quantize_row(token, x, row),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(token) => super::avx2::quantize_row(token.avx2(), x, row),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(token) => super::neon::quantize_row(token, x, row),
@@ -247,10 +297,10 @@ pub fn quantize_columns(
 pub(super) const SMALLEST: f32 = f32::from_bits((127 - 110) << 23);
 
 /// The specification of the quantization: one row.
-pub(super) fn quantize_row(x: &[f32], row: Row<'_>) {
-    let Row { qs, d, s, s16 } = row;
-    let n = qs.len() / GROUP;
-    for (g, (x, q)) in x.chunks_exact(GROUP).zip(qs.chunks_exact_mut(GROUP)).enumerate() {
+pub(super) fn quantize_row(x: &[f32], mut row: Row<'_>) {
+    let n = row.qs.len() / GROUP;
+    for (g, x) in x.chunks_exact(GROUP).enumerate() {
+        let q = &mut row.qs[GROUP * g..GROUP * (g + 1)];
         // Absolute values compare as their bit patterns do, with infinities and NaNs on top.
         let top = x.iter().fold(0, |top, v| (v.to_bits() & 0x7fff_ffff).max(top));
         let amax = f32::from_bits(top);
@@ -264,12 +314,7 @@ pub(super) fn quantize_row(x: &[f32], row: Row<'_>) {
             *q = if inverse == 0.0 { 0 } else { (v * inverse).round_ties_even() as i8 };
             sums[i / 16] += i32::from(*q);
         }
-        d[g] = scale;
-        s[g] = scale * (sums[0] + sums[1]) as f32;
-        s16[2 * g] = scale * sums[0] as f32;
-        s16[2 * g + 1] = scale * sums[1] as f32;
+        row.group(g, scale, sums);
     }
-    d[n..].fill(0.0);
-    s[n..].fill(0.0);
-    s16[2 * n..].fill(0.0);
+    row.pad(n);
 }

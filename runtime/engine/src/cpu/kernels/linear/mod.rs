@@ -7,7 +7,7 @@
 //!
 //! Two shapes: *matvec* for a few tokens, bound by memory, reads each row once straight from its blocks; *tile* for
 //! many tokens, bound by arithmetic, unpacks some rows into scratch in the first cache and multiplies them there with
-//! all tokens. Which one runs depends on the type and the number of tokens only.
+//! all tokens (AVX-512 multiplies up to eight tokens from registers). Which one runs depends on the type and the number of tokens only.
 //!
 //! | file | what |
 //! | --- | --- |

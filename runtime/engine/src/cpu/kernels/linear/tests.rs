@@ -234,13 +234,16 @@ fn more_tokens_than_a_tile_keeps() {
     }
 }
 
-/// Sums in several chunks, for all columns in turn or each column's at once, and more tokens than are taken together.
+/// Sums in several chunks, for all columns in turn or each column's at once, of many tokens and of few, and more tokens than are taken
+/// together or stay in a cache.
 #[test]
 fn chunks_and_blocks_of_tokens_do_not_show() {
     let mut random = Random(31);
     let dtypes = [DType::Q4_1, DType::Q8_0, DType::Q6_K];
     for (isa, kernel) in kernels().filter(|(_, k)| k.shape == Shape::Tile && dtypes.contains(&k.dtype)) {
-        for (k, rows, tokens) in [(2304, 70, 40), (1536, 35, 700), (512, 33, 1100)] {
+        for (k, rows, tokens) in
+            [(2304, 70, 40), (1536, 35, 700), (512, 33, 1100), (4864, 33, 170), (6400, 35, 7), (12288, 19, 3)]
+        {
             let weight = random_weights(kernel.dtype, rows * kernel.dtype.row_bytes(k).unwrap(), &mut random);
             check_exact(isa, kernel, &weight, rows, &Input::random(isa, tokens, k, &mut random));
         }
@@ -341,8 +344,10 @@ fn unpacking_gives_the_decoded_values() {
 #[test]
 fn quantization_rounds_to_nearest_and_is_the_same_everywhere() {
     let mut random = Random(77);
-    for isa in Isa::available() {
-        let (tokens, k) = (3, 32 * 11);
+    // One call's groups, and more than are taken together.
+    let cases = Isa::available().into_iter().flat_map(|isa| [11, 16, 27, 37].map(|groups| (isa, groups)));
+    for (isa, groups) in cases {
+        let (tokens, k) = (3, 32 * groups);
         let mut input = Input::random(isa, tokens, k, &mut random);
         // Ties, a zero group, a tiny group, the largest finite values.
         input.f32s[..32]
@@ -357,18 +362,24 @@ fn quantization_rounds_to_nearest_and_is_the_same_everywhere() {
         assert_eq!(a.values(), b.values(), "{}", isa.name());
         let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
         assert!(same(a.scales(), b.scales()) && same(a.sums(), b.sums()) && same(a.half_sums(), b.half_sums()));
+        assert_eq!(a.offsets(), b.offsets());
         assert_eq!(a.values()[..6], [127, -8, -6, -6, -4, -4], "ties go to even");
         assert_eq!((a.scales()[1], a.scales()[2]), (0.0, 0.0));
         assert!(a.scales()[3].is_finite() && a.values()[96] == 127);
         for t in 0..tokens {
-            for g in 4..11 {
+            for g in 4..groups {
                 let x = &ours.f32s[t * (k + 5) + 32 * g..][..32];
                 let (q, d) = (&a.values()[t * k + 32 * g..][..32], a.scales()[t * a.layout().groups + g]);
                 assert!(x.iter().zip(q).all(|(x, q)| (x - d * f32::from(*q)).abs() <= d * 0.501));
                 let sum: i32 = q.iter().map(|q| i32::from(*q)).sum();
                 assert_eq!(a.sums()[t * a.layout().groups + g], d * sum as f32);
             }
-            assert!(a.scales()[t * a.layout().groups + 11..][..5].iter().all(|d| *d == 0.0), "padding");
+            assert!(
+                a.scales()[t * a.layout().groups + groups..][..groups.next_multiple_of(8) - groups]
+                    .iter()
+                    .all(|d| *d == 0.0),
+                "padding"
+            );
         }
     }
 }

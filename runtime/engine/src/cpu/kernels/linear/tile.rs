@@ -22,6 +22,8 @@ pub(super) struct XRow {
     pub d: *const f32,
     pub s: *const f32,
     pub s16: *const f32,
+    pub c: *const i32,
+    pub c16: *const i32,
 }
 
 impl XRow {
@@ -51,6 +53,8 @@ impl XRow {
                 d: x.d.as_ptr().add(t * groups + group),
                 s: x.s.as_ptr().add(t * groups + group),
                 s16: x.s16.as_ptr().add(2 * (t * groups + group)),
+                c: x.c.as_ptr().add(t * groups + group),
+                c16: x.c16.as_ptr().add(2 * (t * groups + group)),
             }
         }
     }
@@ -175,6 +179,9 @@ pub(super) fn pointers(
     std::array::from_fn(|i| task.weight.as_ptr().wrapping_add(row(i) * row_bytes + offset))
 }
 
+/// Bytes of activations that stay in the second cache.
+const CACHED_BYTES: usize = 768 << 10;
+
 /// Runs a task.
 ///
 /// # Safety
@@ -187,8 +194,12 @@ pub(super) unsafe fn run<K: Tile>(task: &LinearTask<'_>, scratch: &mut Scratch) 
     // Chunks of equal size, as near as whole units allow.
     let chunk = units.div_ceil(units.div_ceil(TILE_CHUNK / 256));
     let pointers = |r0: usize, u0: usize| pointers(task, row_bytes, r0, u0 * K::UNIT_BYTES);
-    for t0 in (0..task.x.tokens).step_by(TILE_TOKENS) {
-        let tokens = (task.x.tokens - t0).min(TILE_TOKENS);
+    // Parts of equal size, as near as can be, whose activations stay in the second cache while the rows go by.
+    let most = (CACHED_BYTES / task.k.max(1)).clamp(64, TILE_TOKENS);
+    let parts = task.x.tokens.div_ceil(most);
+    let mut t0 = 0;
+    for part in 0..parts {
+        let tokens = (task.x.tokens - t0).div_ceil(parts - part);
         for r0 in task.rows.clone().step_by(K::ROWS) {
             let rows = (task.rows.end - r0).min(K::ROWS);
             for u0 in (0..units).step_by(chunk) {
@@ -247,5 +258,6 @@ pub(super) unsafe fn run<K: Tile>(task: &LinearTask<'_>, scratch: &mut Scratch) 
                 }
             }
         }
+        t0 += tokens;
     }
 }

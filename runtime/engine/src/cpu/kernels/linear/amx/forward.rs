@@ -101,7 +101,15 @@ unsafe fn widen<B: Turn>(tile: &TileMemory, groups: usize, panel: *mut u8) {
                 let factors = |i: usize| {
                     let at = if B::HALVES { 2 * group + i / 4 } else { group };
                     let at = at * COLUMNS + 16 * half;
-                    (_mm512_load_ps(tile.d.add(at)), _mm512_load_ps(tile.m.add(at)))
+                    let d = _mm512_load_ps(tile.d.add(at));
+                    (
+                        d,
+                        if B::CENTRED {
+                            _mm512_mul_ps(d, _mm512_set1_ps(-128.0))
+                        } else {
+                            _mm512_load_ps(tile.m.add(at))
+                        },
+                    )
                 };
                 for i in 0..8 {
                     let (d, m) = factors(i);

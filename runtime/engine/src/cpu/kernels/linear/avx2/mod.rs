@@ -82,10 +82,10 @@ pub(super) fn quantize_row(_proof: Avx2, x: &[f32], row: Row<'_>) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn quantize(x: &[f32], row: Row<'_>) {
-    let Row { qs, d, s, s16 } = row;
-    let n = qs.len() / GROUP;
-    for (g, (x, q)) in x.chunks_exact(GROUP).zip(qs.chunks_exact_mut(GROUP)).enumerate() {
+fn quantize(x: &[f32], mut row: Row<'_>) {
+    let n = row.qs.len() / GROUP;
+    for (g, x) in x.chunks_exact(GROUP).enumerate() {
+        let q = &mut row.qs[GROUP * g..GROUP * (g + 1)];
         let mut v = [_mm256_setzero_ps(); 4];
         let mut top = _mm256_setzero_si256();
         for (v, x) in v.iter_mut().zip(x.chunks_exact(8)) {
@@ -123,12 +123,7 @@ fn quantize(x: &[f32], row: Row<'_>) {
             // SAFETY: `q` is 32 long.
             unsafe { _mm256_storeu_si256(q.as_mut_ptr().cast(), _mm256_permutevar8x32_epi32(bytes, order)) };
         }
-        d[g] = scale;
-        s[g] = scale * (sums[0] + sums[1]) as f32;
-        s16[2 * g] = scale * sums[0] as f32;
-        s16[2 * g + 1] = scale * sums[1] as f32;
+        row.group(g, scale, sums);
     }
-    d[n..].fill(0.0);
-    s[n..].fill(0.0);
-    s16[2 * n..].fill(0.0);
+    row.pad(n);
 }

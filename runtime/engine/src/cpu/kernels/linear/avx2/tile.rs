@@ -45,24 +45,24 @@ unsafe fn unpack<B: Block, const ROWS: usize>(
                         _mm256_storeu_si256(to.add(i * ROWS * 4).cast(), v[i]);
                     }
                 }
-                scales_of_eight::<B, ROWS, false>(&p, n, tile, unit, 8 * h);
+                scales_of_eight::<B, ROWS>(&p, n, tile, unit, 8 * h, !B::SIGNED);
             }
         }
     }
 }
 
-/// Scales and minima of the first `n` groups of unit `unit`, of the eight rows at `p`, to rows `row ..` of the tile. With
-/// `OFFSET`, the bytes of signed formats are 128 more than they were, which the minimum takes off again.
+/// Scales, and `minima` if so, of the first `n` groups of unit `unit`, of the eight rows at `p`, to rows `row ..` of the tile.
 ///
 /// # Safety
 /// As for [`unpack`].
 #[inline(always)]
-pub(in super::super) unsafe fn scales_of_eight<B: Block, const ROWS: usize, const OFFSET: bool>(
+pub(in super::super) unsafe fn scales_of_eight<B: Block, const ROWS: usize>(
     p: &[*const u8; 8],
     n: usize,
     tile: &TileMemory,
     unit: usize,
     row: usize,
+    minima: bool,
 ) {
     // SAFETY: by the contract; tile rows are ROWS wide.
     unsafe {
@@ -70,9 +70,6 @@ pub(in super::super) unsafe fn scales_of_eight<B: Block, const ROWS: usize, cons
         for i in 0..8 {
             let (di, mi) = B::scales(p[i], n);
             (d[0][i], d[1][i], m[0][i], m[1][i]) = (di[0], di[1], mi[0], mi[1]);
-            if OFFSET && B::SIGNED {
-                m[0][i] = _mm256_mul_ps(di[0], _mm256_set1_ps(-128.0));
-            }
         }
         let wide = if B::HALVES { 2 } else { 1 };
         for part in 0..wide {
@@ -80,7 +77,7 @@ pub(in super::super) unsafe fn scales_of_eight<B: Block, const ROWS: usize, cons
             for i in 0..8 {
                 let to = ((wide * unit + part) * 8 + i) * ROWS + row;
                 _mm256_storeu_ps(tile.d.add(to), d[i]);
-                if OFFSET || !B::SIGNED {
+                if minima {
                     _mm256_storeu_ps(tile.m.add(to), m[i]);
                 }
             }
@@ -90,7 +87,7 @@ pub(in super::super) unsafe fn scales_of_eight<B: Block, const ROWS: usize, cons
 
 /// Eight rows of eight 32-bit lanes, turned.
 #[inline(always)]
-unsafe fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
+pub(in super::super) unsafe fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
     // SAFETY: register arithmetic.
     unsafe {
         let pair = |a, b| (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));

@@ -1,12 +1,15 @@
 //! Linear kernels for AVX-512 with VNNI, in the shapes of the AVX2 ones: `vpdpbusd` takes the place of the multiply,
-//! add and widen, so all bytes are made unsigned (`+ 128` where they are signed, which the minima take off again), and
-//! a vector holds two groups of 32 (matvec), the nibbles of four blocks (nibbles), or 16 rows (tile).
+//! add and widen, so all bytes are made unsigned (`+ 128` where weights lie around zero, which the minima take off again or sums begin
+//! without), and a vector holds two groups of 32 (matvec), the nibbles of four blocks (nibbles), or 16 rows (few, tile).
 
+mod few;
 mod matvec;
 mod nibbles;
+mod quantize;
 mod tile;
 mod turn;
 
+pub(super) use quantize::{QUANTIZES_FROM, quantize_row};
 pub(super) use tile::run as run_tile;
 pub(super) use turn::{Turn, unpack};
 

@@ -1,4 +1,4 @@
-//! Many tokens: 32 rows are unpacked once and multiplied with six tokens at a time.
+//! Many tokens: 32 rows are unpacked once and multiplied with six tokens at a time. Eight tokens or fewer are `few`'s.
 
 use super::super::tile::{Ahead, Place, Tile, TileMemory, XRow};
 use super::super::{LinearTask, Scratch};
@@ -11,7 +11,13 @@ pub(in super::super) fn run<B: Turn>(_proof: Avx512, task: &LinearTask<'_>, scra
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn inner<B: Turn>(task: &LinearTask<'_>, scratch: &mut Scratch) {
         // SAFETY: the features are enabled here, and `linear` checked the task.
-        unsafe { super::super::tile::run::<Avx512Tile<B>>(task, scratch) }
+        unsafe {
+            match task.x.tokens {
+                0..=4 => super::few::run::<B, 4>(task, scratch),
+                5..=8 => super::few::run::<B, 8>(task, scratch),
+                _ => super::super::tile::run::<Avx512Tile<B>>(task, scratch),
+            }
+        }
     }
     // SAFETY: the token proves the features.
     unsafe { inner::<B>(task, scratch) }
@@ -42,10 +48,8 @@ impl<B: Turn> Tile for Avx512Tile<B> {
                 [a, b, c, d, e, f] => micro::<B, 6>(tile, groups, &[a, b, c, d, e, f], sums, ahead),
                 [a, b, c, d, e] => micro::<B, 5>(tile, groups, &[a, b, c, d, e], sums, ahead),
                 [a, b, c, d] => micro::<B, 4>(tile, groups, &[a, b, c, d], sums, ahead),
-                [a, b, c] => micro::<B, 3>(tile, groups, &[a, b, c], sums, ahead),
-                [a, b] => micro::<B, 2>(tile, groups, &[a, b], sums, ahead),
-                [a] => micro::<B, 1>(tile, groups, &[a], sums, ahead),
-                _ => {}
+                // More than eight tokens are divided into parts of four at least.
+                _ => debug_assert!(false, "{} tokens for a tile", x.len()),
             }
         }
     }
@@ -74,7 +78,7 @@ unsafe fn micro<B: Turn, const T: usize>(
                 *acc = [_mm512_load_ps(to.before.add(ROWS * t)), _mm512_load_ps(to.before.add(ROWS * t + 16))];
             }
         }
-        for at in 0..groups * wide {
+        for at in 0..if B::CENTRED { 0 } else { groups * wide } {
             let (m0, m1) = (_mm512_load_ps(tile.m.add(at * ROWS)), _mm512_load_ps(tile.m.add(at * ROWS + 16)));
             for (x, acc) in x.iter().zip(&mut acc) {
                 let s = _mm512_set1_ps(*if B::HALVES { x.s16 } else { x.s }.add(at));
@@ -87,6 +91,11 @@ unsafe fn micro<B: Turn, const T: usize>(
             ahead.step();
             let mut offset = 32 / wide * at;
             let mut sums = [[_mm512_setzero_si512(); 2]; T];
+            if B::CENTRED {
+                for (x, sums) in x.iter().zip(&mut sums) {
+                    *sums = [_mm512_set1_epi32(*if B::HALVES { x.c16 } else { x.c }.add(at)); 2];
+                }
+            }
             for _ in 0..steps {
                 let (w0, w1) = (_mm512_load_si512(w.cast()), _mm512_load_si512(w.add(64).cast()));
                 for (x, sums) in x.iter().zip(&mut sums) {

@@ -9,26 +9,28 @@ use super::super::tile::{Ahead, TileMemory};
 use std::arch::x86_64::*;
 
 /// Rows that are turned at a time: 32-bit lanes of a vector.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// Units of sixteen rows.
-type Units = [*const u8; LANES];
+pub(super) type Units = [*const u8; LANES];
 
 /// A group of sixteen rows: vector i holds values 4·i to 4·i + 3 of each row.
 type Group = [__m512i; 8];
 
 /// A format's bytes and scales, of sixteen rows at a time.
 pub(in super::super) trait Turn: Block {
+    /// Whether weights are multiples of their scale; [`Turn::group_of_rows`] gives the multiples plus 128, and there are no minima.
+    const CENTRED: bool;
     /// Whether each group has factors of its own, which [`Turn::factors`] reads; else [`Block::scales`] reads those of a unit.
     const EACH: bool = false;
 
-    /// Group `g`, as [`Block::group`] gives it of a row.
+    /// Group `g`, as [`Block::group`] gives it of a row unless weights are [centred](Turn::CENTRED).
     ///
     /// # Safety
     /// The units have group `g`; the caller has AVX-512 F, BW, DQ, VL.
     unsafe fn group_of_rows(rows: &Units, g: usize) -> Group;
 
-    /// Scales and minima of group `g`; for signed formats the scales alone.
+    /// Scales and minima of group `g`.
     ///
     /// # Safety
     /// As for [`Turn::group_of_rows`].
@@ -39,8 +41,7 @@ pub(in super::super) trait Turn: Block {
     }
 }
 
-/// Unpacks `groups` groups of `ROWS` rows from their unit pointers; signed bytes are made unsigned by adding 128, which the
-/// minimum takes off again.
+/// Unpacks `groups` groups of `ROWS` rows from their unit pointers. Of [centred](Turn::CENTRED) weights there are no minima.
 ///
 /// # Safety
 /// The caller has AVX2, FMA, F16C and AVX-512 F, BW, DQ, VL; the pointers are good for the groups asked for; the tile has room.
@@ -53,7 +54,6 @@ pub(in super::super) unsafe fn unpack<B: Turn, const ROWS: usize>(
 ) {
     // SAFETY: by the contract; tile rows are ROWS wide.
     unsafe {
-        let flip = _mm512_set1_epi8(-128);
         for unit in 0..groups.div_ceil(8) {
             let n = (groups - 8 * unit).min(8);
             for row in (0..ROWS).step_by(LANES) {
@@ -62,14 +62,14 @@ pub(in super::super) unsafe fn unpack<B: Turn, const ROWS: usize>(
                     let at = 8 * unit + g;
                     let values = B::group_of_rows(&rows, g);
                     for (i, v) in values.into_iter().enumerate() {
-                        let v = if B::SIGNED { _mm512_xor_si512(v, flip) } else { v };
                         _mm512_storeu_si512(tile.q.add(((8 * at + i) * ROWS + row) * 4).cast(), v);
                     }
                     if B::EACH {
                         let (d, m) = B::factors(&rows, g);
-                        let m = if B::SIGNED { _mm512_mul_ps(d, _mm512_set1_ps(-128.0)) } else { m };
                         _mm512_storeu_ps(tile.d.add(at * ROWS + row), d);
-                        _mm512_storeu_ps(tile.m.add(at * ROWS + row), m);
+                        if !B::CENTRED {
+                            _mm512_storeu_ps(tile.m.add(at * ROWS + row), m);
+                        }
                     }
                     ahead.step();
                     ahead.step();
@@ -77,7 +77,7 @@ pub(in super::super) unsafe fn unpack<B: Turn, const ROWS: usize>(
                 if !B::EACH {
                     for row in [row, row + 8] {
                         let rows = std::array::from_fn(|i| units[row + i].add(unit * B::BYTES));
-                        scales_of_eight::<B, ROWS, true>(&rows, n, tile, unit, row);
+                        scales_of_eight::<B, ROWS>(&rows, n, tile, unit, row, !B::CENTRED);
                     }
                 }
             }
@@ -117,12 +117,26 @@ unsafe fn words(rows: &Units, at: usize) -> [__m512i; 4] {
     }
 }
 
+/// The vector itself, of which the compiler then does not know that a part alone is wanted: loads of less than 16 bytes cannot be
+/// joined with the instruction that inserts them.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn whole(mut v: __m512i) -> __m512i {
+    // SAFETY: an empty line.
+    unsafe { std::arch::asm!("/* {v} */", v = inout(zmm_reg) v, options(pure, nomem, nostack, preserves_flags)) };
+    v
+}
+
 /// The word at `at` of each row.
 #[inline(always)]
 unsafe fn word(rows: &Units, at: usize) -> __m512i {
     // SAFETY: the callers' blocks hold 16 bytes at `at`.
     unsafe {
-        let [a, b, c, d] = lanes(rows, at);
+        let mut v = lanes(rows, at);
+        for v in &mut v {
+            *v = whole(*v);
+        }
+        let [a, b, c, d] = v;
         _mm512_unpacklo_epi64(_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d))
     }
 }
@@ -215,14 +229,11 @@ unsafe fn halves(word: __m512i) -> __m512 {
     unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(word)) }
 }
 
-/// The f16 at `at`, and it times `by`.
+/// The f16 at `at`, and no minimum.
 #[inline(always)]
-unsafe fn scale(rows: &Units, at: usize, by: f32) -> (__m512, __m512) {
+unsafe fn scale(rows: &Units, at: usize) -> (__m512, __m512) {
     // SAFETY: the callers' blocks hold 16 bytes at `at`.
-    unsafe {
-        let d = halves(word(rows, at));
-        (d, _mm512_mul_ps(d, _mm512_set1_ps(by)))
-    }
+    unsafe { (halves(word(rows, at)), _mm512_setzero_ps()) }
 }
 
 /// The two f16 at `at`.
@@ -235,10 +246,73 @@ unsafe fn pair(rows: &Units, at: usize) -> (__m512, __m512) {
     }
 }
 
+/// `by` added to every byte.
+#[inline(always)]
+unsafe fn plus(mut v: Group, by: i8) -> Group {
+    // SAFETY: register arithmetic.
+    unsafe {
+        for v in &mut v {
+            *v = _mm512_add_epi8(*v, _mm512_set1_epi8(by));
+        }
+        v
+    }
+}
+
+/// `bits`, which are clear, set in every byte.
+#[inline(always)]
+unsafe fn with_bits(mut v: Group, bits: i8) -> Group {
+    // SAFETY: register arithmetic.
+    unsafe {
+        for v in &mut v {
+            *v = _mm512_or_si512(*v, _mm512_set1_epi8(bits));
+        }
+        v
+    }
+}
+
+/// Signed bytes plus 128.
+#[inline(always)]
+unsafe fn flipped(mut v: Group) -> Group {
+    // SAFETY: register arithmetic.
+    unsafe {
+        for v in &mut v {
+            *v = _mm512_xor_si512(*v, _mm512_set1_epi8(-128));
+        }
+        v
+    }
+}
+
+/// IQ4's values plus 128.
+const IQ4_PLUS_128: [u8; 16] = offset(IQ4_BYTES, 128);
+/// MXFP4's plus 128.
+const MXFP4_PLUS_128: [u8; 16] = offset(MXFP4_PLUS_12, 128 - 12);
+/// Q6_K's two high bits where they belong, with what is missing of 128.
+const HIGH_PLUS_96: [u8; 16] = [0x60, 0x70, 0x80, 0x90, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+const IQ4_BYTES: [u8; 16] = {
+    let mut bytes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        bytes[i] = IQ4[i] as u8;
+        i += 1;
+    }
+    bytes
+};
+
+const fn offset(mut table: [u8; 16], by: u8) -> [u8; 16] {
+    let mut i = 0;
+    while i < 16 {
+        table[i] = table[i].wrapping_add(by);
+        i += 1;
+    }
+    table
+}
+
 /// Declares what a format does: its values, and the factors of a group if each has its own.
 macro_rules! turn {
-    ($($name:ident |$rows:ident, $g:ident| $group:expr $(, each |$r:ident, $h:ident| $factors:expr)?;)*) => { $(
+    ($($name:ident $centred:literal |$rows:ident, $g:ident| $group:expr $(, each |$r:ident, $h:ident| $factors:expr)?;)*) => { $(
         impl Turn for unpack::$name {
+            const CENTRED: bool = $centred;
             #[inline(always)]
             unsafe fn group_of_rows($rows: &Units, $g: usize) -> Group {
                 // SAFETY: offsets within the unit, by the format's layout.
@@ -254,29 +328,32 @@ macro_rules! turn {
     )* };
 }
 
-// Layouts are those of `avx2::unpack`.
+// Layouts are those of `avx2::unpack`; true says that weights are centred.
 turn!(
-    Q4_0 |p, g| nibbles(p, 18 * g + 2), each |p, g| scale(p, 18 * g, -8.0);
-    Q4_1 |p, g| nibbles(p, 20 * g + 4), each |p, g| pair(p, 20 * g);
-    Q5_0 |p, g| fifth(nibbles(p, 22 * g + 6), p, 22 * g + 2), each |p, g| scale(p, 22 * g, -16.0);
-    Q5_1 |p, g| fifth(nibbles(p, 24 * g + 8), p, 24 * g + 4), each |p, g| pair(p, 24 * g);
-    Q8_0 |p, g| bytes(p, 34 * g + 2), each |p, g| scale(p, 34 * g, 0.0);
-    Iq4Nl |p, g| lookup(&IQ4.map(|v| v as u8), nibbles(p, 18 * g + 2)), each |p, g| scale(p, 18 * g, 0.0);
-    Mxfp4 |p, g| lookup(&MXFP4_PLUS_12, nibbles(p, 17 * g + 1));
-    Q2K |p, g| field(bytes(p, 16 + 32 * (g / 4)), 2 * (g % 4), 3);
-    Q3K |p, g| add_bit(field(bytes(p, 32 + 32 * (g / 4)), 2 * (g % 4), 3), bytes(p, 0), g, 2);
-    Q4K |p, g| field(bytes(p, 16 + 32 * (g / 2)), 4 * (g % 2), 15);
-    Q5K |p, g| add_bit(field(bytes(p, 48 + 32 * (g / 2)), 4 * (g % 2), 15), bytes(p, 16), g, 4);
-    Q6K |p, g| {
+    Q4_0 true |p, g| plus(nibbles(p, 18 * g + 2), 120), each |p, g| scale(p, 18 * g);
+    Q4_1 false |p, g| nibbles(p, 20 * g + 4), each |p, g| pair(p, 20 * g);
+    Q5_0 true |p, g| fifth(with_bits(nibbles(p, 22 * g + 6), 0x70), p, 22 * g + 2), each |p, g| scale(p, 22 * g);
+    Q5_1 false |p, g| fifth(nibbles(p, 24 * g + 8), p, 24 * g + 4), each |p, g| pair(p, 24 * g);
+    Q8_0 true |p, g| flipped(bytes(p, 34 * g + 2)), each |p, g| scale(p, 34 * g);
+    Iq4Nl true |p, g| lookup(&IQ4_PLUS_128, nibbles(p, 18 * g + 2)), each |p, g| scale(p, 18 * g);
+    Mxfp4 true |p, g| lookup(&MXFP4_PLUS_128, nibbles(p, 17 * g + 1));
+    Q2K false |p, g| field(bytes(p, 16 + 32 * (g / 4)), 2 * (g % 4), 3);
+    Q3K true |p, g| {
+        let low = field(bytes(p, 32 + 32 * (g / 4)), 2 * (g % 4), 3);
+        add_bit(with_bits(low, 0x7c), bytes(p, 0), g, 2)
+    };
+    Q4K false |p, g| field(bytes(p, 16 + 32 * (g / 2)), 4 * (g % 2), 15);
+    Q5K false |p, g| add_bit(field(bytes(p, 48 + 32 * (g / 2)), 4 * (g % 2), 15), bytes(p, 16), g, 4);
+    Q6K true |p, g| {
         // Two bits of each of four groups in 32 bytes.
         let (half, g) = (g / 4, g % 4);
         let low = field(bytes(p, 64 * half + 32 * (g % 2)), 4 * (g / 2), 15);
-        let mut high = field(bytes(p, 128 + 32 * half), 2 * g, 3);
+        let mut high = lookup(&HIGH_PLUS_96, field(bytes(p, 128 + 32 * half), 2 * g, 3));
         for (high, low) in high.iter_mut().zip(low) {
-            *high = _mm512_or_si512(_mm512_slli_epi16::<4>(*high), low);
+            *high = _mm512_or_si512(*high, low);
         }
         high
     };
-    Q8K |p, g| bytes(p, 4 + 32 * g);
-    Iq4Xs |p, g| lookup(&IQ4.map(|v| v as u8), nibbles(p, 8 + 16 * g));
+    Q8K true |p, g| flipped(bytes(p, 4 + 32 * g));
+    Iq4Xs true |p, g| lookup(&IQ4_PLUS_128, nibbles(p, 8 + 16 * g));
 );

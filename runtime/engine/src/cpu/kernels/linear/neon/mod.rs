@@ -97,10 +97,10 @@ pub(super) fn quantize_row(_proof: Neon, x: &[f32], row: Row<'_>) {
 }
 
 #[target_feature(enable = "neon")]
-fn quantize(x: &[f32], row: Row<'_>) {
-    let Row { qs, d, s, s16 } = row;
-    let n = qs.len() / GROUP;
-    for (g, (x, q)) in x.chunks_exact(GROUP).zip(qs.chunks_exact_mut(GROUP)).enumerate() {
+fn quantize(x: &[f32], mut row: Row<'_>) {
+    let n = row.qs.len() / GROUP;
+    for (g, x) in x.chunks_exact(GROUP).enumerate() {
+        let q = &mut row.qs[GROUP * g..GROUP * (g + 1)];
         let mut v = [vdupq_n_f32(0.0); GROUP / 4];
         let mut top = vdupq_n_u32(0);
         for (v, x) in v.iter_mut().zip(x.chunks_exact(4)) {
@@ -131,12 +131,7 @@ fn quantize(x: &[f32], row: Row<'_>) {
                 unsafe { vst1q_s8(q.as_mut_ptr(), bytes) };
             }
         }
-        d[g] = scale;
-        s[g] = scale * (sums[0] + sums[1]) as f32;
-        s16[2 * g] = scale * sums[0] as f32;
-        s16[2 * g + 1] = scale * sums[1] as f32;
+        row.group(g, scale, sums);
     }
-    d[n..].fill(0.0);
-    s[n..].fill(0.0);
-    s16[2 * n..].fill(0.0);
+    row.pad(n);
 }
