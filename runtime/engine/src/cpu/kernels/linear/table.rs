@@ -194,9 +194,10 @@ pub static KERNELS: &[&[KernelInfo]] = &[
     &arm::DENSE,
 ];
 
-/// From how many tokens on a tile is faster than rows one by one; earlier where unpacking costs more. Measured on AVX2.
-const fn tile_from(dtype: DType) -> usize {
-    if dtype.block_len() == 256 { 3 } else { 4 }
+/// From how many tokens on a tile is faster than rows one by one; earlier where unpacking costs more. Measured on AVX2; AVX-512 has
+/// no kernel for more than two tokens but those that its tiles take.
+fn tile_from(isa: Isa, dtype: DType) -> usize {
+    if matches!(isa, Isa::Avx512(_)) || dtype.block_len() == 256 { 3 } else { 4 }
 }
 
 /// The kernel that [`linear`](super::linear) runs: of the CPU's best instruction set, by the number of tokens. Where an
@@ -211,7 +212,7 @@ pub fn pick(isa: Isa, dtype: DType, tokens: usize) -> &'static KernelInfo {
         _ => isa.name(),
     };
     let row = ISAS.iter().position(|(of, _)| *of == name).unwrap_or(0);
-    PICKS[(row * TYPES + dtype.ggml() as usize % TYPES) * 2 + usize::from(tokens >= tile_from(dtype))]
+    PICKS[(row * TYPES + dtype.ggml() as usize % TYPES) * 2 + usize::from(tokens >= tile_from(isa, dtype))]
 }
 
 /// More than the largest of ggml's type numbers.

@@ -9,10 +9,10 @@
 // Registers are numbered: `for i in 0..8` says what happens better than zipped iterators do.
 #![allow(clippy::needless_range_loop)]
 
-use super::super::avx2::tile::{scales_of_eight, transpose};
+use super::super::avx2::tile::transpose;
 use super::super::tile::{TileMemory, XRow};
 use super::super::{LinearTask, Q8, Scratch, TILE_ROWS_MAX, TILE_TOKENS};
-use super::turn::{LANES, Turn, Units};
+use super::turn::{LANES, Turn, Units, scales};
 use std::arch::x86_64::*;
 
 /// Bytes of a group's activations: values, scales, and for each half what [`Turn::CENTRED`] calls for.
@@ -151,10 +151,7 @@ unsafe fn multiply<B: Turn, const T: usize>(
             let n = (groups - 8 * unit).min(8);
             let rows: Units = std::array::from_fn(|i| rows[i].add(unit * B::BYTES));
             if !B::EACH {
-                for row in [0, 8] {
-                    let rows = std::array::from_fn(|i| rows[row + i]);
-                    scales_of_eight::<B, LANES>(&rows, n, tile, 0, row, !B::CENTRED);
-                }
+                scales::<B, LANES>(&rows, n, tile, 0, 0);
             }
             for g in 0..n {
                 ahead.step();

@@ -110,11 +110,10 @@ pub(in super::super) fn run<B: Pair>(_proof: Avx512, task: &LinearTask<'_>) {
             unsafe {
                 match task.x.tokens - t {
                     1 => matvec::<B, 1>(task, &x, t),
-                    2 => matvec::<B, 2>(task, &x, t),
-                    _ => matvec::<B, 4>(task, &x, t),
+                    _ => matvec::<B, 2>(task, &x, t),
                 }
             }
-            t += 4;
+            t += 2;
         }
     }
     // SAFETY: the token proves the features.

@@ -144,9 +144,7 @@ pub(in super::super) fn run<B: Nibbled>(proof: Avx512, task: &LinearTask<'_>, sc
             t += unsafe {
                 match (task.x.tokens - t).min(room) {
                     1 => some::<B, 1, true>(task, x, t, to),
-                    2 => some::<B, 2, true>(task, x, t, to),
-                    3 if room == 3 => some::<B, 2, true>(task, x, t, to),
-                    _ => some::<B, 4, true>(task, x, t, to),
+                    _ => some::<B, 2, true>(task, x, t, to),
                 }
             };
         }

@@ -75,12 +75,32 @@ pub(in super::super) unsafe fn unpack<B: Turn, const ROWS: usize>(
                     ahead.step();
                 }
                 if !B::EACH {
-                    for row in [row, row + 8] {
-                        let rows = std::array::from_fn(|i| units[row + i].add(unit * B::BYTES));
-                        scales_of_eight::<B, ROWS>(&rows, n, tile, unit, row, !B::CENTRED);
-                    }
+                    scales::<B, ROWS>(&rows, n, tile, unit, row);
                 }
             }
+        }
+    }
+}
+
+/// Scales, and minima if there are any, of `n` groups of unit `unit` of sixteen rows, to rows `row ..` of the tile. A call, for it is
+/// long, and there is one for 4096 weights.
+///
+/// # Safety
+/// As for [`unpack`].
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+#[inline(never)]
+pub(super) unsafe fn scales<B: Turn, const ROWS: usize>(
+    rows: &Units,
+    n: usize,
+    tile: &TileMemory,
+    unit: usize,
+    row: usize,
+) {
+    for half in [0, 8] {
+        // SAFETY: by the contract.
+        unsafe {
+            let rows = std::array::from_fn(|i| rows[half + i]);
+            scales_of_eight::<B, ROWS>(&rows, n, tile, unit, row + half, !B::CENTRED);
         }
     }
 }
