@@ -43,6 +43,12 @@ pub(in crate::cpu) fn asks_ahead() -> bool {
     *ASKS
 }
 
+/// As on AMD's processors: nobody has measured others.
+#[cfg(target_arch = "aarch64")]
+pub(in crate::cpu) fn asks_ahead() -> bool {
+    false
+}
+
 /// Asks for the line at `p`, which may be any address.
 #[inline(always)]
 fn prefetch(p: *const u8) {

@@ -22,7 +22,9 @@ pub(super) struct XRow {
     pub d: *const f32,
     pub s: *const f32,
     pub s16: *const f32,
+    #[cfg(target_arch = "x86_64")]
     pub c: *const i32,
+    #[cfg(target_arch = "x86_64")]
     pub c16: *const i32,
 }
 
@@ -53,7 +55,9 @@ impl XRow {
                 d: x.d.as_ptr().add(t * groups + group),
                 s: x.s.as_ptr().add(t * groups + group),
                 s16: x.s16.as_ptr().add(2 * (t * groups + group)),
+                #[cfg(target_arch = "x86_64")]
                 c: x.c.as_ptr().add(t * groups + group),
+                #[cfg(target_arch = "x86_64")]
                 c16: x.c16.as_ptr().add(2 * (t * groups + group)),
             }
         }
