@@ -123,14 +123,13 @@ impl<'a> Q8<'a> {
         };
         let part = |from: usize, n: usize| buffer.get(from..from + n).ok_or_else(misfit);
         let floats = |from: usize, n: usize| bytemuck::try_cast_slice(part(from, n * 4)?).map_err(|_| misfit());
-        let integers = |from: usize, n: usize| bytemuck::try_cast_slice(part(from, n * 4)?).map_err(|_| misfit());
         Ok(Q8 {
             qs: bytemuck::cast_slice(part(0, tokens * k)?),
             d: floats(layout.d, tokens * layout.groups)?,
             s: floats(layout.s, tokens * layout.groups)?,
             s16: floats(layout.s16, tokens * layout.groups * 2)?,
-            c: integers(layout.c, tokens * layout.groups)?,
-            c16: integers(layout.c16, tokens * layout.groups * 2)?,
+            c: bytemuck::cast_slice(floats(layout.c, tokens * layout.groups)?),
+            c16: bytemuck::cast_slice(floats(layout.c16, tokens * layout.groups * 2)?),
             layout,
         })
     }
@@ -282,9 +281,7 @@ pub fn quantize_columns(
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(token) => super::avx2::quantize_row(token, x, row),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(token) if n >= super::avx512::QUANTIZES_FROM => super::avx512::quantize_row(token, x, row),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(token) => super::avx2::quantize_row(token.avx2(), x, row),
+            Isa::Avx512(token) => super::avx512::quantize_row(token, x, row),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(token) => super::neon::quantize_row(token, x, row),
             _ => quantize_row(x, row),

@@ -102,14 +102,11 @@ unsafe fn widen<B: Turn>(tile: &TileMemory, groups: usize, panel: *mut u8) {
                     let at = if B::HALVES { 2 * group + i / 4 } else { group };
                     let at = at * COLUMNS + 16 * half;
                     let d = _mm512_load_ps(tile.d.add(at));
-                    (
-                        d,
-                        if B::CENTRED {
-                            _mm512_mul_ps(d, _mm512_set1_ps(-128.0))
-                        } else {
-                            _mm512_load_ps(tile.m.add(at))
-                        },
-                    )
+                    let m = match B::CENTRED {
+                        true => _mm512_mul_ps(d, _mm512_set1_ps(-128.0)),
+                        false => _mm512_load_ps(tile.m.add(at)),
+                    };
+                    (d, m)
                 };
                 for i in 0..8 {
                     let (d, m) = factors(i);

@@ -9,7 +9,7 @@ mod quantize;
 mod tile;
 mod turn;
 
-pub(super) use quantize::{QUANTIZES_FROM, quantize_row};
+pub(super) use quantize::quantize_row;
 pub(super) use tile::run as run_tile;
 pub(super) use turn::{Turn, unpack};
 

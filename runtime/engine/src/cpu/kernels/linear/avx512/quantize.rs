@@ -2,18 +2,22 @@
 //! in lanes as well.
 
 use super::super::activations::{GROUP, Row, SMALLEST};
+use super::super::avx2;
 use crate::cpu::isa::Avx512;
 use std::arch::x86_64::*;
 
 /// Quantizes one row exactly as the scalar form does.
-pub(in super::super) fn quantize_row(_proof: Avx512, x: &[f32], row: Row<'_>) {
+pub(in super::super) fn quantize_row(proof: Avx512, x: &[f32], row: Row<'_>) {
+    if x.len() < PAYS_FROM {
+        return avx2::quantize_row(proof.avx2(), x, row);
+    }
     assert!(x.len() == row.qs.len());
     // SAFETY: the token proves the features.
     unsafe { quantize(x, row) }
 }
 
 /// From how many values on this is quicker than a group after the other: a quarter of what is computed at a time.
-pub(in super::super) const QUANTIZES_FROM: usize = GROUP * GROUPS / 4;
+const PAYS_FROM: usize = GROUP * GROUPS / 4;
 
 /// Groups at a time.
 const GROUPS: usize = 16;

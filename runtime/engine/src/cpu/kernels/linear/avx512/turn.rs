@@ -266,7 +266,7 @@ unsafe fn pair(rows: &Units, at: usize) -> (__m512, __m512) {
     }
 }
 
-/// `by` added to every byte.
+/// `by` added to every byte; −128 is 128.
 #[inline(always)]
 unsafe fn plus(mut v: Group, by: i8) -> Group {
     // SAFETY: register arithmetic.
@@ -290,42 +290,13 @@ unsafe fn with_bits(mut v: Group, bits: i8) -> Group {
     }
 }
 
-/// Signed bytes plus 128.
-#[inline(always)]
-unsafe fn flipped(mut v: Group) -> Group {
-    // SAFETY: register arithmetic.
-    unsafe {
-        for v in &mut v {
-            *v = _mm512_xor_si512(*v, _mm512_set1_epi8(-128));
-        }
-        v
-    }
-}
-
-/// IQ4's values plus 128.
-const IQ4_PLUS_128: [u8; 16] = offset(IQ4_BYTES, 128);
-/// MXFP4's plus 128.
-const MXFP4_PLUS_128: [u8; 16] = offset(MXFP4_PLUS_12, 128 - 12);
 /// Q6_K's two high bits where they belong, with what is missing of 128.
 const HIGH_PLUS_96: [u8; 16] = [0x60, 0x70, 0x80, 0x90, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-const IQ4_BYTES: [u8; 16] = {
-    let mut bytes = [0; 16];
-    let mut i = 0;
-    while i < 16 {
-        bytes[i] = IQ4[i] as u8;
-        i += 1;
-    }
-    bytes
-};
-
-const fn offset(mut table: [u8; 16], by: u8) -> [u8; 16] {
-    let mut i = 0;
-    while i < 16 {
-        table[i] = table[i].wrapping_add(by);
-        i += 1;
-    }
-    table
+/// IQ4's values plus 128.
+#[inline(always)]
+fn iq4() -> [u8; 16] {
+    IQ4.map(|v| (v as u8).wrapping_add(128))
 }
 
 /// Declares what a format does: its values, and the factors of a group if each has its own.
@@ -354,9 +325,9 @@ turn!(
     Q4_1 false |p, g| nibbles(p, 20 * g + 4), each |p, g| pair(p, 20 * g);
     Q5_0 true |p, g| fifth(with_bits(nibbles(p, 22 * g + 6), 0x70), p, 22 * g + 2), each |p, g| scale(p, 22 * g);
     Q5_1 false |p, g| fifth(nibbles(p, 24 * g + 8), p, 24 * g + 4), each |p, g| pair(p, 24 * g);
-    Q8_0 true |p, g| flipped(bytes(p, 34 * g + 2)), each |p, g| scale(p, 34 * g);
-    Iq4Nl true |p, g| lookup(&IQ4_PLUS_128, nibbles(p, 18 * g + 2)), each |p, g| scale(p, 18 * g);
-    Mxfp4 true |p, g| lookup(&MXFP4_PLUS_128, nibbles(p, 17 * g + 1));
+    Q8_0 true |p, g| plus(bytes(p, 34 * g + 2), -128), each |p, g| scale(p, 34 * g);
+    Iq4Nl true |p, g| lookup(&iq4(), nibbles(p, 18 * g + 2)), each |p, g| scale(p, 18 * g);
+    Mxfp4 true |p, g| lookup(&MXFP4_PLUS_12.map(|v| v + (128 - 12)), nibbles(p, 17 * g + 1));
     Q2K false |p, g| field(bytes(p, 16 + 32 * (g / 4)), 2 * (g % 4), 3);
     Q3K true |p, g| {
         let low = field(bytes(p, 32 + 32 * (g / 4)), 2 * (g % 4), 3);
@@ -374,6 +345,6 @@ turn!(
         }
         high
     };
-    Q8K true |p, g| flipped(bytes(p, 4 + 32 * g));
-    Iq4Xs true |p, g| lookup(&IQ4_PLUS_128, nibbles(p, 8 + 16 * g));
+    Q8K true |p, g| plus(bytes(p, 4 + 32 * g), -128);
+    Iq4Xs true |p, g| lookup(&iq4(), nibbles(p, 8 + 16 * g));
 );
